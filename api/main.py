@@ -1,0 +1,93 @@
+"""vLLM's OpenAI app on our engine client, and what pdtasks adds to it.
+
+No weights and no GPU in this process: the model's configuration and tokenizer suffice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import uvicorn
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+
+from pdtasks.models import resolve_model
+from pdtasks.settings import Settings
+
+router = APIRouter()
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole application; its lifespan connects to bus and broker."""
+    if settings.device == "cuda":
+        # vLLM looks for a device while it builds its configuration; this process uses none.
+        os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from pdtasks.engine import engine_arguments
+
+    model = resolve_model(settings.model, settings.cache_dir, print)
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model])
+    for name, value in engine_arguments(settings, model).items():
+        setattr(arguments, name, value)
+    arguments.served_model_name = [settings.model_name]
+    validate_parsed_serve_args(arguments)
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+
+    app = build_app(arguments, ("generate",), config.model_config)
+    app.include_router(router)
+    app.state.pdtasks_settings = settings
+    vllm_lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+        from pdtasks.client import PipelineLLM
+
+        client = PipelineLLM(config, settings)
+        await client.engine_core.open()
+        app.state.pdtasks_client = client
+        try:
+            await init_app_state(client, app.state, arguments, ("generate",))
+            async with vllm_lifespan(app):
+                yield
+        finally:
+            await client.engine_core.close()
+            client.shutdown()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+@router.get("/pdtasks/requests/{request_id}")
+async def request_report(request_id: str, request: Request) -> dict[str, Any]:
+    """What each stage did for a request that this process answered lately."""
+    sequences = request.app.state.pdtasks_client.engine_core.reports(request_id)
+    if not sequences:
+        raise HTTPException(404, f"no request {request_id!r} has finished here lately")
+    return {
+        "id": request_id,
+        "sequences": [
+            {report.stage: msgspec.to_builtins(report) for report in reports}
+            for reports in sequences
+        ],
+    }
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish."""
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )

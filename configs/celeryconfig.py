@@ -1,0 +1,95 @@
+"""Celery's options, each with its reason. Values that differ between hosts come from `Settings`."""
+
+from __future__ import annotations
+
+import socket
+
+from kombu import Exchange, Queue
+
+from pdtasks.naming import DEAD_EXCHANGE, DECODE_TASK, EXCHANGE, PREFILL_TASK, STAGES
+from pdtasks.settings import load_settings
+
+_settings = load_settings()
+
+# -- broker ------------------------------------------------------------------------------------
+
+# Without one the worker says so and stops (pdtasks/bootsteps.py); None would mean localhost.
+broker_url = _settings.broker_url
+broker_connection_retry_on_startup = True
+# A worker outlives any outage of the broker; the default gives up after 100 tries and exits.
+broker_connection_max_retries = None
+# A closed channel (acknowledgement timeout, a name still taken) is reopened, not the worker's end.
+broker_channel_error_retry = True
+broker_heartbeat = 30
+# One connection for each thread that publishes a decode job at the same time, and some to spare.
+broker_pool_limit = _settings.max_num_seqs + 8
+broker_transport_options = {
+    # A publish that RabbitMQ has not confirmed is an error, not a lost job.
+    "confirm_publish": True,
+    # py-amqp's default drops a connection after 1 s of stalled network.
+    "socket_settings": {socket.TCP_USER_TIMEOUT: 15_000},
+}
+
+# -- queues --------------------------------------------------------------------------------------
+
+_exchange = Exchange(EXCHANGE, type="topic", durable=True)
+task_queues = [
+    Queue(
+        stage,
+        exchange=_exchange,
+        routing_key=stage,
+        durable=True,
+        queue_arguments={
+            # Replicated where there are several nodes; survives a restart.
+            "x-queue-type": "quorum",
+            # A job that kills its worker again and again ends in the dead-letter queue.
+            "x-delivery-limit": _settings.delivery_limit,
+            "x-dead-letter-exchange": DEAD_EXCHANGE,
+            # Kept until the dead-letter queue has it; needs reject-publish.
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        },
+    )
+    for stage in STAGES
+]
+# A misspelt -Q stops the worker instead of making a new, classic queue.
+task_create_missing_queues = False
+task_default_exchange = EXCHANGE
+task_default_exchange_type = "topic"
+task_default_queue = STAGES[0]
+task_default_routing_key = STAGES[0]
+task_routes = {PREFILL_TASK: {"queue": STAGES[0]}, DECODE_TASK: {"queue": STAGES[1]}}
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+# Acknowledged when done: a dead worker's jobs go back to the queue.
+task_acks_late = True
+# A job is taken when there is a thread for it, not before: late binding balances the workers.
+worker_prefetch_multiplier = 1
+# Token ids are bytes in MessagePack; JSON stays for Celery's own control messages. Never pickle.
+task_serializer = "msgpack"
+accept_content = ["msgpack", "json"]
+
+# -- results ---------------------------------------------------------------------------------------
+
+# Celery's backend of that name speaks to Valkey as well.
+result_backend = (
+    _settings.bus_url.replace("valkey", "redis", 1) if _settings.bus_url else "disabled://"
+)
+result_serializer = "json"
+result_accept_content = ["json"]
+result_expires = _settings.result_ttl_s
+
+# -- workers ---------------------------------------------------------------------------------------
+
+# Threads share one engine; prefork cannot host CUDA and is refused at start.
+worker_pool = "threads"
+worker_consumer = "pdtasks.bootsteps:StageConsumer"
+# Flower shows what workers do; arguments and results are blanked in the tasks.
+worker_send_task_events = True
+task_track_started = True
+# One more publish for each request, and it would carry the arguments.
+task_send_sent_event = False
+# Both block the main loop inside a signal handler on the threads pool.
+worker_soft_shutdown_timeout = 0
+worker_disable_rate_limits = True

@@ -1,0 +1,72 @@
+"""The Celery app, and what every task of ours has in common.
+
+A failure of a stage is told to the asker once, whatever the stage was doing, and reaches the
+result that a Celery client waits for although prefill itself stores none.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from celery import Celery, Task, states
+
+from pdtasks.errors import EngineFailed, InvalidRequest, PdtasksError, RequestTimeout
+from pdtasks.messages import Answer
+from pdtasks.naming import request_id_of
+from pdtasks.reply import is_reply_stream
+
+logger = logging.getLogger(__name__)
+
+app = Celery("pdtasks", include=["pdtasks.prefill", "pdtasks.decode"])
+app.config_from_object("configs.celeryconfig")
+
+
+def _add_worker_parts() -> None:
+    from pdtasks import bootsteps
+
+    bootsteps.install(app)
+
+
+class StageTask(Task):  # type: ignore[misc]  # Celery has no types
+    """Base of prefill and decode."""
+
+    abstract = True
+    Request = "pdtasks.bootsteps:StageRequest"
+    #: Nothing of a result in events and logs: it holds prompt or answer.
+    resultrepr_maxsize = 0
+    #: Expected ends: one line in the log, no traceback.
+    throws = (InvalidRequest, RequestTimeout)
+
+    @property
+    def reply_stream(self) -> str | None:
+        """Where the asker reads along, if it does."""
+        reply_to: str | None = self.request.reply_to
+        return reply_to if is_reply_stream(reply_to) else None
+
+    def end_chain(self, answer: Answer | None) -> None:
+        """End the request in this stage; a waiting Celery client gets `answer` as the result."""
+        rest, self.request.chain = self.request.chain, None
+        if answer is not None and wants_result(rest):
+            self.backend.store_result(answer.request_id, msgspec.to_builtins(answer), states.SUCCESS)
+
+    def on_failure(
+        self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any
+    ) -> None:
+        """Tell whoever asked. Called by Celery in the task's thread, after the task failed."""
+        from pdtasks import worker
+
+        error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
+        request_id = request_id_of(task_id)
+        worker.current().publish_failure(self.reply_stream, request_id, error)
+        if wants_result(self.request.chain):
+            self.backend.store_result(request_id, error, states.FAILURE)
+
+
+def wants_result(chain: list[dict[str, Any]] | None) -> bool:
+    """Does a Celery client wait for the last task of `chain`?"""
+    return bool(chain) and not chain[0]["options"].get("ignore_result", False)
+
+
+_add_worker_parts()

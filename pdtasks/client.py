@@ -1,0 +1,332 @@
+"""The engine as the API sees it: vLLM's front half over Celery.
+
+vLLM's `AsyncLLM` does for us what it does for `vllm serve`: input processing, detokenising, stop
+strings, logprobs, n > 1, statistics.  Only its engine core is another: `PipelineCore` publishes
+`EngineCoreRequest`s as prefill jobs and returns the `EngineCoreOutputs` that come on the reply
+stream.  No weights, no device.  (Why here and not in the workers: text, stop strings and UTF-8
+pieces would be torn between the first token and the second.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+import valkey.asyncio
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.renderers import renderer_from_config
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from pdtasks.engine import ENGINE_VERSION
+from pdtasks.errors import NoWorker, PdtasksError, RequestTimeout, WorkerLost
+from pdtasks.handover import encode_request
+from pdtasks.messages import PrefillJob, StageReport, StepReply, WorkerStatus
+from pdtasks.naming import STAGES
+from pdtasks.pipeline import Publisher
+from pdtasks.presence import read_workers_async
+from pdtasks.reply import ReplyStream
+from pdtasks.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Requests whose stage reports can still be asked for.
+_REMEMBERED_REPORTS = 1000
+#: Seconds between two looks at the workers and the deadlines.
+_WATCH_S = 1.0
+
+
+@dataclass
+class _Open:
+    """A request whose answer is not finished."""
+
+    request: EngineCoreRequest
+    deadline: float  # UNIX seconds
+    token_ids: list[int] = field(default_factory=list)
+    stage_waited_for: str = STAGES[0]
+
+
+class PipelineCore(EngineCoreClient):  # type: ignore[misc]
+    """An engine core that is a pipeline of Celery tasks. Lives in one event loop."""
+
+    engine_ranks_managed = [0]
+
+    def __init__(
+        self, settings: Settings, fail: Callable[[str, PdtasksError], Awaitable[None]]
+    ) -> None:
+        """`fail(request_id, error)` ends a request with an error that is not the model's."""
+        self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
+        self.workers: list[WorkerStatus] = []
+        self._settings = settings
+        self._fail = fail
+        self._open: dict[str, _Open] = {}
+        self._reports: OrderedDict[str, list[tuple[StageReport, ...]]] = OrderedDict()
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._bus = valkey.asyncio.Valkey.from_url(settings.require_bus())
+        self._stream = ReplyStream(self._bus)
+        # One thread: its connection to RabbitMQ is not safe for more.
+        self._publisher = Publisher()
+        self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Begin to listen. Raises valkey.ValkeyError when the bus cannot be reached."""
+        await self._stream.open()
+        await self._look_at_workers()
+        self._tasks = [
+            asyncio.create_task(run()) for run in (self._stream.keep, self._listen, self._watch)
+        ]
+
+    async def close(self) -> None:
+        """Stop listening; workers drop what is left."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stream.close()
+        await self._bus.aclose()
+        await self._in_publisher(self._publisher.close)
+        self._publishing.shutdown()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """vLLM's hook; what needs an event loop is done in `close`."""
+        self.resources.engine_dead = True
+
+    async def _in_publisher(self, function: Callable[..., None], *args: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._publishing, function, *args)
+
+    # -- requests, called by vLLM ----------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Publish `request`. A broker that does not take it fails this request alone."""
+        now = time.time()
+        deadline = now + self._settings.request_timeout_s
+        self._open[request.request_id] = _Open(request, deadline)
+        job = PrefillJob(
+            request_id=request.request_id,
+            engine=ENGINE_VERSION,
+            request=encode_request(request),
+            submitted_at=now,
+            deadline=deadline,
+        )
+        try:
+            await self._in_publisher(self._publisher.publish, job, self._stream.name)
+        except PdtasksError as exc:
+            await self._give_up(request.request_id, exc)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Forget `request_ids` and have the workers drop them."""
+        known = [r for r in request_ids if self._open.pop(r, None) is not None]
+        if known:
+            await self._in_publisher(self._publisher.abort, known)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._outputs.get()
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def require_workers(self) -> None:
+        """Raises NoWorker when a stage has nobody who could do it."""
+        for stage in STAGES:
+            if not self._has_worker(stage):
+                raise NoWorker(f"no {stage} worker is alive: start one with `celery -A pdtasks "
+                               f"worker -Q {stage} -P threads`, or `pdtasks up`")
+
+    def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
+        """What the stages did for a request that finished lately; one entry for each sequence."""
+        return self._reports.get(external_id, [])
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        async for reply in self._stream.read():
+            try:
+                await self._take(reply)
+            except Exception:
+                # One bad reply must not end the answers of all others.
+                logger.exception("a reply of %s could not be used", reply.worker)
+
+    async def _take(self, reply: StepReply) -> None:
+        for request_id, reports in reply.reports.items():
+            if entry := self._open.get(request_id):
+                self._remember(entry.request, reports)
+        for request_id, failure in reply.failures.items():
+            if request_id in self._open:
+                await self._give_up(request_id, failure.to_error())
+        if not reply.outputs:
+            return
+        if reply.engine != ENGINE_VERSION:
+            logger.error("%s runs %s, this API %s", reply.worker, reply.engine, ENGINE_VERSION)
+            return
+        step = self._decoder.decode(reply.outputs)
+        # Each host has a monotonic clock of its own: shift the worker's times to ours.
+        now = time.monotonic()
+        shift = now - step.timestamp
+        wanted, unknown = [], []
+        for position, output in zip(reply.positions, step.outputs, strict=True):
+            entry = self._open.get(output.request_id)
+            if entry is None:
+                unknown.append(output.request_id)
+            elif await self._merge(entry, position, output):
+                for event in output.events or ():
+                    event.timestamp += shift
+                wanted.append(output)
+        if wanted:
+            self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
+        if unknown:
+            # A worker that was started after the abort has not heard of it.
+            await self._in_publisher(self._publisher.abort, unknown)
+
+    async def _merge(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
+        """Add `output` to the answer; False when there is nothing new in it.
+
+        A stage whose worker died is run again by another and repeats what we have.
+        """
+        have = len(entry.token_ids)
+        repeated = entry.token_ids[position : position + len(output.new_token_ids)]
+        if position > have or repeated != output.new_token_ids[: len(repeated)]:
+            await self._give_up(
+                output.request_id,
+                WorkerLost("a worker was lost and its successor's answer differs: ask again"),
+            )
+            return False
+        if repeated:
+            if output.finish_reason is None:
+                return False
+            output.new_token_ids = output.new_token_ids[len(repeated) :]
+            output.new_logprobs = None
+        entry.token_ids.extend(output.new_token_ids)
+        entry.stage_waited_for = STAGES[1]
+        if output.finish_reason is not None:
+            del self._open[output.request_id]
+        return True
+
+    def _remember(self, request: EngineCoreRequest, reports: tuple[StageReport, ...]) -> None:
+        key = request.external_req_id or request.request_id
+        self._reports.setdefault(key, []).append(reports)
+        if len(self._reports) > _REMEMBERED_REPORTS:
+            self._reports.popitem(last=False)
+
+    async def _give_up(self, request_id: str, error: PdtasksError) -> None:
+        if self._open.pop(request_id, None) is not None:
+            logger.warning("%s failed: %s", request_id, error)
+            await self._fail(request_id, error)
+
+    # -- watching ----------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Nothing waits for ever: not beyond its deadline, not for a stage without workers."""
+        missing_since: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                await self._look_at_workers()
+            except (valkey.ValkeyError, OSError) as exc:
+                logger.warning("bus is away: %s", type(exc).__name__)
+                continue
+            now = time.time()
+            for stage in STAGES:
+                if self._has_worker(stage):
+                    missing_since.pop(stage, None)
+                else:
+                    missing_since.setdefault(stage, now)
+            for request_id, entry in list(self._open.items()):
+                if now > entry.deadline:
+                    await self._drop(request_id, RequestTimeout("the request took too long"))
+                # A worker that was killed is restarted by its supervisor: give it time.
+                elif now - missing_since.get(entry.stage_waited_for, now) > self._grace_s():
+                    await self._drop(
+                        request_id, NoWorker(f"no {entry.stage_waited_for} worker is alive")
+                    )
+
+    def _grace_s(self) -> float:
+        return 3 * self._settings.worker_ttl_s
+
+    async def _drop(self, request_id: str, error: PdtasksError) -> None:
+        await self._in_publisher(self._publisher.abort, [request_id])
+        await self._give_up(request_id, error)
+
+    async def _look_at_workers(self) -> None:
+        self.workers = await read_workers_async(self._bus)
+
+    def _has_worker(self, stage: str) -> bool:
+        return any(w.role == stage and w.state == "ready" for w in self.workers)
+
+
+class PipelineLLM(AsyncLLM):  # type: ignore[misc]
+    """vLLM's `AsyncLLM` over a `PipelineCore`."""
+
+    engine_core: PipelineCore
+
+    def __init__(self, config: VllmConfig, settings: Settings) -> None:
+        # AsyncLLM's own __init__ would start an engine: this sets what its methods read.
+        self.vllm_config = config
+        self.model_config = config.model_config
+        self.scheduler_config = config.scheduler_config
+        self.observability_config = config.observability_config
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self.log_requests = False
+        self.log_stats = True
+        self.admission_stats = None
+        self.output_processor = OutputProcessor(
+            self.renderer.tokenizer,
+            log_stats=self.log_stats,
+            stream_interval=config.scheduler_config.stream_interval,
+        )
+        self.engine_core = PipelineCore(settings, self._fail)
+        self.logger_manager = StatLoggerManager(
+            vllm_config=config,
+            engine_idxs=self.engine_core.engine_ranks_managed,
+            enable_default_loggers=True,
+        )
+        self.output_handler = None
+        self.profiler = None
+        self._client_count = 1
+        self._elastic_ep_lock = asyncio.Lock()
+        self._frontend_profiler_injected = False
+        self._profile_lock = asyncio.Lock()
+        self._profile_session_guard_enabled = True
+        self._profile_session_active = False
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse before any work when a stage has no worker; vLLM turns it into a 503."""
+        super().check_admission(n, request_id)
+        try:
+            self.engine_core.require_workers()
+        except NoWorker as exc:
+            raise _to_http(exc) from exc
+
+    async def check_health(self) -> None:
+        """This process is well; workers come and go (see /ready)."""
+
+    async def _fail(self, request_id: str, error: PdtasksError) -> None:
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or state.queue is None:
+            return
+        state.queue.put(_to_http(error))
+        # With n > 1 the siblings share the queue and end with it.
+        parent = state.parent_req
+        await self.abort(parent.request_id if parent else request_id, internal=True)
+
+
+def _to_http(error: PdtasksError) -> GracefulHTTPError:
+    status = error.http_status if error.http_status != 499 else 500
+    return GracefulHTTPError(str(error), HTTPStatus(status))

@@ -1,0 +1,13 @@
+"""What runs on this host?  `pdtasks up` starts services and workers, watches and stops them.
+
+::
+
+    placement   which worker gets which core or GPU
+    process     one supervised child: own session, log file, identity, stop with a deadline
+    rabbitmq    a private RabbitMQ node, every port on loopback
+    valkey      private Valkey servers: kv (unix socket) and bus (loopback)
+    stack       <home>/stack.json: what runs, for `status`, `down` and workers started by hand
+    supervisor  `pdtasks up`: start in order, watch, restart, drain, stop
+    status      `pdtasks status`: the stack's processes and every worker that shows a sign of life
+    console     readable lines on a terminal or in a log
+"""

@@ -1,0 +1,292 @@
+"""How is the private RabbitMQ node started?
+
+::
+
+    with RabbitNode(home / "rabbitmq") as node:
+        node.url        # amqp://pdtasks:<password>@127.0.0.1:<port>/pdtasks
+        node.api_url    # http://pdtasks:<password>@127.0.0.1:<port>/api/, for Flower
+
+`start(tick=None) -> url` and `stop()` do the same by hand.  The node runs as the current user from
+the distribution's package (3.10 on Debian 12) or a newer one on PATH, with everything it keeps
+inside `directory`.  Each start takes free ports, all on loopback, and a new random password;
+queues and their messages stay from one start to the next.
+
+* The packaged command switches to the user `rabbitmq`, so the script behind it is called.
+* epmd, which Erlang nodes use to find each other, normally stays behind as a daemon that listens
+  everywhere.  Ours is a child of its own, on loopback, and ends with the node.
+* The user comes from a definitions file, which RabbitMQ applies at each start and which holds only
+  the password's hash: `default_pass` would count only for an empty data directory.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pdtasks.cluster.process import (
+    Process,
+    StartFailed,
+    Tick,
+    accepts_connections,
+    free_ports,
+    wait_until,
+)
+
+USER = "pdtasks"
+VHOST = "pdtasks"
+#: The data directory belongs to this name; our own epmd keeps it from meeting another node.
+NODE = "pdtasks@localhost"
+
+_START_S = 90.0
+_STOP_S = 30.0
+_ATTEMPTS = 3
+#: A decode job is acknowledged when it is finished; RabbitMQ's own limit is 30 min.
+_CONSUMER_TIMEOUT_MS = 2 * 3600 * 1000
+
+_CONFIG = """\
+listeners.tcp.default = 127.0.0.1:{amqp}
+management.tcp.ip = 127.0.0.1
+management.tcp.port = {management}
+load_definitions = {definitions}
+consumer_timeout = {consumer_timeout}
+# The write-ahead log of quorum queues is kept in memory as well; its own limit is 512 MiB.
+raft.wal_max_size_bytes = 67108864
+"""
+
+
+class RabbitNode:
+    """One private node."""
+
+    def __init__(self, directory: Path, *, log: Path | None = None) -> None:
+        """Args:
+        directory: everything the node keeps; made if it is not there.
+        """
+        self.url = ""
+        self.api_url = ""
+        self._directory = directory.resolve()
+        self._log = log or self._directory / "rabbitmq.log"
+        self._epmd: Process | None = None
+        self._node: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        """The node itself."""
+        if self._node is None:
+            raise RuntimeError("rabbitmq was not started")
+        return self._node
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """Everything that `stop` ends, the node first."""
+        return tuple(p for p in (self._node, self._epmd) if p is not None)
+
+    def start(self, tick: Tick | None = None) -> str:
+        """Start the node and return its AMQP URL. Raises StartFailed."""
+        script, epmd = server_programs()
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._start(script, epmd, tick)
+            except StartFailed as exc:
+                self.stop()
+                # Somebody else took a free port between our look and the node's bind.
+                taken = "eaddrinuse" in str(exc).lower() or "already in use" in str(exc).lower()
+                if not taken or attempt == _ATTEMPTS:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+        raise AssertionError("unreachable")
+
+    def _start(self, script: Path, epmd: str, tick: Tick | None) -> str:
+        amqp, management, distribution, names = free_ports(4)
+        password = secrets.token_hex(24)
+        env = self._prepare(password, amqp, management, distribution, names)
+
+        self._epmd = Process(
+            "epmd",
+            [epmd, "-port", str(names), "-address", "127.0.0.1"],
+            env=env,
+            log=self._log.with_name("epmd.log"),
+        )
+        self._epmd.start()
+        if not wait_until(lambda: accepts_connections(names), 10, tick):
+            raise self._epmd.failure("did not start")
+
+        self.url = f"amqp://{USER}:{password}@127.0.0.1:{amqp}/{VHOST}"
+        self.api_url = f"http://{USER}:{password}@127.0.0.1:{management}/api/"
+        self._node = Process("rabbitmq", [str(script)], env=env, log=self._log)
+        self._node.start()
+        node = self._node
+        ready = wait_until(
+            lambda: not node.running or (_serves(self.api_url) and accepts_login(self.url)),
+            _START_S,
+            tick,
+        )
+        if not node.running:
+            raise node.failure("stopped while it started")
+        if not ready:
+            raise node.failure(f"was not ready within {_START_S:.0f} s")
+        return self.url
+
+    def _prepare(
+        self, password: str, amqp: int, management: int, distribution: int, names: int
+    ) -> dict[str, str]:
+        """Write the node's files; returns its environment."""
+        home = self._directory
+        for folder in (home, home / "mnesia", home / "conf.d", home / "home"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        definitions = home / "definitions.json"
+        _write(definitions, json.dumps(_definitions(password)))
+        _write(
+            home / "rabbitmq.conf",
+            _CONFIG.format(
+                amqp=amqp,
+                management=management,
+                definitions=definitions,
+                consumer_timeout=_CONSUMER_TIMEOUT_MS,
+            ),
+        )
+        _write(home / "enabled_plugins", "[rabbitmq_management].\n")
+        _write(home / "rabbitmq-env.conf", "")
+        cookie = home / "home" / ".erlang.cookie"
+        if not cookie.exists():  # Erlang would make one itself, from a weak random number
+            _write(cookie, secrets.token_hex(24), mode=0o400)
+
+        # Nothing of another node's configuration may reach this one.
+        inherited = ("RABBITMQ_", "ERL_", "XDG_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
+        schedulers = min(4, len(os.sched_getaffinity(0)))
+        return env | {
+            "HOME": str(home / "home"),
+            "PATH": os.environ.get("PATH", os.defpath),
+            "RABBITMQ_NODENAME": NODE,
+            "RABBITMQ_MNESIA_BASE": str(home / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(home),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": str(home / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(home / "conf.d"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(home / "advanced.config"),
+            "RABBITMQ_CONF_ENV_FILE": str(home / "rabbitmq-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(home / "enabled_plugins"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(home / "config"),
+            "RABBITMQ_PID_FILE": str(home / "rabbitmq.pid"),
+            "RABBITMQ_DIST_PORT": str(distribution),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S {schedulers}:{schedulers}",
+            # Makes the script exec the node, so that our signals reach it and not a shell.
+            "RUNNING_UNDER_SYSTEMD": "true",
+            "ERL_EPMD_PORT": str(names),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            # For every Erlang program that the node starts as well.
+            "ERL_AFLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_CRASH_DUMP": str(home / "erl_crash.dump"),
+        }
+
+    def stop(self, tick: Tick | None = None) -> None:
+        """Stop the node, then its epmd; harmless when they do not run."""
+        try:
+            if self._node is not None:
+                self._node.stop(_STOP_S, tick)
+        finally:
+            if self._epmd is not None:
+                self._epmd.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def server_programs() -> tuple[Path, str]:
+    """RabbitMQ's start script and epmd. Raises StartFailed when the package is missing."""
+    candidates = []
+    on_path = shutil.which("rabbitmq-server")
+    if on_path:
+        candidates.append(Path(on_path).resolve())
+    candidates.append(Path("/usr/lib/rabbitmq/bin/rabbitmq-server"))
+    candidates += sorted(Path("/usr/lib/rabbitmq/lib").glob("*/sbin/rabbitmq-server"))
+    # On PATH lies a link to the distribution's wrapper, which has another name.
+    script = next((c for c in candidates if _is_start_script(c)), None)
+    epmd = shutil.which("epmd")
+    if epmd is None:
+        found = sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
+        epmd = str(found[-1]) if found else None
+    if script is None or epmd is None:
+        missing = "RabbitMQ" if script is None else "Erlang's epmd"
+        raise StartFailed(
+            f"{missing} is not installed: `apt-get install --no-install-recommends "
+            "rabbitmq-server`, or set PDTASKS_BROKER_URL to a running broker"
+        )
+    return script, epmd
+
+
+def _is_start_script(path: Path) -> bool:
+    return path.name == "rabbitmq-server" and path.with_name("rabbitmq-env").exists()
+
+
+def accepts_login(url: str) -> bool:
+    """Does the broker at `url` open a connection for this user?"""
+    import amqp.exceptions
+    import kombu
+
+    try:
+        with kombu.Connection(url, connect_timeout=2) as connection:
+            connection.connect()
+    except (OSError, amqp.exceptions.AMQPError):
+        return False
+    return True
+
+
+def _serves(api_url: str) -> bool:
+    """Does the management API answer (with 401, for no password goes along)?"""
+    address = "http://" + api_url.rpartition("@")[2] + "overview"
+    try:
+        urllib.request.urlopen(address, timeout=1).close()
+    except urllib.error.HTTPError as exc:
+        exc.close()
+        return exc.code == 401
+    except OSError:
+        return False
+    return True
+
+
+def _definitions(password: str) -> dict[str, object]:
+    salt = secrets.token_bytes(4)
+    digest = hashlib.sha256(salt + password.encode()).digest()
+    return {
+        "vhosts": [{"name": VHOST}],
+        "users": [
+            {
+                "name": USER,
+                "password_hash": base64.b64encode(salt + digest).decode(),
+                "hashing_algorithm": "rabbit_password_hashing_sha256",
+                "tags": "monitoring",
+            }
+        ],
+        "permissions": [
+            {"user": USER, "vhost": VHOST, "configure": ".*", "write": ".*", "read": ".*"}
+        ],
+    }
+
+
+def _write(path: Path, text: str, mode: int = 0o600) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)

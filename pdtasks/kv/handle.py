@@ -1,0 +1,58 @@
+"""What does a decode worker have to know to load a prompt's KV?
+
+The handle is made by the engine that computed the prompt and read by the one that continues.
+It names every block, so nobody has to compute the same hash twice, and it ties the request to
+no particular prefill worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from pdtasks.kv.keys import block_key, tail_key
+
+
+class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the KV of `num_tokens` prompt tokens lies."""
+
+    fingerprint: str  #: `pdtasks.kv.keys.Fingerprint.digest` of the engine that wrote the blocks
+    transfer_id: str  #: names the partial last block
+    num_tokens: int  #: prompt tokens whose KV is stored
+    block_size: int  #: tokens in a block
+    hashes: tuple[bytes, ...]  #: content hash of each full block, first block first
+    tp_size: int = 1  #: ranks that each wrote their part of a block
+    expires_at: float = 0.0  #: UNIX seconds after which the blocks may be gone
+
+    @property
+    def num_blocks(self) -> int:
+        """Full blocks and, where there is one, the partial last block."""
+        return len(self.hashes) + self.has_tail
+
+    @property
+    def has_tail(self) -> bool:
+        """True when the last block is only partly filled."""
+        return self.num_tokens > len(self.hashes) * self.block_size
+
+    def key(self, index: int, rank: int) -> str:
+        """Name in the store of block `index` as `rank` wrote it."""
+        if index < len(self.hashes):
+            return block_key(self.fingerprint, rank, self.hashes[index])
+        return tail_key(self.fingerprint, rank, self.transfer_id)
+
+    def own_keys(self) -> Iterator[str]:
+        """Names of what belongs to this request alone and dies with it."""
+        if self.has_tail:
+            for rank in range(self.tp_size):
+                yield tail_key(self.fingerprint, rank, self.transfer_id)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain values for vLLM's `kv_transfer_params`."""
+        return msgspec.to_builtins(self, builtin_types=(bytes,))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> KVHandle:
+        """Rebuild a handle; raises msgspec.ValidationError when `wire` is not one."""
+        return msgspec.convert(wire, cls)

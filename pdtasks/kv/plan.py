@@ -1,0 +1,85 @@
+"""What does one engine step ask of the transfer side, and what came of it?
+
+`TransferPlan` travels from the scheduler's process to each worker rank with every step,
+`TransferRecord`s travel back with the step's statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+from pdtasks.kv.handle import KVHandle
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSave:
+    """Blocks of one request that are complete after this step."""
+
+    request_id: str  #: the engine's name of the request
+    handle: KVHandle
+    first: int  #: index in the prompt of the first block
+    block_ids: list[int]  #: where the blocks lie in the engine's cache
+    last: bool  #: nothing more of this prompt follows
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLoad:
+    """Blocks to bring in before the request can run."""
+
+    request_id: str
+    handle: KVHandle
+    first: int
+    block_ids: list[int]
+
+
+@dataclass
+class TransferPlan(KVConnectorMetadata):
+    """The saves and loads of one engine step."""
+
+    saves: list[BlockSave] = field(default_factory=list)
+    loads: list[BlockLoad] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)  #: finished; their blocks stay until saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRecord:
+    """What one rank moved for one request."""
+
+    request_id: str
+    op: str  #: ``"save"`` or ``"load"``
+    rank: int
+    world: int  #: ranks that will each report
+    blocks: int  #: blocks moved, or found to be in the store already
+    bytes: int  #: bytes that crossed the wire
+    missing: int = 0  #: blocks that the store did not have, or not intact
+    seconds: float = 0.0  #: from the step that asked until done
+    error: str = ""  #: why it failed; empty when it did not
+
+
+class TransferStats(KVConnectorStats):
+    """Carries `TransferRecord`s through vLLM's scheduler statistics."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data=data or {"records": []})
+
+    def reset(self) -> None:
+        self.data = {"records": []}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        self.data["records"].extend(other.data["records"])
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        records = self.data["records"]
+        return {
+            f"{op}_{unit}": sum(r[unit] for r in records if r["op"] == op)
+            for op in ("save", "load")
+            for unit in ("blocks", "bytes", "missing")
+        }
+
+    def is_empty(self) -> bool:
+        return not self.data["records"]

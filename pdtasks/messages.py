@@ -1,0 +1,155 @@
+"""What crosses a process boundary, as MessagePack.
+
+Every message carries `WIRE_VERSION`; a reader refuses another one, so that two releases never
+misread each other.  vLLM's own structures travel inside as bytes made by vLLM's encoder: they
+are positional, hence `engine` names the vLLM version that made them.
+
+History of WIRE_VERSION: 1 - first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from pdtasks.errors import IncompatibleWorker, PdtasksError, from_code
+
+WIRE_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all that is sent."""
+
+    version: int = WIRE_VERSION
+
+    def to_wire(self) -> bytes:
+        """Encode as MessagePack."""
+        return msgspec.msgpack.encode(self)
+
+
+class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that the prefill worker has still to tokenise; exactly one of the three is set."""
+
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None  #: chat, rendered with the model's template
+    sampling: dict[str, Any] = {}  #: fields of vLLM's SamplingParams
+    cache_salt: str | None = None
+
+
+class StageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one stage did for one request. Never contains text or tokens."""
+
+    stage: str  #: ``"prefill"`` or ``"decode"``
+    worker: str  #: name of the Celery worker
+    queue_s: float  #: seconds in the queue before the stage (hosts' clocks compared)
+    seconds: float  #: from taking the job to its last output
+    prompt_tokens: int
+    output_tokens: int  #: made by this stage
+    cached_tokens: int = 0  #: prompt tokens found in the engine's own prefix cache
+    kv_blocks_written: int = 0  #: in the store afterwards, whether sent now or there before
+    kv_bytes_written: int = 0  #: sent now
+    kv_blocks_loaded: int = 0
+    kv_bytes_loaded: int = 0
+    kv_blocks_recomputed: int = 0  #: handed over, but lost, damaged or foreign
+    kv_seconds: float = 0.0  #: the hand-over's part, overlapping with compute
+
+
+class PrefillJob(Message, frozen=True, kw_only=True):
+    """A request on its way to stage 1: from the API as `request`, or as `text`."""
+
+    request_id: str
+    engine: str  #: version of vLLM that made `request`
+    request: bytes | None = None  #: vLLM's EngineCoreRequest
+    text: TextRequest | None = None
+    submitted_at: float  #: UNIX seconds
+    deadline: float  #: UNIX seconds
+
+
+class DecodeJob(Message, frozen=True, kw_only=True):
+    """A request on its way to stage 2, with the tokens so far and the place of its KV."""
+
+    request_id: str
+    engine: str
+    request: bytes  #: vLLM's EngineCoreRequest as the client meant it
+    output_token_ids: tuple[int, ...]
+    handle: dict[str, Any] | None  #: `pdtasks.kv.handle.KVHandle`; None: recompute
+    prefill: StageReport
+    detokenise: bool  #: the caller wants text in the result
+    submitted_at: float
+    prefilled_at: float
+    first_token_at: float
+    deadline: float
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request ended without an answer."""
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: PdtasksError) -> Failure:
+        """Make `error` fit for another process."""
+        return cls(code=error.code, message=str(error))
+
+    def to_error(self) -> PdtasksError:
+        """The error again."""
+        return from_code(self.code, self.message)
+
+
+class StepReply(Message, frozen=True, kw_only=True):
+    """All that one engine step has for one reply stream."""
+
+    worker: str
+    stage: str
+    engine: str
+    outputs: bytes = b""  #: vLLM's EngineCoreOutputs, request ids as the asker knows them
+    positions: tuple[int, ...] = ()  #: index of each output's first token in its answer
+    reports: dict[str, tuple[StageReport, ...]] = {}  #: requests that are finished now
+    failures: dict[str, Failure] = {}  #: requests that have failed
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The finished answer, as it lies in Celery's result backend (see `pipeline.submit`)."""
+
+    request_id: str
+    text: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: str  #: ``"stop"`` or ``"length"``
+    stop_reason: int | str | None
+    prompt_tokens: int
+    stages: tuple[StageReport, ...]
+    time_to_first_token_s: float  #: from submission
+
+
+class WorkerStatus(Message, frozen=True, kw_only=True):
+    """What a worker says of itself on the bus."""
+
+    name: str
+    role: str  #: ``"prefill"`` or ``"decode"``
+    host: str
+    pid: int
+    state: str  #: ``"starting"``, ``"ready"`` or ``"draining"``
+    active: int = 0  #: requests in its engine
+    model: str = ""
+    max_model_len: int = 0
+    engine: str = ""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def read_message(kind: type[M], wire: bytes) -> M:
+    """Decode `wire`. Raises IncompatibleWorker when another release wrote it."""
+    try:
+        message = msgspec.msgpack.decode(wire, type=kind)
+    except msgspec.MsgspecError as exc:
+        raise IncompatibleWorker(f"unreadable {kind.__name__}: {type(exc).__name__}") from exc
+    if message.version != WIRE_VERSION:
+        raise IncompatibleWorker(
+            f"{kind.__name__} has wire version {message.version}, this release reads "
+            f"{WIRE_VERSION}: run the same release of pdtasks everywhere"
+        )
+    return message

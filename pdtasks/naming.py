@@ -1,0 +1,28 @@
+"""What are queues and tasks called? Names that several processes must agree on."""
+
+from __future__ import annotations
+
+PREFILL = "prefill"
+DECODE = "decode"
+#: Roles of workers, and their queues.
+STAGES = (PREFILL, DECODE)
+
+EXCHANGE = "pdtasks"
+DEAD_EXCHANGE = "pdtasks.dead"
+#: Jobs whose every delivery ended with the worker's death.
+DEAD_QUEUE = "pdtasks.dead"
+
+PREFILL_TASK = "pdtasks.prefill"
+DECODE_TASK = "pdtasks.decode"
+
+_PREFILL_SUFFIX = ".prefill"
+
+
+def prefill_task_id(request_id: str) -> str:
+    """Celery's id of the first stage; the second stage's is the request id itself."""
+    return request_id + _PREFILL_SUFFIX
+
+
+def request_id_of(task_id: str) -> str:
+    """The request that `task_id` works for."""
+    return task_id.removesuffix(_PREFILL_SUFFIX)

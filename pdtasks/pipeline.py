@@ -1,0 +1,179 @@
+"""How does a request get into the pipeline? Published by task name, importing neither stage.
+
+For Python callers without HTTP::
+
+    from pdtasks.pipeline import submit
+
+    result = submit(messages=[{"role": "user", "content": "What is the capital of France?"}])
+    answer = result.get(timeout=60)      # {"text": "The capital of France is Paris.", …}
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from amqp.exceptions import MessageNacked
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+
+from pdtasks.app import app
+from pdtasks.errors import BrokerUnavailable, InvalidRequest
+from pdtasks.messages import PrefillJob, TextRequest
+from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
+from pdtasks.settings import load_settings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
+CONFIRM_TIMEOUT_S = 5.0
+
+
+def submit(
+    prompt: str | Sequence[int] | None = None,
+    *,
+    messages: Sequence[dict[str, Any]] | None = None,
+    timeout_s: float | None = None,
+    cache_salt: str | None = None,
+    **sampling: Any,
+) -> AsyncResult:
+    """Ask for an answer; returns at once.
+
+    Args:
+        prompt: text, or token ids of the model's vocabulary.
+        messages: a chat instead, `[{"role": …, "content": …}, …]`.
+        timeout_s: seconds until the request is given up; default `request_timeout_s`.
+        cache_salt: keeps the prompt's KV apart from everybody's with another salt.
+        sampling: fields of vLLM's SamplingParams: max_tokens, temperature, seed, stop, …
+
+    Returns:
+        Celery's `AsyncResult`.  `.get(timeout=…)` gives the answer as a dict with the fields of
+        `pdtasks.messages.Answer`, or raises what went wrong (`pdtasks.errors`).
+
+    Raises:
+        InvalidRequest: not exactly one of `prompt` and `messages`.
+        BrokerUnavailable: RabbitMQ did not take the request.
+    """
+    if (prompt is None) == (messages is None):
+        raise InvalidRequest("give either a prompt or messages")
+    text = TextRequest(
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=None if prompt is None or isinstance(prompt, str) else tuple(prompt),
+        messages=None if messages is None else tuple(messages),
+        sampling=sampling,
+        cache_salt=cache_salt,
+    )
+    now = time.time()
+    job = PrefillJob(
+        request_id=uuid.uuid4().hex,
+        engine="",
+        text=text,
+        submitted_at=now,
+        deadline=now + (timeout_s or load_settings().request_timeout_s),
+    )
+    with app.producer_pool.acquire(block=True) as producer:
+        publish(job, producer=producer, reply_to=None)
+    return AsyncResult(job.request_id, app=app)
+
+
+def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
+    """Send `job` to stage 1, stage 2 chained to it.
+
+    Args:
+        reply_to: the reply stream that gets the tokens; None when the result is waited for.
+
+    Raises BrokerUnavailable when RabbitMQ does not confirm it.
+    """
+    # A plain dict, not a Celery signature: `chain()` costs five times as much and freezes
+    # `reply_to` by itself.
+    decode = {
+        "task": DECODE_TASK,
+        "args": [],
+        "kwargs": {},
+        "subtask_type": None,
+        "immutable": False,
+        "options": {
+            "task_id": job.request_id,
+            "queue": DECODE,
+            "reply_to": reply_to,
+            "ignore_result": reply_to is not None,
+            # Celery would put the arguments, the prompt, into events and logs.
+            "argsrepr": "-",
+            "kwargsrepr": "-",
+        },
+    }
+    try:
+        app.send_task(
+            PREFILL_TASK,
+            args=(job.to_wire(),),
+            task_id=prefill_task_id(job.request_id),
+            queue=PREFILL,
+            chain=[decode],
+            reply_to=reply_to,
+            ignore_result=True,
+            argsrepr="-",
+            kwargsrepr="-",
+            producer=producer,
+            # A refused message would otherwise cost a reconnect and be tried again.
+            retry=False,
+            confirm_timeout=CONFIRM_TIMEOUT_S,
+        )
+    except OperationalError as exc:
+        if isinstance(exc.__cause__, MessageNacked):
+            raise BrokerUnavailable("the prefill queue is full: try again later") from exc
+        raise BrokerUnavailable("RabbitMQ did not take the request: is it running?") from exc
+
+
+class Publisher:
+    """A connection of one's own for a thread that publishes much (the API). Not thread safe."""
+
+    def __init__(self) -> None:
+        self._connection: Any = None
+        self._producer: Any = None
+
+    def publish(self, job: PrefillJob, reply_to: str) -> None:
+        """`publish`, tried once more on a fresh connection when this one has gone stale."""
+        try:
+            publish(job, producer=self._own_producer(), reply_to=reply_to)
+        except BrokerUnavailable as exc:
+            if isinstance(getattr(exc.__cause__, "__cause__", None), MessageNacked):
+                raise
+            self.close()
+            publish(job, producer=self._own_producer(), reply_to=reply_to)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Tell all workers to drop `request_ids`. A broker that is away is let be."""
+        try:
+            app.control.broadcast(
+                "pdtasks_abort",
+                arguments={"request_ids": request_ids},
+                connection=self._own_connection(),
+            )
+        except (OperationalError, OSError) as exc:
+            logger.warning("could not tell the workers of an abort: %s", type(exc).__name__)
+            self.close()
+
+    def _own_connection(self) -> Any:
+        if self._connection is None:
+            self._connection = app.connection_for_write()
+        return self._connection
+
+    def _own_producer(self) -> Any:
+        if self._producer is None:
+            try:
+                connection = self._own_connection()
+                connection.ensure_connection(max_retries=1, timeout=CONFIRM_TIMEOUT_S)
+                self._producer = app.amqp.Producer(connection)
+            except (OperationalError, OSError) as exc:
+                self.close()
+                raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?") from exc
+        return self._producer
+
+    def close(self) -> None:
+        """Drop the connection, without a handshake that a hung broker would never answer."""
+        if self._connection is not None:
+            self._connection.collect()
+        self._connection = self._producer = None

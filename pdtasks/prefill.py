@@ -1,0 +1,173 @@
+"""Stage 1: compute the prompt, publish the first token, hand the KV to stage 2.
+
+The first token goes to the asker from the engine's step, before the hand-over is done.  The task's
+return value is the argument of the decode task, which Celery's chain sends on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+
+from pdtasks import worker
+from pdtasks.app import StageTask, app
+from pdtasks.engine import ENGINE_VERSION, Generation
+from pdtasks.errors import RequestAborted
+from pdtasks.handover import decode_request, encode_request, make_prefill, may_go_on
+from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
+from pdtasks.text import TextFrontend
+
+logger = logging.getLogger(__name__)
+
+#: Longest wait for the last blocks to reach the store; decode recomputes after that.
+SAVE_TIMEOUT_S = 20.0
+
+
+@app.task(base=StageTask, bind=True, name="pdtasks.prefill", ignore_result=True)
+def prefill(self: StageTask, wire: bytes) -> bytes | None:
+    """Run a `PrefillJob`; returns a `DecodeJob`, or None when the request ends here."""
+    job = read_message(PrefillJob, wire)
+    here = worker.current()
+    stage = _Prefill(here, job, self.reply_stream)
+    try:
+        decode_job = here.run(stage.run(), job.deadline)
+    except RequestAborted:
+        decode_job = None
+    if decode_job is None:
+        # The chain ends here: finished after one token, or nobody waits any more.
+        self.end_chain(stage.answer)
+        return None
+    return decode_job.to_wire()
+
+
+class _Prefill:
+    """One request's way through stage 1."""
+
+    def __init__(self, here: worker.Worker, job: PrefillJob, reply_to: str | None) -> None:
+        self._here = here
+        self._job = job
+        self._reply_to = reply_to
+        self._started = time.monotonic()
+        self._started_at = time.time()
+        self._first_token_at = 0.0
+        self._text_stop: str | None = None
+        self._detokeniser: Any = None
+        self.answer: Answer | None = None  #: for a caller that waits for the result
+
+    async def run(self) -> DecodeJob | None:
+        job = self._job
+        if self._here.is_aborted(job.request_id):
+            raise RequestAborted("the caller hung up")
+        original = await self._request(self._here.text)
+        wire = job.request if job.request is not None else encode_request(original)
+        request = decode_request(wire)
+        make_prefill(request, self._here.engine_id(job.request_id), transfer_id=job.request_id)
+        self._goes_on = may_go_on(original, self._here.engine.config.model_config.max_model_len)
+        generation = Generation(
+            request=request,
+            request_id=job.request_id,
+            reply_to=self._reply_to,
+            position=0,
+            on_output=self._on_output,
+        )
+        self._generation = generation
+        try:
+            await self._here.generate(generation, lambda: (self._report(),))
+            await self._saved(generation)
+        except (asyncio.CancelledError, Exception):
+            await self._here.discard(self._handle())
+            raise
+        finally:
+            self._here.engine.forget(generation)
+        if not self._goes_on or self._here.is_aborted(job.request_id):
+            await self._here.discard(self._handle())
+            self.answer = self._make_answer(original)
+            return None
+        return DecodeJob(
+            request_id=job.request_id,
+            engine=ENGINE_VERSION,
+            request=wire,
+            output_token_ids=tuple(generation.token_ids),
+            handle=self._handle() if self._is_complete(generation) else None,
+            prefill=self._report(),
+            detokenise=job.text is not None,
+            submitted_at=job.submitted_at,
+            prefilled_at=time.time(),
+            first_token_at=self._first_token_at,
+            deadline=job.deadline,
+        )
+
+    async def _request(self, text: TextFrontend) -> EngineCoreRequest:
+        if self._job.request is not None:
+            self._here.check_engine(self._job.engine)
+            return decode_request(self._job.request)
+        assert self._job.text is not None
+        request = await text.prepare(self._job.request_id, self._job.text)
+        self._detokeniser = text.detokeniser(request)
+        return request
+
+    def _on_output(self, generation: Generation, output: EngineCoreOutput) -> None:
+        self._first_token_at = self._first_token_at or time.time()
+        stopped = generation.finish_reason == FinishReason.STOP
+        if self._detokeniser is not None:
+            self._text_stop = self._detokeniser.update(output.new_token_ids, stopped)
+        if generation.finish_reason != FinishReason.LENGTH or self._text_stop is not None:
+            self._goes_on = False
+        if self._goes_on:
+            output.finish_reason = None
+
+    async def _saved(self, generation: Generation) -> None:
+        """Wait until the blocks are in the store, or it is clear that they will not be."""
+        if generation.handle is None:
+            return
+        try:
+            await asyncio.wait_for(generation.transferred.wait(), SAVE_TIMEOUT_S)
+        except TimeoutError:
+            logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
+
+    def _handle(self) -> dict[str, Any] | None:
+        return (self._generation.handle or {}).get("pdtasks")
+
+    def _is_complete(self, generation: Generation) -> bool:
+        records = generation.transfers.get("save", [])
+        return bool(records) and all(not r["error"] for r in records)
+
+    def _report(self) -> StageReport:
+        generation = self._generation
+        records = generation.transfers.get("save", [])
+        prompt = generation.request.prompt_token_ids or ()
+        return StageReport(
+            stage="prefill",
+            worker=self._here.name,
+            queue_s=max(0.0, self._started_at - self._job.submitted_at),
+            seconds=time.monotonic() - self._started,
+            prompt_tokens=len(prompt),
+            output_tokens=len(generation.token_ids),
+            cached_tokens=generation.cached_tokens,
+            # Each rank writes its part of every block.
+            kv_blocks_written=min((r["blocks"] for r in records), default=0),
+            kv_bytes_written=sum(r["bytes"] for r in records),
+            kv_seconds=max((r["seconds"] for r in records), default=0.0),
+        )
+
+    def _make_answer(self, original: EngineCoreRequest) -> Answer | None:
+        if self._detokeniser is None:
+            return None
+        generation = self._generation
+        reason = FinishReason.STOP if self._text_stop is not None else generation.finish_reason
+        return Answer(
+            request_id=self._job.request_id,
+            text=self._detokeniser.get_next_output_text(finished=True, delta=False),
+            token_ids=tuple(generation.token_ids),
+            finish_reason=str(reason),
+            stop_reason=self._text_stop or generation.stop_reason,
+            prompt_tokens=len(original.prompt_token_ids or ()),
+            stages=(self._report(),),
+            time_to_first_token_s=self._first_token_at - self._job.submitted_at,
+        )
+
+

@@ -1,0 +1,141 @@
+"""How do tokens get back to the process that asked?
+
+Each asking process owns one reply stream on the bus, a Valkey stream named in Celery's `reply_to`.
+Workers append one `StepReply` for each engine step, however many requests are in the step.
+
+The stream exists only while its owner renews it.  Workers append with NOMKSTREAM, so a reply to an
+owner that is gone is refused instead of piling up, and the worker learns that nobody listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import valkey.asyncio
+from valkey.exceptions import ResponseError, ValkeyError
+
+from pdtasks.errors import IncompatibleWorker
+from pdtasks.messages import StepReply, read_message
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "pd:reply:"
+_FIELD = b"m"
+#: Seconds a stream outlives its owner's last renewal.
+STREAM_TTL_S = 30
+_RENEW_S = 5.0
+#: Seconds that a read waits in the server; also the pace at which a reader notices being closed.
+_BLOCK_S = 1.0
+#: Messages taken at once.
+_BATCH = 256
+_RETRY_S = 0.2
+
+
+def is_reply_stream(reply_to: str | None) -> bool:
+    """True when `reply_to` names one of our streams; Celery fills in a name of its own otherwise."""
+    return reply_to is not None and reply_to.startswith(_PREFIX)
+
+
+class ReplyWriter:
+    """The workers' end. Lives in one event loop."""
+
+    def __init__(self, bus: valkey.asyncio.Valkey, on_gone: Callable[[str], None]) -> None:
+        """`on_gone(stream)` is called when the owner of a stream is found to be gone."""
+        self._bus = bus
+        self._on_gone = on_gone
+        self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+
+    def put(self, stream: str, reply: StepReply) -> None:
+        """Queue `reply`; never blocks the engine's loop."""
+        self._queue.put_nowait((stream, reply.to_wire()))
+
+    async def run(self) -> None:
+        """Send what is queued, in order, until cancelled. A bus that is away is tried again."""
+        while True:
+            batch = [await self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._send(batch)
+
+    async def _send(self, batch: list[tuple[str, bytes]]) -> None:
+        while True:
+            pipeline = self._bus.pipeline(transaction=False)
+            for stream, wire in batch:
+                pipeline.xadd(stream, {_FIELD: wire}, nomkstream=True)
+            try:
+                answers = await pipeline.execute()
+            except (ValkeyError, OSError) as exc:
+                # A message may arrive twice after this; readers drop tokens they have.
+                logger.warning("bus is away, replies wait: %s", type(exc).__name__)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            for stream in {s for (s, _), answer in zip(batch, answers, strict=True) if not answer}:
+                self._on_gone(stream)
+            return
+
+
+class ReplyStream:
+    """The asking process's end: its own stream."""
+
+    def __init__(self, bus: valkey.asyncio.Valkey) -> None:
+        self._bus = bus
+        self.name = f"{_PREFIX}{uuid.uuid4().hex}"
+        self._last_id = "0"
+
+    async def open(self) -> None:
+        """Create the stream, empty. Raises ValkeyError when the bus cannot be reached."""
+        try:
+            await self._bus.xgroup_create(self.name, "owner", id="$", mkstream=True)
+        except ResponseError as exc:
+            if "BUSYGROUP" not in str(exc):
+                raise
+        await self._bus.expire(self.name, STREAM_TTL_S)
+
+    async def keep(self) -> None:
+        """Renew the stream until cancelled; create it again if the bus has lost it."""
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            try:
+                if not await self._bus.expire(self.name, STREAM_TTL_S):
+                    self._last_id = "0"
+                    await self.open()
+            except (ValkeyError, OSError) as exc:
+                logger.warning("bus is away: %s", type(exc).__name__)
+
+    async def read(self) -> AsyncIterator[StepReply]:
+        """Yield replies as they come, until cancelled; each is removed from the bus when taken."""
+        while True:
+            try:
+                found = await self._bus.xread(
+                    {self.name: self._last_id}, count=_BATCH, block=int(_BLOCK_S * 1000)
+                )
+            except (ValkeyError, OSError) as exc:
+                logger.warning("bus is away: %s", type(exc).__name__)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            for _, entries in found or ():
+                self._last_id = entries[-1][0]
+                for reply in _readable(fields[_FIELD] for _, fields in entries):
+                    yield reply
+                await self._forget([entry_id for entry_id, _ in entries])
+
+    async def _forget(self, ids: list[bytes]) -> None:
+        try:
+            await self._bus.xdel(self.name, *ids)
+        except (ValkeyError, OSError) as exc:
+            logger.warning("bus is away: %s", type(exc).__name__)
+
+    async def close(self) -> None:
+        """Remove the stream; workers stop what they do for it."""
+        await self._bus.delete(self.name)
+
+
+def _readable(wires: Iterable[bytes]) -> Iterable[StepReply]:
+    for wire in wires:
+        try:
+            yield read_message(StepReply, wire)
+        except IncompatibleWorker as exc:
+            logger.error("dropped a reply: %s", exc)

@@ -1,0 +1,162 @@
+"""Which options are there, and where do they come from?
+
+The one reader of `PDTASKS_*`.  A value is looked for in the environment, then in the file of the
+stack that runs on this host (`<home>/stack.json`, written by `pdtasks up`), then here: so a
+worker started by hand beside a running stack joins it without further ado.  Celery's own options
+live in `configs/celeryconfig.py`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from pdtasks.errors import ConfigurationError
+
+#: Variables whose values are secrets or contain one.
+SECRET_FIELDS = ("broker_url", "broker_api_url", "bus_url", "kv_urls")
+
+
+def _default_home() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "pdtasks"
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pdtasks"
+
+
+def _default_device() -> Literal["cpu", "cuda"]:
+    # Device files, not torch: this runs in processes that never import it.
+    return "cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu"
+
+
+class Settings(BaseSettings):
+    """All options of pdtasks, validated. Read them with `load_settings()`."""
+
+    model_config = SettingsConfigDict(env_prefix="PDTASKS_", frozen=True, extra="ignore")
+
+    home: Path = Field(default_factory=_default_home)  #: state of the stack started on this host
+    cache_dir: Path = Field(default_factory=_default_cache)  #: converted models
+
+    broker_url: str | None = None  #: RabbitMQ, amqp://… or amqps://…
+    broker_api_url: str | None = None  #: RabbitMQ's management API, for Flower's queue lengths
+    bus_url: str | None = None  #: Valkey for replies, presence and results, valkey://…
+    kv_urls: Annotated[tuple[str, ...], NoDecode] = ()  #: Valkey servers for KV blocks
+
+    model: str | None = None  #: folder or Hugging Face name; None: the embedded model
+    served_model_name: str | None = None  #: name in the API; None: from `model`
+    device: Literal["cpu", "cuda"] = Field(default_factory=_default_device)
+    max_model_len: int | None = Field(default=None, gt=1)  #: tokens; None: see `engine.py`
+    max_num_seqs: int = Field(default=64, gt=0)  #: requests that one engine runs at once
+    cpu_kv_cache_gib: int = Field(default=2, gt=0)  #: memory for KV of one CPU engine
+    engine_args: dict[str, Any] = Field(default_factory=dict)  #: further vLLM engine arguments
+
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=0, le=65535)
+    flower_port: int = Field(default=5555, ge=0, le=65535)
+
+    kv_ttl_s: int = Field(default=3600, gt=0)  #: seconds an unused KV block lives
+    result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
+    request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
+    worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone
+    drain_timeout_s: float = Field(default=30.0, ge=0)  #: seconds running requests get at a stop
+    delivery_limit: int = Field(default=3, gt=0)  #: deliveries of one job before it is given up
+
+    @field_validator("kv_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, value: object) -> object:
+        return tuple(u for u in value.split(",") if u) if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _RunningStack(settings_cls)
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the API serves the model."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).name if self.model else "SmolLM2-135M-Instruct"
+
+    def to_env(self) -> dict[str, str]:
+        """`PDTASKS_*` variables that make another process read the same settings."""
+        env = {}
+        for name, value in self:
+            if value is None or value == ():
+                continue
+            if isinstance(value, tuple):
+                text = ",".join(value)
+            else:
+                text = json.dumps(value) if isinstance(value, dict) else str(value)
+            env[f"PDTASKS_{name.upper()}"] = text
+        return env
+
+    def require_broker(self) -> str:
+        """The broker's URL. Raises ConfigurationError when none is known."""
+        return self._require("broker_url")
+
+    def require_bus(self) -> str:
+        """The bus's URL. Raises ConfigurationError when none is known."""
+        return self._require("bus_url")
+
+    def _require(self, name: str) -> str:
+        value = getattr(self, name)
+        if not value:
+            raise ConfigurationError(
+                f"no {name.removesuffix('_url')} is known: start a stack with `pdtasks up`, "
+                f"or set PDTASKS_{name.upper()}"
+            )
+        return str(value)
+
+
+class _RunningStack(PydanticBaseSettingsSource):
+    """Values from the stack that runs under `home`, if one does."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False  # all values come from __call__
+
+    def __call__(self) -> dict[str, Any]:
+        home = Path(self.current_state.get("home") or _default_home())
+        try:
+            env = json.loads((home / "stack.json").read_text())["env"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        prefix = "PDTASKS_"
+        values = {k.removeprefix(prefix).lower(): v for k, v in env.items() if k.startswith(prefix)}
+        values.pop("home", None)
+        if isinstance(values.get("engine_args"), str):
+            values["engine_args"] = json.loads(values["engine_args"])
+        return values
+
+
+@cache
+def load_settings() -> Settings:
+    """The settings of this process, read once.
+
+    Raises ConfigurationError naming each variable that cannot be used.
+    """
+    try:
+        return Settings()
+    except ValueError as exc:
+        raise ConfigurationError(f"settings cannot be used: {exc}") from exc

@@ -1,0 +1,246 @@
+"""What does one worker process hold? Its engine, its end of the reply streams, its good name.
+
+Made once when Celery starts the worker (`start`), used by the tasks of both stages (`current`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+import valkey
+import valkey.asyncio
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from pdtasks.engine import ENGINE_VERSION, Engine, Generation
+from pdtasks.errors import IncompatibleWorker, PdtasksError, RequestAborted, RequestTimeout
+from pdtasks.kv.handle import KVHandle
+from pdtasks.kv.store import BlockStore, StoreError
+from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
+from pdtasks.models import resolve_model
+from pdtasks.presence import worker_key
+from pdtasks.reply import ReplyWriter, is_reply_stream
+from pdtasks.settings import Settings
+from pdtasks.text import TextFrontend
+
+logger = logging.getLogger(__name__)
+
+#: Aborted requests remembered in case their job is still on its way here.
+_REMEMBERED_ABORTS = 10_000
+_ANNOUNCE_S = 2.0
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Everything that the tasks of this process share."""
+
+    def __init__(self, settings: Settings, *, name: str, role: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.role = role
+        self.state = "starting"
+        self._engine_ids = itertools.count()
+        self._encoder = MsgpackEncoder(size_threshold=1 << 60)
+        self._aborted: OrderedDict[str, None] = OrderedDict()
+        self._final_reports: dict[Generation, Callable[[], tuple[StageReport, ...]]] = {}
+        self._blocks = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s)
+        self._announcer = threading.Thread(target=self._announce, name="presence", daemon=True)
+        self.engine: Engine
+        self.text: TextFrontend
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bring up the engine; returns when it can take requests."""
+        self._announcer.start()
+        model = resolve_model(self.settings.model, self.settings.cache_dir, logger.info)
+        self.engine = Engine(self.settings, model, self._publish_step, on_death=_exit_at_once)
+        started = time.monotonic()
+        logger.info("starting the engine for %s", self.settings.model_name)
+        self.engine.start()
+        logger.info("the engine is ready after %.1f s", time.monotonic() - started)
+        self.text = TextFrontend(self.engine.config)
+        bus = valkey.asyncio.Valkey.from_url(self.settings.require_bus())
+        self._replies = ReplyWriter(bus, self._reader_is_gone)
+        self.engine.call(self._replies.run())
+
+    def stop(self) -> None:
+        """End the engine and leave the bus."""
+        self.state = "stopped"
+        self.engine.stop()
+        with valkey.Valkey.from_url(self.settings.require_bus()) as bus:
+            bus.delete(worker_key(self.name))
+
+    def status(self) -> WorkerStatus:
+        """What this worker says of itself."""
+        running = getattr(self, "engine", None) is not None and self.state != "starting"
+        return WorkerStatus(
+            name=self.name,
+            role=self.role,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            state=self.state,
+            active=self.engine.num_running if running else 0,
+            model=self.settings.model_name,
+            max_model_len=self.engine.config.model_config.max_model_len if running else 0,
+            engine=ENGINE_VERSION,
+        )
+
+    def _announce(self) -> None:
+        bus = valkey.Valkey.from_url(self.settings.require_bus(), socket_timeout=_ANNOUNCE_S)
+        ttl_ms = int(self.settings.worker_ttl_s * 1000)
+        while self.state != "stopped":
+            try:
+                bus.set(worker_key(self.name), self.status().to_wire(), px=ttl_ms)
+            except valkey.ValkeyError as exc:
+                logger.warning("bus is away: %s", type(exc).__name__)
+            threading.Event().wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
+
+    def announce_ready(self) -> None:
+        """From now on the worker takes jobs."""
+        self.state = "ready"
+
+    # -- for the tasks, on the engine's loop ------------------------------------------------------
+
+    def run(self, coroutine: Coroutine[Any, Any, T], deadline: float) -> T:
+        """Run a stage on the engine's loop and wait for it, in a task's thread.
+
+        Raises RequestTimeout when `deadline` (UNIX seconds) passes; the stage is cancelled then.
+        """
+        timeout_s = deadline - time.time()
+        try:
+            return self.engine.call(asyncio.wait_for(coroutine, timeout_s)).result()
+        except TimeoutError as exc:
+            raise RequestTimeout("the deadline passed while the request was in the engine") from exc
+
+    def engine_id(self, request_id: str) -> str:
+        """A name for the engine that no other attempt at `request_id` has."""
+        return f"{request_id}#{os.getpid()}.{next(self._engine_ids)}"
+
+    async def generate(
+        self, generation: Generation, final_reports: Callable[[], tuple[StageReport, ...]]
+    ) -> None:
+        """Run `generation`; `final_reports` is asked when its answer is finished here."""
+        if generation.request_id in self._aborted:
+            raise RequestAborted("the caller hung up")
+        self._final_reports[generation] = final_reports
+        try:
+            await self.engine.generate(generation)
+        finally:
+            del self._final_reports[generation]
+
+    def check_engine(self, engine: str) -> None:
+        """Raises IncompatibleWorker when another vLLM made a request."""
+        if engine != ENGINE_VERSION:
+            raise IncompatibleWorker(
+                f"the request was made by {engine}, this worker runs {ENGINE_VERSION}"
+            )
+
+    async def discard(self, handle: dict[str, Any] | None) -> None:
+        """Delete what belongs to one request alone. A store that is away lets it expire."""
+        if handle is None:
+            return
+        keys = list(KVHandle.from_wire(handle).own_keys())
+        try:
+            await asyncio.to_thread(self._blocks.delete, keys)
+        except StoreError as exc:
+            logger.warning("KV of a finished request is left to its TTL: %s", type(exc).__name__)
+
+    # -- replies -------------------------------------------------------------------------------
+
+    def _publish_step(
+        self, step: list[tuple[Generation, int, EngineCoreOutput]], timestamp: float
+    ) -> None:
+        """One message for each reply stream, however many requests are in the step."""
+        by_stream: dict[str, list[tuple[Generation, int, EngineCoreOutput]]] = {}
+        for item in step:
+            stream = item[0].reply_to
+            if stream is not None:
+                by_stream.setdefault(stream, []).append(item)
+        for stream, items in by_stream.items():
+            outputs = EngineCoreOutputs(outputs=[o for _, _, o in items], timestamp=timestamp)
+            self._replies.put(
+                stream,
+                StepReply(
+                    worker=self.name,
+                    stage=self.role,
+                    engine=ENGINE_VERSION,
+                    outputs=bytes(self._encoder.encode(outputs)[0]),
+                    positions=tuple(position for _, position, _ in items),
+                    reports={
+                        generation.request_id: self._final_reports[generation]()
+                        for generation, _, output in items
+                        if output.finish_reason is not None
+                    },
+                ),
+            )
+
+    def publish_failure(self, stream: str | None, request_id: str, error: PdtasksError) -> None:
+        """Tell the asker that there will be no answer. Callable from any thread."""
+        if not is_reply_stream(stream):
+            return
+        reply = StepReply(
+            worker=self.name,
+            stage=self.role,
+            engine=ENGINE_VERSION,
+            failures={request_id: Failure.of(error)},
+        )
+        self.engine.loop.call_soon_threadsafe(self._replies.put, stream, reply)
+
+    def _reader_is_gone(self, stream: str) -> None:
+        for generation in list(self._final_reports):
+            if generation.reply_to == stream:
+                self.abort([generation.request_id])
+
+    # -- control -------------------------------------------------------------------------------
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop requests, running or still on their way here. Runs on the engine's loop."""
+        for request_id in request_ids:
+            self._aborted[request_id] = None
+            if len(self._aborted) > _REMEMBERED_ABORTS:
+                self._aborted.popitem(last=False)
+            if self.engine.abort(request_id):
+                logger.info("aborted %s", request_id)
+
+    def is_aborted(self, request_id: str) -> bool:
+        """True when the caller of `request_id` has hung up."""
+        return request_id in self._aborted
+
+
+def _exit_at_once() -> None:
+    """End a worker whose engine is dead.
+
+    A worker without an engine would answer every job with an error at once and swallow the whole
+    queue.  When the process ends, RabbitMQ gives all its jobs to others, together and at once.
+    """
+    logger.critical("no engine, no worker: exiting; RabbitMQ hands the jobs to others")
+    logging.shutdown()
+    os._exit(70)
+
+
+_current: Worker | None = None
+
+
+def start(settings: Settings, *, name: str, role: str) -> Worker:
+    """Make this process a worker."""
+    global _current
+    _current = Worker(settings, name=name, role=role)
+    _current.start()
+    return _current
+
+
+def current() -> Worker:
+    """The worker that this process is."""
+    assert _current is not None, "not in a pdtasks worker"
+    return _current
