@@ -146,14 +146,14 @@ def _refuse(why: str) -> None:
 def _announce_ready(**_: Any) -> None:
     from pdtasks import worker
 
-    worker.current().announce_ready()
+    worker.current().enter("ready")
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _announce_draining(**_: Any) -> None:
     from pdtasks import worker
 
-    worker.current().state = "draining"
+    worker.current().enter("draining")
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]

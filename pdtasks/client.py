@@ -10,6 +10,7 @@ pieces would be torn between the first token and the second.)
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -151,7 +152,14 @@ class PipelineCore(EngineCoreClient):  # type: ignore[misc]
 
     def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
         """What the stages did for a request that finished lately; one entry for each sequence."""
-        return self._reports.get(external_id, [])
+        if external_id in self._reports:
+            return self._reports[external_id]
+        # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
+        found: list[tuple[StageReport, ...]] = []
+        numbered = (self._reports.get(f"{external_id}-{i}") for i in itertools.count())
+        for reports in itertools.takewhile(lambda r: r is not None, numbered):
+            found += reports or ()
+        return found
 
     # -- replies -----------------------------------------------------------------------------------
 

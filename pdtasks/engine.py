@@ -173,6 +173,10 @@ class Engine:
 
     async def _boot(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        if self._settings.device == "cpu":
+            # The first request with logprobs would otherwise wait 40 s for a C++ compiler.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._settings.cpu_kv_cache_gib))
         # The connector reads its URLs there: vLLM logs its configuration, passwords and all.
         os.environ["PDTASKS_KV_URLS"] = ",".join(self._settings.kv_urls)
         arguments = engine_arguments(self._settings, self._model)

@@ -229,9 +229,7 @@ def _exclusive(lock_file: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _run(
-    step: str, command: Sequence[str], log: Path, progress: Progress, *, remedy: str
-) -> None:
+def _run(step: str, command: Sequence[str], log: Path, progress: Progress, *, remedy: str) -> None:
     """Runs a command that takes a while: tells that it goes on, and shows its last lines if it fails."""
     began = told = time.monotonic()
     progress(f"{step} …")

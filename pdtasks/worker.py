@@ -48,7 +48,8 @@ class Worker:
         self.settings = settings
         self.name = name
         self.role = role
-        self.state = "starting"
+        self._state = "starting"
+        self._state_changed = threading.Event()
         self._engine_ids = itertools.count()
         self._encoder = MsgpackEncoder(size_threshold=1 << 60)
         self._aborted: OrderedDict[str, None] = OrderedDict()
@@ -76,20 +77,21 @@ class Worker:
 
     def stop(self) -> None:
         """End the engine and leave the bus."""
-        self.state = "stopped"
+        self.enter("stopped")
+        self._announcer.join()
         self.engine.stop()
         with valkey.Valkey.from_url(self.settings.require_bus()) as bus:
             bus.delete(worker_key(self.name))
 
     def status(self) -> WorkerStatus:
         """What this worker says of itself."""
-        running = getattr(self, "engine", None) is not None and self.state != "starting"
+        running = self._state in ("ready", "draining")
         return WorkerStatus(
             name=self.name,
             role=self.role,
             host=socket.gethostname(),
             pid=os.getpid(),
-            state=self.state,
+            state=self._state,
             active=self.engine.num_running if running else 0,
             model=self.settings.model_name,
             max_model_len=self.engine.config.model_config.max_model_len if running else 0,
@@ -99,16 +101,18 @@ class Worker:
     def _announce(self) -> None:
         bus = valkey.Valkey.from_url(self.settings.require_bus(), socket_timeout=_ANNOUNCE_S)
         ttl_ms = int(self.settings.worker_ttl_s * 1000)
-        while self.state != "stopped":
+        while self._state != "stopped":
+            self._state_changed.clear()
             try:
                 bus.set(worker_key(self.name), self.status().to_wire(), px=ttl_ms)
             except valkey.ValkeyError as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
-            threading.Event().wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
+            self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
 
-    def announce_ready(self) -> None:
-        """From now on the worker takes jobs."""
-        self.state = "ready"
+    def enter(self, state: str) -> None:
+        """Change to `state` ("ready", "draining" or "stopped") and say so at once."""
+        self._state = state
+        self._state_changed.set()
 
     # -- for the tasks, on the engine's loop ------------------------------------------------------
 

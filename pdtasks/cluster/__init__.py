@@ -4,6 +4,7 @@
 
     placement   which worker gets which core or GPU
     process     one supervised child: own session, log file, identity, stop with a deadline
+    probes      is a port free, does a service answer
     rabbitmq    a private RabbitMQ node, every port on loopback
     valkey      private Valkey servers: kv (unix socket) and bus (loopback)
     stack       <home>/stack.json: what runs, for `status`, `down` and workers started by hand

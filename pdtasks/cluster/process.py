@@ -23,22 +23,18 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from pdtasks.cluster.probes import Tick, wait_until
 from pdtasks.errors import PdtasksError
 
-#: Called while something is waited for; may raise to give up.
-Tick = Callable[[], None]
-
-_POLL_S = 0.05
 _KILL_S = 10.0  # a killed process can take a moment to give back its memory
 # Runs before the command, in its process: a fresh interpreter and exec instead of `preexec_fn`,
 # which runs Python after a fork and can deadlock when the parent has threads.
@@ -80,36 +76,6 @@ def identify(pid: int) -> Identity | None:
     # The command's name is in parentheses and may contain anything, parentheses too.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else Identity(pid, int(fields[19]))
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float, tick: Tick | None = None) -> bool:
-    """Wait for `condition`; False when it did not come true in time."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        if tick is not None:
-            tick()
-        if time.monotonic() >= end:
-            return False
-        time.sleep(_POLL_S)
-    return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody uses now, all different."""
-    with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(count):
-            sock = held.enter_context(socket.socket())
-            sock.bind(("127.0.0.1", 0))
-            ports.append(int(sock.getsockname()[1]))
-        return ports
-
-
-def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:
-    """Does somebody listen there?"""
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
-        return True
-    return False
 
 
 def end(

@@ -27,20 +27,20 @@ import json
 import os
 import secrets
 import shutil
-import urllib.error
-import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pdtasks.cluster.process import (
-    Process,
-    StartFailed,
+from pdtasks.cluster.probes import (
     Tick,
     accepts_connections,
+    broker_accepts,
     free_ports,
+    http_status,
     wait_until,
 )
+from pdtasks.cluster.process import Process, StartFailed
 
 USER = "pdtasks"
 VHOST = "pdtasks"
@@ -67,14 +67,18 @@ raft.wal_max_size_bytes = 67108864
 class RabbitNode:
     """One private node."""
 
-    def __init__(self, directory: Path, *, log: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, log: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
         """Args:
         directory: everything the node keeps; made if it is not there.
+        env: further variables for its processes, by which others recognise them.
         """
         self.url = ""
         self.api_url = ""
         self._directory = directory.resolve()
         self._log = log or self._directory / "rabbitmq.log"
+        self._env = dict(env or {})
         self._epmd: Process | None = None
         self._node: Process | None = None
 
@@ -127,8 +131,12 @@ class RabbitNode:
         self._node = Process("rabbitmq", [str(script)], env=env, log=self._log)
         self._node.start()
         node = self._node
+
+        def serves() -> bool:  # 401: the management API is up and wants a password
+            return http_status(f"http://127.0.0.1:{management}/api/overview") == 401
+
         ready = wait_until(
-            lambda: not node.running or (_serves(self.api_url) and accepts_login(self.url)),
+            lambda: not node.running or (serves() and broker_accepts(self.url)),
             _START_S,
             tick,
         )
@@ -162,13 +170,12 @@ class RabbitNode:
         if not cookie.exists():  # Erlang would make one itself, from a weak random number
             _write(cookie, secrets.token_hex(24), mode=0o400)
 
-        # Nothing of another node's configuration may reach this one.
-        inherited = ("RABBITMQ_", "ERL_", "XDG_")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
         schedulers = min(4, len(os.sched_getaffinity(0)))
-        return env | {
+        # A small environment of its own: no other node's configuration reaches this one.
+        return self._env | {
             "HOME": str(home / "home"),
             "PATH": os.environ.get("PATH", os.defpath),
+            "LANG": "C.UTF-8",
             "RABBITMQ_NODENAME": NODE,
             "RABBITMQ_MNESIA_BASE": str(home / "mnesia"),
             "RABBITMQ_LOG_BASE": str(home),
@@ -238,32 +245,6 @@ def server_programs() -> tuple[Path, str]:
 
 def _is_start_script(path: Path) -> bool:
     return path.name == "rabbitmq-server" and path.with_name("rabbitmq-env").exists()
-
-
-def accepts_login(url: str) -> bool:
-    """Does the broker at `url` open a connection for this user?"""
-    import amqp.exceptions
-    import kombu
-
-    try:
-        with kombu.Connection(url, connect_timeout=2) as connection:
-            connection.connect()
-    except (OSError, amqp.exceptions.AMQPError):
-        return False
-    return True
-
-
-def _serves(api_url: str) -> bool:
-    """Does the management API answer (with 401, for no password goes along)?"""
-    address = "http://" + api_url.rpartition("@")[2] + "overview"
-    try:
-        urllib.request.urlopen(address, timeout=1).close()
-    except urllib.error.HTTPError as exc:
-        exc.close()
-        return exc.code == 401
-    except OSError:
-        return False
-    return True
 
 
 def _definitions(password: str) -> dict[str, object]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pdtasks.cluster.process import Identity, Tick, end
+from pdtasks.cluster.probes import Tick
+from pdtasks.cluster.process import Identity, end
 from pdtasks.errors import PdtasksError
 
 Role = Literal["broker", "bus", "kv", "api", "flower", "prefill", "decode"]

@@ -19,15 +19,16 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import quote
 
 import psutil
-import valkey as client
 
-from pdtasks.cluster.process import Process, StartFailed, Tick, free_ports, wait_until
+from pdtasks.cluster.probes import Tick, free_ports, valkey_answers, wait_until
+from pdtasks.cluster.process import Process, StartFailed
 
 Kind = Literal["kv", "bus"]
 
@@ -71,9 +72,11 @@ class ValkeyServer:
         *,
         log: Path | None = None,
         maxmemory: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         """Args:
         directory: for the socket and the log; made if it is not there.
+        env: further variables for the server, by which others recognise it.
         maxmemory: bytes for values; None: a quarter of the memory (kv) or a sixteenth (bus).
         """
         self.kind: Kind = kind
@@ -82,6 +85,7 @@ class ValkeyServer:
         self._directory = directory
         self._log = log or directory / f"valkey-{kind}.log"
         self._maxmemory = maxmemory or default_maxmemory(kind)
+        self._env = dict(env or {})
         self._process: Process | None = None
 
     @property
@@ -154,13 +158,15 @@ class ValkeyServer:
         self._process = Process(
             f"valkey {self.kind}",
             [str(program), "-"],
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"} | self._env,
             log=self._log,
             stdin="".join(f"{name} {value}\n" for name, value in options.items()),
             cwd=self._directory,
         )
         self._process.start()
-        ready = wait_until(lambda: not self.process.running or answers(self.url), _START_S, tick)
+        ready = wait_until(
+            lambda: not self.process.running or valkey_answers(self.url), _START_S, tick
+        )
         if not self._process.running:
             raise self._process.failure("stopped while it started")
         if not ready:
@@ -196,15 +202,6 @@ class ValkeyServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def answers(url: str) -> bool:
-    """Does the server at `url` answer PING?"""
-    try:
-        with client.Valkey.from_url(url, socket_timeout=1, socket_connect_timeout=1) as server:
-            return bool(server.ping())
-    except (client.ValkeyError, OSError):
-        return False
 
 
 def server_program() -> Path:

@@ -1,0 +1,132 @@
+"""Which worker runs on which cores or GPUs?
+
+Two engines left to themselves take the same core 0 or the same GPU 0, so each is told its own.  On
+a CPU host the cores are shared out evenly; what does not divide is left to the API and the
+services.  Prefill workers come first.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pdtasks.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One worker and its place."""
+
+    role: str
+    number: int  #: from 1, for each role
+    devices: str  #: for people: "core 0", "GPU 1, 2"
+    env: Mapping[str, str]  #: what makes the engine stay there
+
+    @property
+    def name(self) -> str:
+        """The worker's name without its host."""
+        return f"{self.role}{self.number}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where all workers go, and what is wrong with it."""
+
+    workers: tuple[Placement, ...]
+    warning: str | None = None
+
+
+def place_on_cores(
+    prefill: int, decode: int, *, cores: Sequence[int], ranks_per_worker: int = 1
+) -> Plan:
+    """Share `cores` out. With more engines than cores some share one, which the plan warns of."""
+    workers = _workers(prefill, decode)
+    ranks = len(workers) * ranks_per_worker
+    share = max(1, len(cores) // max(1, ranks))
+    placed = []
+    for index, (role, number) in enumerate(workers):
+        parts = []
+        for rank in range(index * ranks_per_worker, (index + 1) * ranks_per_worker):
+            parts.append([cores[(rank * share + i) % len(cores)] for i in range(share)])
+        own = [core for part in parts for core in part]
+        placed.append(
+            Placement(
+                role,
+                number,
+                f"{'core' if len(own) == 1 else 'cores'} {_list(own)}",
+                # One list for each rank, as vLLM reads it.
+                {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, p)) for p in parts)},
+            )
+        )
+    warning = None
+    if ranks > len(cores):
+        warning = f"{ranks} engines share {len(cores)} CPU cores: expect them to slow each other"
+    return Plan(tuple(placed), warning)
+
+
+def place_on_gpus(
+    prefill: int, decode: int, *, gpus: Sequence[str], gpus_per_worker: int = 1
+) -> Plan:
+    """Give each worker GPUs of its own. Raises ConfigurationError when there are too few."""
+    workers = _workers(prefill, decode)
+    needed = len(workers) * gpus_per_worker
+    if needed > len(gpus):
+        each = "" if gpus_per_worker == 1 else f" with {gpus_per_worker} GPUs each"
+        raise ConfigurationError(
+            f"{prefill} prefill and {decode} decode workers{each} need {needed} GPUs, "
+            f"but {len(gpus)} can be used here: start fewer workers (--prefill, --decode)"
+        )
+    placed = []
+    for index, (role, number) in enumerate(workers):
+        own = gpus[index * gpus_per_worker : (index + 1) * gpus_per_worker]
+        placed.append(
+            Placement(role, number, f"GPU {_list(own)}", {"CUDA_VISIBLE_DEVICES": ",".join(own)})
+        )
+    return Plan(tuple(placed))
+
+
+def usable_cores() -> list[int]:
+    """CPU cores that this process may use, one for each physical core first."""
+    allowed = sorted(os.sched_getaffinity(0))
+    first: dict[str, int] = {}
+    for core in allowed:
+        first.setdefault(_siblings(core), core)
+    return [*first.values(), *(core for core in allowed if core not in first.values())]
+
+
+def usable_gpus() -> list[str]:
+    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in ("", "-1")]
+    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def ranks_per_worker(engine_args: Mapping[str, object]) -> int:
+    """Devices that one engine spreads over, by vLLM's own arguments."""
+    ranks = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        ranks *= int(str(engine_args.get(name) or 1))
+    return ranks
+
+
+def _workers(prefill: int, decode: int) -> list[tuple[str, int]]:
+    return [
+        *(("prefill", number) for number in range(1, prefill + 1)),
+        *(("decode", number) for number in range(1, decode + 1)),
+    ]
+
+
+def _siblings(core: int) -> str:
+    try:
+        path = f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return str(core)
+
+
+def _list(items: Sequence[int] | Sequence[str]) -> str:
+    return ", ".join(map(str, items))

@@ -1,0 +1,99 @@
+"""Is it there? Questions to services and ports, and the patience to wait for a yes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import valkey
+
+#: Called while something is waited for; may raise to give up.
+Tick = Callable[[], None]
+
+_POLL_S = 0.05
+_TIMEOUT_S = 1.0
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, tick: Tick | None = None) -> bool:
+    """Wait for `condition`; False when it did not come true in time."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if tick is not None:
+            tick()
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody uses now, all different."""
+    with contextlib.ExitStack() as held:
+        ports = []
+        for _ in range(count):
+            sock = held.enter_context(socket.socket())
+            sock.bind(("127.0.0.1", 0))
+            ports.append(int(sock.getsockname()[1]))
+        return ports
+
+
+def port_is_taken(host: str, port: int) -> bool:
+    """Would a server fail to listen there because somebody else does?"""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+        try:
+            sock.bind((host, port))
+        except OSError as exc:
+            return exc.errno == errno.EADDRINUSE
+    return False
+
+
+def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:
+    """Does somebody listen there?"""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_TIMEOUT_S):
+        return True
+    return False
+
+
+def http_status(url: str) -> int | None:
+    """The status with which `url` answers; None when nobody does."""
+    # Without the proxy that the environment may name: all of these are on this host.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_TIMEOUT_S) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as exc:
+        exc.close()
+        return exc.code
+    except (OSError, ValueError):
+        return None
+
+
+def valkey_answers(url: str) -> bool:
+    """Does the server at `url` take our password and answer PING?"""
+    try:
+        with valkey.Valkey.from_url(
+            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        ) as server:
+            return bool(server.ping())
+    except (valkey.ValkeyError, OSError):
+        return False
+
+
+def broker_accepts(url: str) -> bool:
+    """Does the broker at `url` open a connection for this user?"""
+    from amqp.exceptions import AMQPError
+    from kombu import Connection
+
+    try:
+        with Connection(url, connect_timeout=_TIMEOUT_S) as connection:
+            connection.connect()
+    except (OSError, AMQPError):
+        return False
+    return True
