@@ -49,7 +49,9 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
         """End the request in this stage; a waiting Celery client gets `answer` as the result."""
         rest, self.request.chain = self.request.chain, None
         if answer is not None and wants_result(rest):
-            self.backend.store_result(answer.request_id, msgspec.to_builtins(answer), states.SUCCESS)
+            self.backend.store_result(
+                answer.request_id, msgspec.to_builtins(answer), states.SUCCESS
+            )
 
     def on_failure(
         self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any
@@ -66,7 +68,9 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
 
 def wants_result(chain: list[dict[str, Any]] | None) -> bool:
     """Does a Celery client wait for the last task of `chain`?"""
-    return bool(chain) and not chain[0]["options"].get("ignore_result", False)
+    return chain is not None and any(
+        not step["options"].get("ignore_result", False) for step in chain
+    )
 
 
 _add_worker_parts()

@@ -47,9 +47,9 @@ class StageConsumer(Consumer):  # type: ignore[misc]
     """Celery's consumer without the step for delayed delivery."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
-        default_steps = [
+        default_steps = tuple(
             step for step in Consumer.Blueprint.default_steps if "delayed_delivery" not in str(step)
-        ]
+        )
 
 
 class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]
@@ -98,7 +98,7 @@ def install(app: Celery) -> None:
 
 
 @control_command(name="pdtasks_abort", args=[("request_ids", list)])  # type: ignore[untyped-decorator]
-def abort_command(state: Any, request_ids: list[str]) -> dict[str, str]:
+def abort_command(_state: Any, request_ids: list[str]) -> dict[str, str]:
     """Drop requests whose caller has hung up."""
     _abort(request_ids)
     return {"ok": "aborting"}
@@ -138,7 +138,7 @@ def _start_worker(sender: Any, **_: Any) -> None:
 
 
 def _refuse(why: str) -> None:
-    print(f"pdtasks: {why}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"pdtasks: {why}\n")
     raise SystemExit(2)
 
 

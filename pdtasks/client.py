@@ -19,12 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import valkey.asyncio
+from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.renderers import renderer_from_config
+from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -50,6 +52,11 @@ _REMEMBERED_REPORTS = 1000
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
+_REPLIES = Counter("pdtasks_replies", "Messages on this API's reply stream")
+_OUTPUTS = Counter(
+    "pdtasks_outputs", "Outputs in them; more than one each where requests share steps"
+)
+
 
 @dataclass
 class _Open:
@@ -61,10 +68,10 @@ class _Open:
     stage_waited_for: str = STAGES[0]
 
 
-class PipelineCore(EngineCoreClient):  # type: ignore[misc]
+class PipelineCore(EngineCoreClient):
     """An engine core that is a pipeline of Celery tasks. Lives in one event loop."""
 
-    engine_ranks_managed = [0]
+    engine_ranks_managed: ClassVar = [0]
 
     def __init__(
         self, settings: Settings, fail: Callable[[str, PdtasksError], Awaitable[None]]
@@ -140,15 +147,17 @@ class PipelineCore(EngineCoreClient):  # type: ignore[misc]
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
 
-    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         return ("generate",)
 
     def require_workers(self) -> None:
         """Raises NoWorker when a stage has nobody who could do it."""
         for stage in STAGES:
             if not self._has_worker(stage):
-                raise NoWorker(f"no {stage} worker is alive: start one with `celery -A pdtasks "
-                               f"worker -Q {stage} -P threads`, or `pdtasks up`")
+                raise NoWorker(
+                    f"no {stage} worker is alive: start one with `celery -A pdtasks "
+                    f"worker -Q {stage} -P threads`, or `pdtasks up`"
+                )
 
     def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
         """What the stages did for a request that finished lately; one entry for each sequence."""
@@ -172,30 +181,31 @@ class PipelineCore(EngineCoreClient):  # type: ignore[misc]
                 logger.exception("a reply of %s could not be used", reply.worker)
 
     async def _take(self, reply: StepReply) -> None:
+        _REPLIES.inc()
+        _OUTPUTS.inc(len(reply.positions))
         for request_id, reports in reply.reports.items():
             if entry := self._open.get(request_id):
                 self._remember(entry.request, reports)
         for request_id, failure in reply.failures.items():
-            if request_id in self._open:
-                await self._give_up(request_id, failure.to_error())
-        if not reply.outputs:
-            return
-        if reply.engine != ENGINE_VERSION:
+            await self._give_up(request_id, failure.to_error())
+        if reply.outputs and reply.engine == ENGINE_VERSION:
+            await self._take_outputs(reply)
+        elif reply.outputs:
             logger.error("%s runs %s, this API %s", reply.worker, reply.engine, ENGINE_VERSION)
-            return
+
+    async def _take_outputs(self, reply: StepReply) -> None:
         step = self._decoder.decode(reply.outputs)
-        # Each host has a monotonic clock of its own: shift the worker's times to ours.
         now = time.monotonic()
-        shift = now - step.timestamp
         wanted, unknown = [], []
         for position, output in zip(reply.positions, step.outputs, strict=True):
             entry = self._open.get(output.request_id)
             if entry is None:
                 unknown.append(output.request_id)
             elif await self._merge(entry, position, output):
-                for event in output.events or ():
-                    event.timestamp += shift
                 wanted.append(output)
+        for event in (event for output in wanted for event in output.events or ()):
+            # Each host has a monotonic clock of its own: shift the worker's times to ours.
+            event.timestamp += now - step.timestamp
         if wanted:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
         if unknown:
@@ -278,7 +288,7 @@ class PipelineCore(EngineCoreClient):  # type: ignore[misc]
         return any(w.role == stage and w.state == "ready" for w in self.workers)
 
 
-class PipelineLLM(AsyncLLM):  # type: ignore[misc]
+class PipelineLLM(AsyncLLM):
     """vLLM's `AsyncLLM` over a `PipelineCore`."""
 
     engine_core: PipelineCore

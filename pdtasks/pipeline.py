@@ -89,7 +89,7 @@ def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
     """
     # A plain dict, not a Celery signature: `chain()` costs five times as much and freezes
     # `reply_to` by itself.
-    decode = {
+    decode: dict[str, Any] = {
         "task": DECODE_TASK,
         "args": [],
         "kwargs": {},

@@ -169,5 +169,3 @@ class _Prefill:
             stages=(self._report(),),
             time_to_first_token_s=self._first_token_at - self._job.submitted_at,
         )
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import valkey
 import valkey.asyncio
@@ -21,7 +22,8 @@ def worker_key(name: str) -> str:
 def read_workers(bus: valkey.Valkey) -> list[WorkerStatus]:
     """All workers with a sign of life, by role and name. Raises valkey.ValkeyError."""
     keys = list(bus.scan_iter(match=_PREFIX + "*", count=1000))
-    return _parse(bus.mget(keys)) if keys else []
+    # Typed for the asynchronous client as well.
+    return _parse(cast("list[bytes | None]", bus.mget(keys))) if keys else []
 
 
 async def read_workers_async(bus: valkey.asyncio.Valkey) -> list[WorkerStatus]:

@@ -179,7 +179,7 @@ class Worker:
                     worker=self.name,
                     stage=self.role,
                     engine=ENGINE_VERSION,
-                    outputs=bytes(self._encoder.encode(outputs)[0]),
+                    outputs=memoryview(self._encoder.encode(outputs)[0]).tobytes(),
                     positions=tuple(position for _, position, _ in items),
                     reports={
                         generation.request_id: self._final_reports[generation]()
@@ -191,7 +191,7 @@ class Worker:
 
     def publish_failure(self, stream: str | None, request_id: str, error: PdtasksError) -> None:
         """Tell the asker that there will be no answer. Callable from any thread."""
-        if not is_reply_stream(stream):
+        if stream is None or not is_reply_stream(stream):
             return
         reply = StepReply(
             worker=self.name,
@@ -233,18 +233,18 @@ def _exit_at_once() -> None:
     os._exit(70)
 
 
-_current: Worker | None = None
+#: The worker that this process is; empty in all others.
+_current: list[Worker] = []
 
 
-def start(settings: Settings, *, name: str, role: str) -> Worker:
+def start(settings: Settings, *, name: str, role: str) -> None:
     """Make this process a worker."""
-    global _current
-    _current = Worker(settings, name=name, role=role)
-    _current.start()
-    return _current
+    here = Worker(settings, name=name, role=role)
+    here.start()
+    _current.append(here)
 
 
 def current() -> Worker:
     """The worker that this process is."""
-    assert _current is not None, "not in a pdtasks worker"
-    return _current
+    (here,) = _current
+    return here

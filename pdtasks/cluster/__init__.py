@@ -8,7 +8,9 @@
     rabbitmq    a private RabbitMQ node, every port on loopback
     valkey      private Valkey servers: kv (unix socket) and bus (loopback)
     stack       <home>/stack.json: what runs, for `status`, `down` and workers started by hand
+    down        `pdtasks down`: ask the supervisor to stop, and wait
     supervisor  `pdtasks up`: start in order, watch, restart, drain, stop
+    children    commands and environments of workers, API and Flower
     status      `pdtasks status`: the stack's processes and every worker that shows a sign of life
     console     readable lines on a terminal or in a log
 """

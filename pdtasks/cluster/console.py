@@ -1,4 +1,4 @@
-"""How does `pdtasks up` speak? Plain lines; on a terminal a little colour and one line that moves."""
+"""How does `pdtasks up` speak? Plain lines; a little colour and one moving line on a terminal."""
 
 from __future__ import annotations
 

@@ -181,10 +181,10 @@ class ValkeyServer:
             self.temporary = Path(tempfile.mkdtemp(prefix="pdtasks-", dir="/tmp"))  # mode 0700
         return self.temporary / path.name
 
-    def stop(self) -> None:
+    def stop(self, tick: Tick | None = None) -> None:
         """Stop the server and remove its socket; harmless when it does not run."""
         if self._process is not None:
-            self._process.stop(_STOP_S)
+            self._process.stop(_STOP_S, tick)
         with contextlib.suppress(OSError):
             (self._directory / f"{self.kind}.sock").unlink(missing_ok=True)
         if self.temporary is not None:

@@ -75,7 +75,7 @@ class BlockLookup:
         return handle.expires_at > time.time() and handle.num_tokens <= request.num_prompt_tokens
 
     def num_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens that the store can supply beyond those computed here. Changes nothing in the plan."""
+        """Tokens that the store can supply beyond those computed here; plans nothing."""
         advance_grammar(request)
         handle = self._handles.get(request.request_id)
         return max(0, handle.num_tokens - num_computed_tokens) if handle else 0
@@ -123,7 +123,9 @@ class BlockLookup:
         )
         state = step.kv_connector_block_state
         assert state is not None
-        block_ids = state.get_block_ids(request.request_id)[0][saving.num_saved : num_blocks]
+        all_ids = state.get_block_ids(request.request_id)
+        assert all_ids is not None
+        block_ids = all_ids[0][saving.num_saved : num_blocks]
         if last:
             del self._saving[request.request_id]
         if not block_ids:

@@ -47,7 +47,7 @@ def advance_grammar(request: Request) -> None:
     manager = getattr(request, "_pdtasks_grammar_manager", None)
     if manager is None or not resume_tokens(request.kv_transfer_params):
         return
-    request._pdtasks_grammar_manager = None  # type: ignore[attr-defined]
+    del request._pdtasks_grammar_manager  # type: ignore[attr-defined]  # noqa: SLF001
     manager.accept_tokens(request, list(request.output_token_ids))
 
 
@@ -59,7 +59,7 @@ def _remember_grammar_manager() -> None:
     @wraps(original)
     def grammar_init(self: StructuredOutputManager, request: Request) -> Any:
         if request.structured_output_request is not None:
-            request._pdtasks_grammar_manager = self  # type: ignore[attr-defined]
+            request._pdtasks_grammar_manager = self  # type: ignore[attr-defined]  # noqa: SLF001
         return original(self, request)
 
     StructuredOutputManager.grammar_init = grammar_init  # type: ignore[method-assign]

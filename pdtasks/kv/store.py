@@ -8,6 +8,7 @@ and a server that is added or removed moves only its own share of the names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import valkey
 import xxhash
@@ -62,7 +63,7 @@ class BlockStore:
 
     def get(self, key: str) -> memoryview | None:
         """Return the value, or None when the store does not have it. Raises StoreError."""
-        value = self._server(key).get(key)
+        value = cast("bytes | None", self._server(key).get(key))
         return None if value is None else memoryview(value)
 
     def touch(self, key: str) -> bool:

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -79,7 +80,7 @@ class BlockTransfer:
                 value = self._copy_out(block_id)
                 key = save.handle.key(save.first + offset, self._rank)
                 future = self._threads.submit(self._send, key, value)
-                future.add_done_callback(lambda f, s=save: self._save_done(s, f))
+                future.add_done_callback(partial(self._save_done, save))
 
     def _copy_out(self, block_id: int) -> torch.Tensor:
         assert self._pages is not None
@@ -91,7 +92,7 @@ class BlockTransfer:
         """Returns the bytes that crossed the wire: none when the block was there already."""
         if self._store.touch(key):
             return 0
-        view = memoryview(value.numpy()).cast("B")
+        view = memoryview(value.numpy().data).cast("B")
         seal(view, self._fingerprint)
         self._store.put(key, view)
         return len(view)
@@ -122,7 +123,7 @@ class BlockTransfer:
             for offset, block_id in enumerate(load.block_ids):
                 key = load.handle.key(load.first + offset, self._rank)
                 future = self._threads.submit(self._fetch, key, block_id)
-                future.add_done_callback(lambda f, ld=load: self._load_done(ld, f))
+                future.add_done_callback(partial(self._load_done, load))
 
     def _fetch(self, key: str, block_id: int) -> int | None:
         """Returns the bytes received, or None when the store lacks the block or it is damaged."""

@@ -1,0 +1,123 @@
+"""The command `pdtasks`: which verbs are there, and what do they take?
+
+Thin on purpose: every verb imports what it needs when it runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from pdtasks.errors import PdtasksError
+
+
+class _Verbs(click.Group):
+    """Turns our own errors into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PdtasksError as exc:
+            click.echo(f"pdtasks: {exc}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Verbs)
+@click.version_option(package_name="pdtasks")
+def main() -> None:
+    """Serve a language model in two Celery stages: prefill and decode."""
+
+
+@main.command()
+@click.option("--prefill", default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", default=1, show_default=True, help="Decode workers.")
+@click.option("--model", help="Folder or Hugging Face name; without it the embedded model.")
+@click.option("--host", help="Address the API listens on. [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port of the API. [default: 8000]")
+@click.option("--flower-port", type=int, help="Port of Flower. [default: 5555]")
+@click.option("--concurrency", type=int, help="Jobs that one worker takes at once.")
+@click.option("--no-flower", is_flag=True, help="Do not start Flower.")
+def up(
+    prefill: int,
+    decode: int,
+    model: str | None,
+    host: str | None,
+    port: int | None,
+    flower_port: int | None,
+    concurrency: int | None,
+    no_flower: bool,
+) -> None:
+    """Start services, workers, API and Flower; Ctrl-C drains and stops them."""
+    from pdtasks.cluster.console import Console
+    from pdtasks.cluster.supervisor import Size, run_stack
+
+    given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    size = Size(prefill, decode, concurrency, flower=not no_flower)
+    sys.exit(run_stack(overrides, size, Console()))
+
+
+@main.command()
+def down() -> None:
+    """Drain and stop the running stack. A second time: stop it at once."""
+    from pdtasks.cluster.console import Console
+    from pdtasks.cluster.down import stop_stack
+    from pdtasks.settings import load_settings
+
+    sys.exit(stop_stack(load_settings().home, Console()))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(as_json: bool) -> None:
+    """Show services and workers. Exit code 1 when nothing runs."""
+    from pdtasks.cluster.status import format_status, read_status
+    from pdtasks.settings import load_settings
+
+    found = read_status(load_settings())
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else format_status(found))
+    sys.exit(0 if found.anything else 1)
+
+
+@main.command()
+def doctor() -> None:
+    """Say what is missing on this host and how to get it."""
+    from pdtasks.doctor import run_checks
+    from pdtasks.settings import load_settings
+
+    checks = run_checks(load_settings())
+    for check in checks:
+        click.echo(f"{'✓' if check.ok else '✗'} {check.name}: {check.detail}")
+        if not check.ok:
+            click.echo(f"    {check.remedy}")
+    sys.exit(0 if all(check.ok for check in checks) else 1)
+
+
+@main.command()
+@click.option("--prompt", default="What is the capital of France?", show_default=True)
+def demo(prompt: str) -> None:
+    """Start a stack of its own, ask one question, show the proof, stop."""
+    from pdtasks.cluster.console import Console
+    from pdtasks.demo import run_demo
+
+    sys.exit(run_demo(prompt, Console()))
+
+
+@main.command()
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on. [default: 8000]")
+def api(host: str | None, port: int | None) -> None:
+    """Run one API process beside workers that run already."""
+    from pdtasks.settings import load_settings
+
+    settings = load_settings()
+    from api.main import serve
+
+    serve(settings, host or settings.api_host, settings.api_port if port is None else port)
+
+
+if __name__ == "__main__":
+    main(prog_name="pdtasks")

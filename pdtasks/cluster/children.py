@@ -1,0 +1,100 @@
+"""Which commands and environments do workers, API and Flower get?
+
+What is here by argument can be typed by hand as well: `celery -A pdtasks worker -Q prefill …`.
+Secrets travel by environment only, for everybody on a host can read a command line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import site
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pdtasks
+from pdtasks.cluster.placement import Placement
+from pdtasks.cluster.process import Process, StartFailed
+from pdtasks.settings import Settings
+
+
+def worker(settings: Settings, placement: Placement, concurrency: int) -> Process:
+    """One prefill or decode worker in its place."""
+    argv = ["celery", "-A", "pdtasks", "worker", "-Q", placement.role]
+    argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
+    argv += ["-E", "--without-mingle", "--without-gossip", "-l", "INFO"]
+    env = {
+        # vLLM starts its engine in a process of its own; CUDA does not survive a fork.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+    }
+    return _python(placement.name, argv, settings, {**env, **placement.env})
+
+
+def api(settings: Settings) -> Process:
+    """The HTTP API."""
+    argv = ["pdtasks.cli", "api", "--host", settings.api_host, "--port", str(settings.api_port)]
+    # It computes nothing; torch's threads would only get in the engines' way.
+    return _python("api", argv, settings, {"OMP_NUM_THREADS": "1"})
+
+
+def flower(settings: Settings, cookie_secret: str) -> Process:
+    """Flower on loopback. Raises StartFailed when its configuration is not installed."""
+    found = importlib.util.find_spec("configs.flowerconfig")
+    if found is None or found.origin is None:
+        raise StartFailed("configs/flowerconfig.py is missing: install pdtasks again")
+    argv = ["celery", "-A", "pdtasks", "flower", f"--conf={found.origin}"]
+    argv += ["--address=127.0.0.1", f"--port={settings.flower_port}"]
+    env = {
+        # Only this host can connect, and the configuration allows looking only.
+        "FLOWER_UNAUTHENTICATED_API": "true",
+        # The same after a restart, so that open pages go on.
+        "FLOWER_COOKIE_SECRET": cookie_secret,
+    }
+    return _python("flower", argv, settings, env)
+
+
+def api_url(settings: Settings) -> str:
+    """Where the API answers on this host."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.api_host, settings.api_host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.api_port}"
+
+
+def flower_url(settings: Settings) -> str:
+    """Where Flower answers."""
+    return f"http://127.0.0.1:{settings.flower_port}"
+
+
+def log_folder(settings: Settings) -> Path:
+    """Where every child's log is."""
+    return settings.home / "logs"
+
+
+def _python(name: str, argv: Sequence[str], settings: Settings, env: Mapping[str, str]) -> Process:
+    return Process(
+        name,
+        [sys.executable, "-m", *argv],
+        env={**_common_env(settings), **env},
+        log=log_folder(settings) / f"{name}.log",
+        cwd=settings.home,  # `python -m` looks for modules in the current folder first
+    )
+
+
+def _common_env(settings: Settings) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+    env |= settings.to_env()
+    env |= {
+        "PYTHONUNBUFFERED": "1",
+        # Nothing about this host or its requests goes to anybody.
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Tokenizers in several threads and forks warn, and gain nothing here.
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.model is None or Path(settings.model).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"  # everything is here already
+    root = str(Path(pdtasks.__file__).resolve().parent.parent)
+    if root not in site.getsitepackages():  # a checkout
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    return env

@@ -1,0 +1,54 @@
+"""Flower shows the tasks of both stages, and never what was asked or answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from tests.acceptance.running_stack import Stack, ask, wait_until
+
+CANARY = "xylophone"
+
+
+def test_flower_shows_both_stages_and_no_text(stack: Stack, client: httpx.Client) -> None:
+    body = ask(client, f"Repeat the word {CANARY} {CANARY}.", "flower", max_tokens=16)
+    assert body["choices"][0]["message"]["content"]
+    flower = httpx.Client(base_url=stack.flower_url, timeout=20, follow_redirects=True)
+
+    def tasks() -> dict[str, Any] | None:
+        found: dict[str, Any] = flower.get("/api/tasks").json()
+        ours = {k: t for k, t in found.items() if "chatcmpl-flower" in k}
+        done = {t["name"] for t in ours.values() if t["state"] == "SUCCESS"}
+        return ours if done == {"pdtasks.prefill", "pdtasks.decode"} else None
+
+    ours = wait_until(tasks)
+    pages = ["/", "/workers", "/tasks", "/api/tasks", "/api/workers", "/broker"]
+    pages += [f"/task/{task_id}" for task_id in ours]
+    pages += [f"/api/task/info/{task_id}" for task_id in ours]
+    texts = [flower.get(page).text for page in pages]
+    assert not [page for page, text in zip(pages, texts, strict=True) if CANARY in text]
+    token_ids = str(body["choices"][0].get("token_ids"))
+    assert token_ids == "None" or token_ids not in "".join(texts)
+
+
+def test_no_text_reaches_a_log(stack: Stack, client: httpx.Client) -> None:
+    ask(client, f"What is a {CANARY}? Explain {CANARY}.", "logs", max_tokens=24)
+
+    assert CANARY not in stack.logs()
+
+
+def test_no_password_is_in_logs_or_command_lines(stack: Stack) -> None:
+    import psutil
+
+    secrets = {
+        stack.private(name).partition("://:")[2].partition("@")[0]
+        for name in ("bus_url", "kv_urls")
+    }
+    secrets |= {stack.private("broker_url").partition("pdtasks:")[2].partition("@")[0]}
+    commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert len(secrets) == 3
+    assert all(len(secret) > 15 for secret in secrets)
+    for secret in secrets:
+        assert secret not in stack.logs()
+        assert not [c for c in commands if secret in c]
