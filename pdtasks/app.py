@@ -12,7 +12,14 @@ from typing import Any
 import msgspec
 from celery import Celery, Task, states
 
-from pdtasks.errors import EngineFailed, InvalidRequest, PdtasksError, RequestTimeout
+from pdtasks.bootsteps import install, wants_result
+from pdtasks.errors import (
+    EngineFailed,
+    InvalidRequest,
+    PdtasksError,
+    RequestAborted,
+    RequestTimeout,
+)
 from pdtasks.messages import Answer
 from pdtasks.naming import request_id_of
 from pdtasks.reply import is_reply_stream
@@ -21,12 +28,7 @@ logger = logging.getLogger(__name__)
 
 app = Celery("pdtasks", include=["pdtasks.prefill", "pdtasks.decode"])
 app.config_from_object("configs.celeryconfig")
-
-
-def _add_worker_parts() -> None:
-    from pdtasks import bootsteps
-
-    bootsteps.install(app)
+install(app)
 
 
 class StageTask(Task):  # type: ignore[misc]  # Celery has no types
@@ -37,7 +39,7 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     #: Nothing of a result in events and logs: it holds prompt or answer.
     resultrepr_maxsize = 0
     #: Expected ends: one line in the log, no traceback.
-    throws = (InvalidRequest, RequestTimeout)
+    throws = (InvalidRequest, RequestAborted, RequestTimeout)
 
     @property
     def reply_stream(self) -> str | None:
@@ -64,13 +66,3 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
         worker.current().publish_failure(self.reply_stream, request_id, error)
         if wants_result(self.request.chain):
             self.backend.store_result(request_id, error, states.FAILURE)
-
-
-def wants_result(chain: list[dict[str, Any]] | None) -> bool:
-    """Does a Celery client wait for the last task of `chain`?"""
-    return chain is not None and any(
-        not step["options"].get("ignore_result", False) for step in chain
-    )
-
-
-_add_worker_parts()

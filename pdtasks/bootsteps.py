@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 import kombu
@@ -18,6 +20,7 @@ from celery import Celery, bootsteps, signals, states
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command
 from celery.worker.request import Request
+from kombu.serialization import loads
 
 from pdtasks import naming
 from pdtasks.errors import PdtasksError, WorkerLost
@@ -55,6 +58,10 @@ class StageConsumer(Consumer):  # type: ignore[misc]
 class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]
     """Tells the askers of jobs that were delivered too often that there will be no answer."""
 
+    def __init__(self, parent: Consumer, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        self._app: Celery = parent.app
+
     def get_consumers(self, channel: Any) -> list[kombu.Consumer]:
         queue = kombu.Queue(
             naming.DEAD_QUEUE,
@@ -62,34 +69,57 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]
             durable=True,
             queue_arguments={"x-queue-type": "quorum"},
         )
-        return [
-            kombu.Consumer(
-                channel,
-                queues=[queue],
-                callbacks=[self.give_up],
-                accept=["msgpack", "json"],
-                prefetch_count=1,
-            )
-        ]
+        # Whole messages, undecoded: what kills workers may be unreadable as well.
+        return [kombu.Consumer(channel, queues=[queue], on_message=self.give_up, prefetch_count=1)]
 
-    def give_up(self, body: Any, message: kombu.Message) -> None:
+    def give_up(self, message: kombu.Message) -> None:
         """Answer for one dead job."""
-        from pdtasks import worker
-        from pdtasks.app import app, wants_result
+        try:
+            self._answer_for(message)
+        except Exception:
+            logger.exception("a dead job could not be answered for")
+        finally:
+            message.ack()
 
-        task_id = message.headers.get("id", "")
+    def _answer_for(self, message: kombu.Message) -> None:
+        from pdtasks import worker
+
+        task_id = message.headers.get("id")
+        if not task_id:
+            logger.error("dropped a message that is no task of ours")
+            return
         request_id = naming.request_id_of(task_id)
         error = WorkerLost(
-            f"the {message.headers.get('task', 'task')} job was delivered "
-            f"{load_settings().delivery_limit} times and every worker that took it was lost"
+            f"{message.headers.get('task', 'the job')} was given up: its workers were lost "
+            f"again and again (more than {load_settings().delivery_limit} deliveries)"
         )
         logger.error("gave up %s: %s", request_id, error)
-        worker.current().publish_failure(message.properties.get("reply_to"), request_id, error)
-        chain = body[2].get("chain") if isinstance(body, list | tuple) and len(body) == 3 else None
-        ignored = message.headers.get("ignore_result", False)
-        if wants_result(chain) or (task_id == request_id and not ignored):
-            app.backend.store_result(request_id, error, states.FAILURE)
-        message.ack()
+        here = worker.current()
+        here.publish_failure(message.properties.get("reply_to"), request_id, error)
+        is_last = task_id == request_id and not message.headers.get("ignore_result", False)
+        if is_last or wants_result(_rest_of_chain(message)):
+            # Not in this loop: a bus that is away would block the worker's heartbeats.
+            store = partial(self._app.backend.store_result, request_id, error, states.FAILURE)
+            here.engine.call(asyncio.to_thread(store))
+
+
+def _rest_of_chain(message: kombu.Message) -> list[dict[str, Any]] | None:
+    """The tasks after the one in `message`; Celery keeps them in the body's third part."""
+    _, _, embedded = loads(
+        message.body,
+        message.content_type,
+        message.content_encoding,
+        accept={"application/x-msgpack", "application/json"},
+    )
+    chain: list[dict[str, Any]] | None = embedded.get("chain")
+    return chain
+
+
+def wants_result(chain: list[dict[str, Any]] | None) -> bool:
+    """Does a Celery client wait for the last task of `chain`?"""
+    return chain is not None and any(
+        not step["options"].get("ignore_result", False) for step in chain
+    )
 
 
 def install(app: Celery) -> None:

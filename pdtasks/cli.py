@@ -41,6 +41,7 @@ def main() -> None:
 @click.option("--concurrency", type=int, help="Jobs that one worker takes at once.")
 @click.option("--no-flower", is_flag=True, help="Do not start Flower.")
 def up(
+    *,
     prefill: int,
     decode: int,
     model: str | None,

@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import valkey.asyncio
 from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
@@ -35,12 +34,13 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from pdtasks.bus import BUS_ERRORS, connect_async
 from pdtasks.engine import ENGINE_VERSION
-from pdtasks.errors import NoWorker, PdtasksError, RequestTimeout, WorkerLost
+from pdtasks.errors import NoWorker, PdtasksError, RepliesLost, RequestTimeout, WorkerLost
 from pdtasks.handover import encode_request
 from pdtasks.messages import PrefillJob, StageReport, StepReply, WorkerStatus
 from pdtasks.naming import STAGES
-from pdtasks.pipeline import Publisher
+from pdtasks.pipeline import Aborter, Publisher
 from pdtasks.presence import read_workers_async
 from pdtasks.reply import ReplyStream
 from pdtasks.settings import Settings
@@ -82,14 +82,18 @@ class PipelineCore(EngineCoreClient):
         self._settings = settings
         self._fail = fail
         self._open: dict[str, _Open] = {}
+        self._missing_since: dict[str, float] = {}  # stages without a worker, UNIX seconds
         self._reports: OrderedDict[str, list[tuple[StageReport, ...]]] = OrderedDict()
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
-        self._bus = valkey.asyncio.Valkey.from_url(settings.require_bus())
-        self._stream = ReplyStream(self._bus)
+        settings.require_broker()
+        self._bus = connect_async(settings)
+        self._stream = ReplyStream(self._bus, self._replies_are_lost)
         # One thread: its connection to RabbitMQ is not safe for more.
         self._publisher = Publisher()
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._aborter = Aborter()
+        self._aborting = ThreadPoolExecutor(1, thread_name_prefix="aborter")
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------
@@ -109,15 +113,14 @@ class PipelineCore(EngineCoreClient):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stream.close()
         await self._bus.aclose()
-        await self._in_publisher(self._publisher.close)
+        self._aborting.submit(self._aborter.close)
+        self._publishing.submit(self._publisher.close)
+        self._aborting.shutdown()
         self._publishing.shutdown()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """vLLM's hook; what needs an event loop is done in `close`."""
         self.resources.engine_dead = True
-
-    async def _in_publisher(self, function: Callable[..., None], *args: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._publishing, function, *args)
 
     # -- requests, called by vLLM ----------------------------------------------------------------
 
@@ -134,7 +137,9 @@ class PipelineCore(EngineCoreClient):
             deadline=deadline,
         )
         try:
-            await self._in_publisher(self._publisher.publish, job, self._stream.name)
+            await asyncio.get_running_loop().run_in_executor(
+                self._publishing, self._publisher.publish, job, self._stream.name
+            )
         except PdtasksError as exc:
             await self._give_up(request.request_id, exc)
 
@@ -142,7 +147,11 @@ class PipelineCore(EngineCoreClient):
         """Forget `request_ids` and have the workers drop them."""
         known = [r for r in request_ids if self._open.pop(r, None) is not None]
         if known:
-            await self._in_publisher(self._publisher.abort, known)
+            self._tell_workers_to_drop(known)
+
+    def _tell_workers_to_drop(self, request_ids: list[str]) -> None:
+        # Not waited for: a broker that is slow to hear it must not hold up other answers.
+        self._aborting.submit(self._aborter.abort, request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
@@ -210,7 +219,7 @@ class PipelineCore(EngineCoreClient):
             self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
         if unknown:
             # A worker that was started after the abort has not heard of it.
-            await self._in_publisher(self._publisher.abort, unknown)
+            self._tell_workers_to_drop(unknown)
 
     async def _merge(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
         """Add `output` to the answer; False when there is nothing new in it.
@@ -226,10 +235,13 @@ class PipelineCore(EngineCoreClient):
             )
             return False
         if repeated:
-            if output.finish_reason is None:
+            if len(repeated) == len(output.new_token_ids) and output.finish_reason is None:
                 return False
             output.new_token_ids = output.new_token_ids[len(repeated) :]
-            output.new_logprobs = None
+            if output.new_logprobs is not None:
+                output.new_logprobs = output.new_logprobs.slice_request(
+                    len(repeated), len(output.new_token_ids)
+                )
         entry.token_ids.extend(output.new_token_ids)
         entry.stage_waited_for = STAGES[1]
         if output.finish_reason is not None:
@@ -251,38 +263,43 @@ class PipelineCore(EngineCoreClient):
 
     async def _watch(self) -> None:
         """Nothing waits for ever: not beyond its deadline, not for a stage without workers."""
-        missing_since: dict[str, float] = {}
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
                 await self._look_at_workers()
-            except (valkey.ValkeyError, OSError) as exc:
+            except BUS_ERRORS as exc:
+                # Whether workers are missing is not known now; deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
-                continue
+                self._missing_since.clear()
             now = time.time()
-            for stage in STAGES:
-                if self._has_worker(stage):
-                    missing_since.pop(stage, None)
-                else:
-                    missing_since.setdefault(stage, now)
             for request_id, entry in list(self._open.items()):
                 if now > entry.deadline:
                     await self._drop(request_id, RequestTimeout("the request took too long"))
+                    continue
+                stage = entry.stage_waited_for
                 # A worker that was killed is restarted by its supervisor: give it time.
-                elif now - missing_since.get(entry.stage_waited_for, now) > self._grace_s():
-                    await self._drop(
-                        request_id, NoWorker(f"no {entry.stage_waited_for} worker is alive")
-                    )
+                if now - self._missing_since.get(stage, now) > self._grace_s():
+                    await self._drop(request_id, NoWorker(f"no {stage} worker is alive"))
+
+    async def _replies_are_lost(self) -> None:
+        for request_id in list(self._open):
+            error = RepliesLost("the bus was restarted, tokens of this answer are lost: ask again")
+            await self._drop(request_id, error)
 
     def _grace_s(self) -> float:
         return 3 * self._settings.worker_ttl_s
 
     async def _drop(self, request_id: str, error: PdtasksError) -> None:
-        await self._in_publisher(self._publisher.abort, [request_id])
+        self._tell_workers_to_drop([request_id])
         await self._give_up(request_id, error)
 
     async def _look_at_workers(self) -> None:
         self.workers = await read_workers_async(self._bus)
+        for stage in STAGES:
+            if self._has_worker(stage):
+                self._missing_since.pop(stage, None)
+            else:
+                self._missing_since.setdefault(stage, time.time())
 
     def _has_worker(self, stage: str) -> bool:
         return any(w.role == stage and w.state == "ready" for w in self.workers)

@@ -30,8 +30,10 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     job = read_message(DecodeJob, wire)
     here = worker.current()
     try:
-        answer = here.run(_Decode(here, job, self.reply_stream).run(), job.deadline)
+        answer = here.run(self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline)
     except RequestAborted:
+        if self.reply_stream is None:
+            raise  # somebody may wait for the result
         return None
     return None if answer is None else msgspec.to_builtins(answer)
 
@@ -53,7 +55,7 @@ class _Decode:
             return await self._run()
         finally:
             # Also when the request was aborted or has failed: nobody else will read it.
-            await self._here.discard(self._job.handle)
+            await self._here.discard(self._job.request_id)
 
     async def _run(self) -> Answer | None:
         job = self._job

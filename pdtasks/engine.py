@@ -230,7 +230,12 @@ class Engine:
             generation = self._running.get(output.request_id)
             if generation is not None and not generation.finished.done():
                 output.request_id = generation.request_id
-                step.append((generation, generation.take(output), output))
+                try:
+                    step.append((generation, generation.take(output), output))
+                except Exception as exc:
+                    # One odd request must not take the engine, and with it all others, along.
+                    logger.exception("output of %s", generation.request_id)
+                    generation.end(EngineFailed(type(exc).__name__))
         if step:
             self._on_step(step, timestamp)
         for generation, _, _ in step:

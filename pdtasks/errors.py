@@ -10,6 +10,7 @@
     ├── NoWorker                503   nobody is there to do a stage
     ├── BrokerUnavailable       503   RabbitMQ did not take the message
     ├── WorkerLost              503   every worker that took the request died with it
+    ├── RepliesLost             503   the bus was restarted in the middle of an answer
     ├── EngineFailed            503   vLLM gave up on this request
     └── IncompatibleWorker      503   sender and worker run different versions
 
@@ -71,6 +72,12 @@ class WorkerLost(PdtasksError):
     http_status = 503
 
 
+class RepliesLost(PdtasksError):
+    """The bus was restarted in the middle of an answer."""
+
+    http_status = 503
+
+
 class EngineFailed(PdtasksError):
     """vLLM gave up on this request."""
 
@@ -85,5 +92,7 @@ class IncompatibleWorker(PdtasksError):
 
 def from_code(code: str, message: str) -> PdtasksError:
     """Rebuild the error that another process named `code`; an unknown name is a plain failure."""
-    kinds = {kind.__name__: kind for kind in PdtasksError.__subclasses__()}
-    return kinds.get(code, PdtasksError)(message)
+    kind = globals().get(code)
+    if isinstance(kind, type) and issubclass(kind, PdtasksError):
+        return kind(message)
+    return PdtasksError(message)

@@ -6,7 +6,7 @@ that token already there.  The functions here change vLLM's request structures a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -23,7 +23,7 @@ _decoder = MsgpackDecoder(EngineCoreRequest)
 def encode_request(request: EngineCoreRequest) -> bytes:
     """`request` as bytes. Another vLLM version cannot read them: say which made them."""
     (buffer,) = _encoder.encode(request)
-    return memoryview(buffer).tobytes()
+    return bytes(cast("bytes", buffer))
 
 
 def decode_request(wire: bytes) -> EngineCoreRequest:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from amqp.exceptions import MessageNacked
+from amqp.exceptions import AMQPError, MessageNacked
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
@@ -55,6 +55,7 @@ def submit(
 
     Raises:
         InvalidRequest: not exactly one of `prompt` and `messages`.
+        ConfigurationError: no broker is known.
         BrokerUnavailable: RabbitMQ did not take the request.
     """
     if (prompt is None) == (messages is None):
@@ -66,13 +67,16 @@ def submit(
         sampling=sampling,
         cache_salt=cache_salt,
     )
+    settings = load_settings()
+    settings.require_broker()
+    settings.require_bus()
     now = time.time()
     job = PrefillJob(
         request_id=uuid.uuid4().hex,
         engine="",
         text=text,
         submitted_at=now,
-        deadline=now + (timeout_s or load_settings().request_timeout_s),
+        deadline=now + (timeout_s or settings.request_timeout_s),
     )
     with app.producer_pool.acquire(block=True) as producer:
         publish(job, producer=producer, reply_to=None)
@@ -144,18 +148,6 @@ class Publisher:
             self.close()
             publish(job, producer=self._own_producer(), reply_to=reply_to)
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Tell all workers to drop `request_ids`. A broker that is away is let be."""
-        try:
-            app.control.broadcast(
-                "pdtasks_abort",
-                arguments={"request_ids": request_ids},
-                connection=self._own_connection(),
-            )
-        except (OperationalError, OSError) as exc:
-            logger.warning("could not tell the workers of an abort: %s", type(exc).__name__)
-            self.close()
-
     def _own_connection(self) -> Any:
         if self._connection is None:
             self._connection = app.connection_for_write()
@@ -177,3 +169,39 @@ class Publisher:
         if self._connection is not None:
             self._connection.collect()
         self._connection = self._producer = None
+
+
+class Aborter:
+    """Tells all workers to drop requests, from a connection of its own. Not thread safe."""
+
+    def __init__(self) -> None:
+        self._connection: Any = None
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Say it once, twice if the connection is stale; a broker that is away is let be.
+
+        A worker that does not hear of it works for nothing, but for nobody.
+        """
+        for attempt in ("on the old connection", "on a fresh connection"):
+            try:
+                self._broadcast(request_ids)
+            except (AMQPError, OperationalError, OSError) as exc:
+                logger.warning("abort not sent %s: %s", attempt, type(exc).__name__)
+                self.close()
+            else:
+                return
+
+    def _broadcast(self, request_ids: list[str]) -> None:
+        if self._connection is None:
+            # No confirms: under a memory alarm RabbitMQ would never send them.
+            options = {"confirm_publish": False}
+            self._connection = app.connection_for_write(transport_options=options)
+        app.control.broadcast(
+            "pdtasks_abort", arguments={"request_ids": request_ids}, connection=self._connection
+        )
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._connection is not None:
+            self._connection.collect()
+        self._connection = None

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Longest wait for the last blocks to reach the store; decode recomputes after that.
 SAVE_TIMEOUT_S = 20.0
+#: Longest wait for blocks that are on their way although the request is no longer wanted.
+ABORT_GRACE_S = 0.5
 
 
 @app.task(base=StageTask, bind=True, name="pdtasks.prefill", ignore_result=True)
@@ -34,11 +36,14 @@ def prefill(self: StageTask, wire: bytes) -> bytes | None:
     here = worker.current()
     stage = _Prefill(here, job, self.reply_stream)
     try:
-        decode_job = here.run(stage.run(), job.deadline)
+        decode_job = here.run(self.request.id, stage.run, job.deadline)
     except RequestAborted:
+        if self.reply_stream is None:
+            raise  # somebody may wait for the result
         decode_job = None
-    if decode_job is None:
-        # The chain ends here: finished after one token, or nobody waits any more.
+    if decode_job is None or not stage.has_run:
+        # The chain ends here: finished after one token, nobody waits any more, or another delivery
+        # of the same job, which this one has joined, goes on with it.
         self.end_chain(stage.answer)
         return None
     return decode_job.to_wire()
@@ -57,11 +62,12 @@ class _Prefill:
         self._text_stop: str | None = None
         self._detokeniser: Any = None
         self.answer: Answer | None = None  #: for a caller that waits for the result
+        self.has_run = False
 
     async def run(self) -> DecodeJob | None:
+        self.has_run = True
         job = self._job
-        if self._here.is_aborted(job.request_id):
-            raise RequestAborted("the caller hung up")
+        self._here.require_wanted(job.request_id)
         original = await self._request(self._here.text)
         wire = job.request if job.request is not None else encode_request(original)
         request = decode_request(wire)
@@ -77,14 +83,18 @@ class _Prefill:
         self._generation = generation
         try:
             await self._here.generate(generation, lambda: (self._report(),))
-            await self._saved(generation)
+            await self._saved(generation, SAVE_TIMEOUT_S)
+            self._here.require_wanted(job.request_id)
         except (asyncio.CancelledError, Exception):
-            await self._here.discard(self._handle())
+            # The engine may have finished the prompt all the same, and be writing it.
+            await self._saved(generation, ABORT_GRACE_S)
+            self._goes_on = False
             raise
         finally:
             self._here.engine.forget(generation)
-        if not self._goes_on or self._here.is_aborted(job.request_id):
-            await self._here.discard(self._handle())
+            if not self._goes_on:
+                await self._here.discard(job.request_id)
+        if not self._goes_on:
             self.answer = self._make_answer(original)
             return None
         return DecodeJob(
@@ -120,14 +130,12 @@ class _Prefill:
         if self._goes_on:
             output.finish_reason = None
 
-    async def _saved(self, generation: Generation) -> None:
+    async def _saved(self, generation: Generation, timeout_s: float) -> None:
         """Wait until the blocks are in the store, or it is clear that they will not be."""
-        if generation.handle is None:
-            return
         try:
-            await asyncio.wait_for(generation.transferred.wait(), SAVE_TIMEOUT_S)
+            await asyncio.wait_for(generation.transferred.wait(), timeout_s)
         except TimeoutError:
-            logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
+            logger.info("no KV of %s was saved in time", self._job.request_id)
 
     def _handle(self) -> dict[str, Any] | None:
         return (self._generation.handle or {}).get("pdtasks")

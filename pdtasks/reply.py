@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
 
 import valkey.asyncio
-from valkey.exceptions import ResponseError, ValkeyError
+from valkey.exceptions import ResponseError
 
+from pdtasks.bus import BUS_ERRORS
 from pdtasks.errors import IncompatibleWorker
 from pdtasks.messages import StepReply, read_message
 
@@ -66,24 +68,36 @@ class ReplyWriter:
             for stream, wire in batch:
                 pipeline.xadd(stream, {_FIELD: wire}, nomkstream=True)
             try:
-                answers = await pipeline.execute()
-            except (ValkeyError, OSError) as exc:
+                answers = await pipeline.execute(raise_on_error=False)
+            except BUS_ERRORS as exc:
                 # A message may arrive twice after this; readers drop tokens they have.
                 logger.warning("bus is away, replies wait: %s", type(exc).__name__)
                 await asyncio.sleep(_RETRY_S)
                 continue
-            for stream in {s for (s, _), answer in zip(batch, answers, strict=True) if not answer}:
-                self._on_gone(stream)
+            self._look_at(batch, answers)
             return
+
+    def _look_at(self, batch: list[tuple[str, bytes]], answers: list[Any]) -> None:
+        gone = set()
+        for (stream, _), answer in zip(batch, answers, strict=True):
+            if isinstance(answer, Exception):
+                # The bus refuses this one entry (memory, say); its reader will notice the gap.
+                logger.error("the bus refused a reply: %s", answer)
+            elif answer is None:
+                gone.add(stream)
+        for stream in gone:
+            self._on_gone(stream)
 
 
 class ReplyStream:
     """The asking process's end: its own stream."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey) -> None:
+    def __init__(self, bus: valkey.asyncio.Valkey, on_lost: Callable[[], Awaitable[None]]) -> None:
+        """`on_lost()` is awaited when the bus has lost the stream, and replies with it."""
         self._bus = bus
+        self._on_lost = on_lost
         self.name = f"{_PREFIX}{uuid.uuid4().hex}"
-        self._last_id = "0"
+        self._last_id: bytes | str = "0"
 
     async def open(self) -> None:
         """Create the stream, empty. Raises ValkeyError when the bus cannot be reached."""
@@ -95,25 +109,34 @@ class ReplyStream:
         await self._bus.expire(self.name, STREAM_TTL_S)
 
     async def keep(self) -> None:
-        """Renew the stream until cancelled; create it again if the bus has lost it."""
+        """Renew the stream until cancelled."""
         while True:
             await asyncio.sleep(_RENEW_S)
             try:
-                if not await self._bus.expire(self.name, STREAM_TTL_S):
-                    self._last_id = "0"
-                    await self.open()
-            except (ValkeyError, OSError) as exc:
+                await self._renew()
+            except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
+
+    async def _renew(self) -> None:
+        if not await self._bus.expire(self.name, STREAM_TTL_S):
+            self._last_id = "0"
+            await self.open()
+            await self._on_lost()
 
     async def read(self) -> AsyncIterator[StepReply]:
         """Yield replies as they come, until cancelled; each is removed from the bus when taken."""
+        was_away = False
         while True:
             try:
+                if was_away:
+                    await self._renew()
+                    was_away = False
                 found = await self._bus.xread(
                     {self.name: self._last_id}, count=_BATCH, block=int(_BLOCK_S * 1000)
                 )
-            except (ValkeyError, OSError) as exc:
+            except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
+                was_away = True
                 await asyncio.sleep(_RETRY_S)
                 continue
             for _, entries in found or ():
@@ -125,7 +148,7 @@ class ReplyStream:
     async def _forget(self, ids: list[bytes]) -> None:
         try:
             await self._bus.xdel(self.name, *ids)
-        except (ValkeyError, OSError) as exc:
+        except BUS_ERRORS as exc:
             logger.warning("bus is away: %s", type(exc).__name__)
 
     async def close(self) -> None:

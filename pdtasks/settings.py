@@ -52,10 +52,13 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=_default_home)  #: state of the stack started on this host
     cache_dir: Path = Field(default_factory=_default_cache)  #: converted models
 
-    broker_url: str | None = None  #: RabbitMQ, amqp://… or amqps://…
-    broker_api_url: str | None = None  #: RabbitMQ's management API, for Flower's queue lengths
-    bus_url: str | None = None  #: Valkey for replies, presence and results, valkey://…
-    kv_urls: Annotated[tuple[str, ...], NoDecode] = ()  #: Valkey servers for KV blocks
+    broker_url: str | None = Field(default=None, repr=False)  #: RabbitMQ, amqp://… or amqps://…
+    #: RabbitMQ's management API, for Flower's queue lengths.
+    broker_api_url: str | None = Field(default=None, repr=False)
+    #: Valkey for replies, presence and results, valkey://…
+    bus_url: str | None = Field(default=None, repr=False)
+    #: Valkey servers for KV blocks
+    kv_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), repr=False)
 
     model: str | None = None  #: folder or Hugging Face name; None: the embedded model
     served_model_name: str | None = None  #: name in the API; None: from `model`
@@ -139,8 +142,8 @@ class _RunningStack(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         home = Path(self.current_state.get("home") or _default_home())
         try:
-            env = json.loads((home / "stack.json").read_text())["env"]
-        except (OSError, ValueError, KeyError):
+            env = dict(json.loads((home / "stack.json").read_text())["env"])
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
         prefix = "PDTASKS_"
         values = {k.removeprefix(prefix).lower(): v for k, v in env.items() if k.startswith(prefix)}

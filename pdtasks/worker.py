@@ -14,16 +14,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
-import valkey
-import valkey.asyncio
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from pdtasks.bus import BUS_ERRORS, connect, connect_async
 from pdtasks.engine import ENGINE_VERSION, Engine, Generation
 from pdtasks.errors import IncompatibleWorker, PdtasksError, RequestAborted, RequestTimeout
-from pdtasks.kv.handle import KVHandle
+from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore, StoreError
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
 from pdtasks.models import resolve_model
@@ -55,6 +56,8 @@ class Worker:
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._final_reports: dict[Generation, Callable[[], tuple[StageReport, ...]]] = {}
         self._blocks = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s)
+        self._stages: dict[str, Future[Any]] = {}
+        self._stages_lock = threading.Lock()
         self._announcer = threading.Thread(target=self._announce, name="presence", daemon=True)
         self.engine: Engine
         self.text: TextFrontend
@@ -71,8 +74,7 @@ class Worker:
         self.engine.start()
         logger.info("the engine is ready after %.1f s", time.monotonic() - started)
         self.text = TextFrontend(self.engine.config)
-        bus = valkey.asyncio.Valkey.from_url(self.settings.require_bus())
-        self._replies = ReplyWriter(bus, self._reader_is_gone)
+        self._replies = ReplyWriter(connect_async(self.settings), self._reader_is_gone)
         self.engine.call(self._replies.run())
 
     def stop(self) -> None:
@@ -80,7 +82,7 @@ class Worker:
         self.enter("stopped")
         self._announcer.join()
         self.engine.stop()
-        with valkey.Valkey.from_url(self.settings.require_bus()) as bus:
+        with connect(self.settings) as bus, suppress(*BUS_ERRORS):
             bus.delete(worker_key(self.name))
 
     def status(self) -> WorkerStatus:
@@ -99,13 +101,13 @@ class Worker:
         )
 
     def _announce(self) -> None:
-        bus = valkey.Valkey.from_url(self.settings.require_bus(), socket_timeout=_ANNOUNCE_S)
+        bus = connect(self.settings)
         ttl_ms = int(self.settings.worker_ttl_s * 1000)
         while self._state != "stopped":
             self._state_changed.clear()
             try:
                 bus.set(worker_key(self.name), self.status().to_wire(), px=ttl_ms)
-            except valkey.ValkeyError as exc:
+            except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
             self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
 
@@ -116,16 +118,26 @@ class Worker:
 
     # -- for the tasks, on the engine's loop ------------------------------------------------------
 
-    def run(self, coroutine: Coroutine[Any, Any, T], deadline: float) -> T:
+    def run(self, task_id: str, stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T:
         """Run a stage on the engine's loop and wait for it, in a task's thread.
+
+        A job that RabbitMQ delivers again while it runs here (the connection was lost, the work
+        was not) joins the stage under way; `stage` is not called then.
 
         Raises RequestTimeout when `deadline` (UNIX seconds) passes; the stage is cancelled then.
         """
-        timeout_s = deadline - time.time()
+        with self._stages_lock:
+            future = self._stages.get(task_id)
+            if future is None:
+                future = self.engine.call(_within(stage, deadline))
+                self._stages[task_id] = future
         try:
-            return self.engine.call(asyncio.wait_for(coroutine, timeout_s)).result()
-        except TimeoutError as exc:
-            raise RequestTimeout("the deadline passed while the request was in the engine") from exc
+            found: T = future.result()
+        finally:
+            with self._stages_lock:
+                if self._stages.get(task_id) is future:
+                    del self._stages[task_id]
+        return found
 
     def engine_id(self, request_id: str) -> str:
         """A name for the engine that no other attempt at `request_id` has."""
@@ -135,8 +147,7 @@ class Worker:
         self, generation: Generation, final_reports: Callable[[], tuple[StageReport, ...]]
     ) -> None:
         """Run `generation`; `final_reports` is asked when its answer is finished here."""
-        if generation.request_id in self._aborted:
-            raise RequestAborted("the caller hung up")
+        self.require_wanted(generation.request_id)
         self._final_reports[generation] = final_reports
         try:
             await self.engine.generate(generation)
@@ -150,11 +161,10 @@ class Worker:
                 f"the request was made by {engine}, this worker runs {ENGINE_VERSION}"
             )
 
-    async def discard(self, handle: dict[str, Any] | None) -> None:
+    async def discard(self, request_id: str) -> None:
         """Delete what belongs to one request alone. A store that is away lets it expire."""
-        if handle is None:
-            return
-        keys = list(KVHandle.from_wire(handle).own_keys())
+        world = self.engine.config.parallel_config.tensor_parallel_size
+        keys = [tail_key(request_id, rank) for rank in range(world)]
         try:
             await asyncio.to_thread(self._blocks.delete, keys)
         except StoreError as exc:
@@ -179,7 +189,7 @@ class Worker:
                     worker=self.name,
                     stage=self.role,
                     engine=ENGINE_VERSION,
-                    outputs=memoryview(self._encoder.encode(outputs)[0]).tobytes(),
+                    outputs=bytes(cast("bytes", self._encoder.encode(outputs)[0])),
                     positions=tuple(position for _, position, _ in items),
                     reports={
                         generation.request_id: self._final_reports[generation]()
@@ -217,9 +227,19 @@ class Worker:
             if self.engine.abort(request_id):
                 logger.info("aborted %s", request_id)
 
-    def is_aborted(self, request_id: str) -> bool:
-        """True when the caller of `request_id` has hung up."""
-        return request_id in self._aborted
+    def require_wanted(self, request_id: str) -> None:
+        """Raises RequestAborted when the caller of `request_id` has hung up."""
+        if request_id in self._aborted:
+            raise RequestAborted("the caller hung up")
+
+
+async def _within(stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T:
+    try:
+        # Also when the deadline has passed: the stage begins, and cleans up when it is cancelled.
+        async with asyncio.timeout(deadline - time.time()):
+            return await stage()
+    except TimeoutError as exc:
+        raise RequestTimeout("the deadline passed before the answer was finished") from exc
 
 
 def _exit_at_once() -> None:

@@ -11,6 +11,7 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pdtasks.errors import ConfigurationError
 
@@ -47,9 +48,10 @@ def place_on_cores(
     share = max(1, len(cores) // max(1, ranks))
     placed = []
     for index, (role, number) in enumerate(workers):
-        parts = []
-        for rank in range(index * ranks_per_worker, (index + 1) * ranks_per_worker):
-            parts.append([cores[(rank * share + i) % len(cores)] for i in range(share)])
+        parts = [
+            [cores[(rank * share + i) % len(cores)] for i in range(share)]
+            for rank in range(index * ranks_per_worker, (index + 1) * ranks_per_worker)
+        ]
         own = [core for part in parts for core in part]
         placed.append(
             Placement(
@@ -120,10 +122,9 @@ def _workers(prefill: int, decode: int) -> list[tuple[str, int]]:
 
 
 def _siblings(core: int) -> str:
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
-        path = f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
-        with open(path) as file:
-            return file.read().strip()
+        return (topology / "thread_siblings_list").read_text().strip()
     except OSError:
         return str(core)
 

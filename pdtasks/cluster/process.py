@@ -222,7 +222,9 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)
             for identity in descendants:
                 _signal(identity, signal.SIGKILL)
-            wait_until(lambda: not self.running, _KILL_S)
+            wait_until(
+                lambda: not self.running and not any(d.alive() for d in descendants), _KILL_S
+            )
 
     def log_tail(self, lines: int = 15) -> str:
         """The last lines that this start wrote."""

@@ -191,7 +191,7 @@ class Supervisor:
     def signals(self) -> Iterator[None]:
         """Turn SIGINT, SIGTERM and SIGHUP into an orderly stop while the body runs."""
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
             self._signals += 1
             if self._interruptible:
                 raise StopRequested
@@ -564,7 +564,7 @@ class Supervisor:
 
 
 def _ok(url: str) -> Callable[[Part], bool]:
-    return lambda part: http_status(url) == 200
+    return lambda _part: http_status(url) == 200
 
 
 def _member(process: Process, role: str) -> Member:

@@ -44,8 +44,8 @@ def unseal(value: memoryview, fingerprint: str, payload_bytes: int) -> memoryvie
     """
     if len(value) != HEADER_BYTES + payload_bytes:
         raise CorruptBlock(f"{len(value)} bytes instead of {HEADER_BYTES + payload_bytes}")
-    magic, version, _, owner, length, checksum = _HEADER.unpack_from(value)
-    if magic != _MAGIC or version != FORMAT_VERSION:
+    magic, version, reserved, owner, length, checksum = _HEADER.unpack_from(value)
+    if magic != _MAGIC or version != FORMAT_VERSION or reserved:
         raise CorruptBlock(f"unknown format {magic!r} {version}")
     if owner != bytes.fromhex(fingerprint) or length != payload_bytes:
         raise CorruptBlock(f"written by another engine ({owner.hex()})")

@@ -7,7 +7,6 @@ no particular prefill worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -40,13 +39,7 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
         """Name in the store of block `index` as `rank` wrote it."""
         if index < len(self.hashes):
             return block_key(self.fingerprint, rank, self.hashes[index])
-        return tail_key(self.fingerprint, rank, self.transfer_id)
-
-    def own_keys(self) -> Iterator[str]:
-        """Names of what belongs to this request alone and dies with it."""
-        if self.has_tail:
-            for rank in range(self.tp_size):
-                yield tail_key(self.fingerprint, rank, self.transfer_id)
+        return tail_key(self.transfer_id, rank)
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values for vLLM's `kv_transfer_params`."""

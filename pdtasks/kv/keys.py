@@ -8,9 +8,10 @@ The hash is vLLM's own: it chains over the whole prefix and covers LoRA adapter,
 and `cache_salt`, so two prompts share exactly the blocks of their common beginning.  The last,
 partly filled block belongs to one hand-over::
 
-    pd:kv:<fingerprint>:<rank>:tail:<transfer id>
+    pd:kv:tail:<transfer id>:<rank>
 
-The fingerprint changes whenever two engines could no longer read each other's blocks.
+and whoever knows the transfer's id can delete it.  The fingerprint changes whenever two engines
+could no longer read each other's blocks.
 """
 
 from __future__ import annotations
@@ -47,6 +48,6 @@ def block_key(fingerprint: str, rank: int, block_hash: bytes) -> str:
     return f"pd:kv:{fingerprint}:{rank}:{block_hash.hex()}"
 
 
-def tail_key(fingerprint: str, rank: int, transfer_id: str) -> str:
+def tail_key(transfer_id: str, rank: int) -> str:
     """Name of the partly filled last block of one hand-over."""
-    return f"pd:kv:{fingerprint}:{rank}:tail:{transfer_id}"
+    return f"pd:kv:tail:{transfer_id}:{rank}"

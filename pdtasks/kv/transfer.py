@@ -79,7 +79,7 @@ class BlockTransfer:
             for offset, block_id in enumerate(save.block_ids):
                 value = self._copy_out(block_id)
                 key = save.handle.key(save.first + offset, self._rank)
-                future = self._threads.submit(self._send, key, value)
+                future = self._threads.submit(self._send, tally, key, value)
                 future.add_done_callback(partial(self._save_done, save))
 
     def _copy_out(self, block_id: int) -> torch.Tensor:
@@ -88,8 +88,10 @@ class BlockTransfer:
         self._pages.gather(block_id, value[HEADER_BYTES:])
         return value
 
-    def _send(self, key: str, value: torch.Tensor) -> int:
+    def _send(self, tally: _Tally, key: str, value: torch.Tensor) -> int:
         """Returns the bytes that crossed the wire: none when the block was there already."""
+        if tally.error:
+            return 0  # decode will recompute this prompt: do not wait for a store that is away
         if self._store.touch(key):
             return 0
         view = memoryview(value.numpy().data).cast("B")
@@ -107,27 +109,33 @@ class BlockTransfer:
                 tally.bytes += future.result()
             else:
                 tally.error = tally.error or _describe(error)
-            if tally.sealed and tally.open == 0:
-                del self._saves[save.request_id]
-                if not tally.abandoned:
-                    self._sent.add(save.request_id)
-                    self._record(save.request_id, "save", tally)
+            self._finish_save(save.request_id, tally)
+
+    def _finish_save(self, request_id: str, tally: _Tally) -> None:
+        if tally.sealed and tally.open == 0:
+            del self._saves[request_id]
+            if not tally.abandoned:
+                self._sent.add(request_id)
+            self._record(request_id, "save", tally)
 
     # -- loads ---------------------------------------------------------------------------------
 
     def start_loads(self, plan: TransferPlan) -> None:
         """Start fetching the blocks of the step's new requests."""
         for load in plan.loads:
+            tally = _Tally(open=len(load.block_ids), sealed=True)
             with self._lock:
-                self._loads[load.request_id] = _Tally(open=len(load.block_ids), sealed=True)
+                self._loads[load.request_id] = tally
             for offset, block_id in enumerate(load.block_ids):
                 key = load.handle.key(load.first + offset, self._rank)
-                future = self._threads.submit(self._fetch, key, block_id)
+                future = self._threads.submit(self._fetch, tally, key, block_id)
                 future.add_done_callback(partial(self._load_done, load))
 
-    def _fetch(self, key: str, block_id: int) -> int | None:
+    def _fetch(self, tally: _Tally, key: str, block_id: int) -> int | None:
         """Returns the bytes received, or None when the store lacks the block or it is damaged."""
         assert self._pages is not None
+        if tally.missing:
+            return None  # the prompt will be recomputed: the other blocks are of no use
         value = self._store.get(key)
         if value is None:
             return None
@@ -187,7 +195,8 @@ class BlockTransfer:
             for request_id in finished_request_ids - self._held:
                 self._sent.discard(request_id)
                 if tally := self._saves.get(request_id):
-                    tally.abandoned = True
+                    tally.abandoned = tally.sealed = True
+                    self._finish_save(request_id, tally)
             sent = self._held & self._sent
             self._held -= sent
             self._sent -= sent

@@ -52,6 +52,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         wait_until(workers_are_ready, START_TIMEOUT_S)
         wait_until(api_and_flower_answer, START_TIMEOUT_S)
         yield running
+        running.bus.close()
+        running.kv.close()
     finally:
         tree = psutil.Process(up.pid).children(recursive=True) if up.poll() is None else []
         up.send_signal(signal.SIGINT)

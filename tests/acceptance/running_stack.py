@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stack:
     """A running `pdtasks up`."""
 
@@ -72,11 +73,19 @@ class Stack:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.api_url, timeout=120)
 
+    @cached_property
     def bus(self) -> valkey.Valkey:
         return valkey.Valkey.from_url(self.private("bus_url"))
 
+    @cached_property
     def kv(self) -> valkey.Valkey:
         return valkey.Valkey.from_url(self.private("kv_urls"))
+
+    def queue(self, name: str) -> dict[str, Any]:
+        """What RabbitMQ's management API says of a queue."""
+        url = f"{self.private('broker_api_url')}queues/pdtasks/{name}"
+        found: dict[str, Any] = httpx.get(url).json()
+        return found
 
     def worker_pids(self, role: str) -> list[int]:
         return [w["pid"] for w in self.status()["workers"] if w["role"] == role]

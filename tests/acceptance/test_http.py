@@ -82,7 +82,7 @@ def test_sixteen_parallel_requests_share_the_engines_steps(
                 "/v1/completions",
                 json={
                     "model": MODEL,
-                    "prompt": f"The capital of Poland is Warsaw. The capital of Portugal is Lisbon. "
+                    "prompt": "The capital of Poland is Warsaw. The capital of Portugal is Lisbon. "
                     f"The capital of {country} is",
                     "temperature": 0,
                     "max_tokens": 32,
@@ -137,7 +137,7 @@ def test_a_caller_that_hangs_up_frees_everything(stage: str, stack: Stack) -> No
     wait_until(engines_are_idle)
 
     def no_partial_block_is_left() -> bool:
-        return not list(stack.kv().scan_iter(match="pd:kv:*:tail:*"))
+        return not list(stack.kv.scan_iter(match="pd:kv:tail:*"))
 
     wait_until(no_partial_block_is_left)
     _nothing_on_the_bus_but_its_owners(stack)
@@ -147,17 +147,17 @@ def test_a_finished_request_leaves_only_shared_blocks(stack: Stack, client: http
     ask(client, "Say something about rain. " * 30, "leftovers", max_tokens=8)
 
     def only_blocks_named_by_content() -> bool:
-        keys = [key.decode().split(":") for key in stack.kv().scan_iter()]
+        keys = [key.decode().split(":") for key in stack.kv.scan_iter()]
         return bool(keys) and all(len(k) == 5 and len(k[4]) == 64 for k in keys)
 
     wait_until(only_blocks_named_by_content)
     _nothing_on_the_bus_but_its_owners(stack)
-    assert all(stack.kv().ttl(key) > 0 for key in stack.kv().scan_iter())
+    assert all(stack.kv.ttl(key) > 0 for key in stack.kv.scan_iter())
 
 
 def _nothing_on_the_bus_but_its_owners(stack: Stack) -> None:
     """Workers' presence, the API's empty reply stream, results with a TTL."""
-    bus = stack.bus()
+    bus = stack.bus
 
     def clean() -> bool:
         for key in bus.scan_iter():
@@ -178,7 +178,7 @@ def _nothing_on_the_bus_but_its_owners(stack: Stack) -> None:
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "maximum context"),
         ({"temperature": -1}, 400, "temperature"),
         ({"messages": "no list"}, 400, "messages"),
-        ({"max_tokens": 5000}, 400, "maximum context"),
+        ({"max_tokens": 5000}, 400, "max_model_len"),
     ],
 )
 def test_bad_input_gets_openais_error(

@@ -14,20 +14,6 @@ import httpx
 from tests.acceptance.running_stack import Stack, ask, wait_until
 
 
-def _decode_jobs_waiting(stack: Stack) -> int:
-    from kombu import Connection
-
-    with Connection(stack.private("broker_url")) as connection:
-        found = connection.default_channel.queue_declare("decode", passive=True)
-        return int(found.message_count) + _prefetched(stack)
-
-
-def _prefetched(stack: Stack) -> int:
-    """Jobs that the broker has given to the (stopped) worker already."""
-    url = stack.private("broker_api_url")
-    return int(httpx.get(f"{url}queues/pdtasks/decode").json().get("messages_unacknowledged", 0))
-
-
 def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: httpx.Client) -> None:
     prompt = "Tell me about the moon. " * 20
     whole = ask(client, "A. " + prompt, "flush-0", max_tokens=16)
@@ -38,15 +24,16 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
         with stack.paused("decode"):
             answer = background.submit(ask, client, "B. " + prompt, "flush-1", max_tokens=16)
 
-            def prefill_has_written_everything() -> bool:
-                return any(b":tail:" in key for key in stack.kv().scan_iter(match="pd:kv:*"))
+            def prefill_has_written_the_last_block() -> bool:
+                return any(True for _ in stack.kv.scan_iter(match="pd:kv:tail:*"))
 
             def decode_job_is_queued() -> bool:
-                return _decode_jobs_waiting(stack) > 0
+                # Given to the stopped worker, or waiting for it.
+                return int(stack.queue("decode").get("messages", 0)) > 0
 
-            wait_until(prefill_has_written_everything)
+            wait_until(prefill_has_written_the_last_block)
             wait_until(decode_job_is_queued)
-            stack.kv().flushall()
+            stack.kv.flushall()
         lost = answer.result(timeout=60)
 
     # Then decode computed the prompt again, said so, and the answer is that of a whole hand-over

@@ -53,9 +53,18 @@ def test_a_block_has_a_name_of_its_own(
     assert (block_key(*one) == block_key(*other)) == (one == other)
 
 
-@given(st.text(min_size=1), st.binary(min_size=1))
+@given(st.text(), st.integers(0, 7), st.text(), st.integers(0, 7))
+def test_each_rank_has_a_partial_block_of_its_own(
+    one: str, one_rank: int, other: str, other_rank: int
+) -> None:
+    same_name = tail_key(one, one_rank) == tail_key(other, other_rank)
+
+    assert same_name == ((one, one_rank) == (other, other_rank))
+
+
+@given(st.text(), st.binary())
 def test_a_partial_block_is_never_taken_for_a_shared_one(
     transfer_id: str, block_hash: bytes
 ) -> None:
     # A caller can influence its request id; it must not be able to name a shared block with it.
-    assert tail_key("f" * 16, 0, transfer_id) != block_key("f" * 16, 0, block_hash)
+    assert tail_key(transfer_id, 0) != block_key(ENGINE.digest(), 0, block_hash)

@@ -144,9 +144,14 @@ def test_layers_with_one_storage_at_different_offsets_are_kept_apart() -> None:
 
 def test_layers_that_share_a_cache_travel_once() -> None:
     config, storage = layer_outermost(["a"])
-    shared = config_of([*config.kv_cache_tensors, KVCacheTensor(
-        NUM_BLOCKS * PAGE, ["b"], layer_stride=NUM_BLOCKS * PAGE, block_stride=PAGE
-    )])  # fmt: skip
+    shared = config_of(
+        [
+            *config.kv_cache_tensors,
+            KVCacheTensor(
+                NUM_BLOCKS * PAGE, ["b"], layer_stride=NUM_BLOCKS * PAGE, block_stride=PAGE
+            ),
+        ]
+    )
     views = caches(config, storage)
     views["b"] = views["a"]
 

@@ -39,9 +39,13 @@ def test_statistics_of_several_ranks_add_up() -> None:
     stats.aggregate(TransferStats())
 
     assert stats.reduce() == {
-        "save_blocks": 3, "save_bytes": 30, "save_missing": 0,
-        "load_blocks": 2, "load_bytes": 20, "load_missing": 1,
-    }  # fmt: skip
+        "save_blocks": 3,
+        "save_bytes": 30,
+        "save_missing": 0,
+        "load_blocks": 2,
+        "load_bytes": 20,
+        "load_missing": 1,
+    }
 
 
 def test_fresh_and_reset_statistics_are_empty_and_share_nothing() -> None:

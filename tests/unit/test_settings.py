@@ -1,0 +1,206 @@
+"""Which options are there, and where do they come from?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtasks.errors import ConfigurationError
+from pdtasks.settings import SECRET_FIELDS, Settings, load_settings
+
+URLS = {
+    "broker_url": "amqp://pdtasks:hush-broker@127.0.0.1:5672/pdtasks",
+    "broker_api_url": "http://pdtasks:hush-api@127.0.0.1:15672/api/",
+    "bus_url": "valkey://:hush-bus@127.0.0.1:6379/0",
+    "kv_urls": ("unix://:hush-kv@/run/kv.sock?db=0", "valkey://:hush-kv2@127.0.0.1:6380/0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in [n for n in os.environ if n.startswith("PDTASKS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_settings.cache_clear()
+    yield
+    load_settings.cache_clear()
+
+
+@pytest.fixture
+def running_stack(tmp_path: Path) -> Callable[..., Path]:
+    """Leaves the file of a stack that runs on this host."""
+
+    def write(home: Path = tmp_path / "state" / "pdtasks", **env: str) -> Path:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "stack.json").write_text(json.dumps({"version": 1, "env": env}))
+        return home
+
+    return write
+
+
+def test_without_anything_the_defaults_hold(tmp_path: Path) -> None:
+    settings = Settings()
+
+    assert settings.home == tmp_path / "state" / "pdtasks"
+    assert settings.cache_dir == tmp_path / "cache" / "pdtasks"
+    assert settings.broker_url is None
+    assert settings.kv_urls == ()
+    assert settings.api_host == "127.0.0.1"
+
+
+def test_the_running_stack_comes_before_the_defaults(running_stack: Callable[..., Path]) -> None:
+    running_stack(
+        PDTASKS_BUS_URL="valkey://stack",
+        PDTASKS_KV_URLS="unix://a,unix://b",
+        PDTASKS_API_PORT="8001",
+    )
+
+    settings = Settings()
+
+    assert settings.bus_url == "valkey://stack"
+    assert settings.kv_urls == ("unix://a", "unix://b")
+    assert settings.api_port == 8001
+
+
+def test_the_environment_comes_before_the_running_stack(
+    running_stack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running_stack(PDTASKS_BUS_URL="valkey://stack", PDTASKS_BROKER_URL="amqp://stack")
+    monkeypatch.setenv("PDTASKS_BUS_URL", "valkey://environment")
+
+    settings = Settings()
+
+    assert settings.bus_url == "valkey://environment"
+    assert settings.broker_url == "amqp://stack"
+
+
+def test_arguments_come_before_everything(
+    running_stack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running_stack(PDTASKS_BUS_URL="valkey://stack")
+    monkeypatch.setenv("PDTASKS_BUS_URL", "valkey://environment")
+
+    assert Settings(bus_url="valkey://argument").bus_url == "valkey://argument"
+
+
+def test_a_home_from_the_environment_is_where_the_stack_is_looked_for(
+    running_stack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    running_stack(PDTASKS_BUS_URL="valkey://default-home")
+    elsewhere = running_stack(
+        tmp_path / "elsewhere", PDTASKS_BUS_URL="valkey://elsewhere", PDTASKS_HOME="/nowhere"
+    )
+    monkeypatch.setenv("PDTASKS_HOME", str(elsewhere))
+
+    settings = Settings()
+
+    assert settings.bus_url == "valkey://elsewhere"
+    assert settings.home == elsewhere, "a stack does not say where its own file lies"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", "null", "{}", '{"env": null}', '{"env": 7}', '{"env": ["a"]}']
+)
+def test_a_stack_file_that_says_nothing_is_ignored(tmp_path: Path, text: str) -> None:
+    home = tmp_path / "state" / "pdtasks"
+    home.mkdir(parents=True)
+    (home / "stack.json").write_text(text)
+
+    assert Settings().bus_url is None
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "kv_urls": st.lists(st.text("abc:/@.", min_size=1), max_size=3).map(tuple),
+            "model": st.text("abc/-_ ", min_size=1),
+            "max_model_len": st.integers(2, 1 << 20),
+            "request_timeout_s": st.floats(0.1, 1e6),
+            "engine_args": st.dictionaries(
+                st.text(min_size=1), st.one_of(st.booleans(), st.integers(), st.text())
+            ),
+            "device": st.sampled_from(["cpu", "cuda"]),
+        },
+    )
+)
+def test_a_child_process_reads_the_same_settings(fields: dict[str, Any]) -> None:
+    settings = Settings(**URLS | fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.to_env().items():
+            patch.setenv(name, value)
+        read = Settings()
+
+    assert read == settings
+
+
+def test_a_stack_file_of_our_own_variables_reads_as_the_same_settings(
+    running_stack: Callable[..., Path],
+) -> None:
+    settings = Settings(**URLS, engine_args={"block_size": 32}, max_model_len=512)
+
+    running_stack(**settings.to_env())
+
+    assert Settings() == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("API_PORT", "70000"),
+        ("MAX_NUM_SEQS", "0"),
+        ("REQUEST_TIMEOUT_S", "soon"),
+        ("ENGINE_ARGS", "{"),
+        ("DEVICE", "abacus"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"PDTASKS_{name}", value)
+
+    with pytest.raises(ConfigurationError, match=name.lower()):
+        load_settings()
+
+
+def test_a_missing_service_says_how_to_name_it() -> None:
+    settings = Settings()
+
+    with pytest.raises(ConfigurationError, match="PDTASKS_BROKER_URL"):
+        settings.require_broker()
+    with pytest.raises(ConfigurationError, match="PDTASKS_BUS_URL"):
+        settings.require_bus()
+
+
+def test_settings_never_show_a_password() -> None:
+    settings = Settings(**URLS)
+
+    assert set(URLS) == set(SECRET_FIELDS)
+    assert "hush" not in f"{settings!r} {settings}"
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().api_port = 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "SmolLM2-135M-Instruct"),
+        ({"model": "org/some-model"}, "some-model"),
+        ({"model": "/models/folder/"}, "folder"),
+        ({"model": "org/some-model", "served_model_name": "chat"}, "chat"),
+    ],
+)
+def test_the_model_has_a_name_in_the_api(fields: dict[str, Any], name: str) -> None:
+    assert Settings(**fields).model_name == name
