@@ -26,7 +26,8 @@ from pdtasks.reply import is_reply_stream
 
 logger = logging.getLogger(__name__)
 
-app = Celery("pdtasks", include=["pdtasks.prefill", "pdtasks.decode"])
+# The stages are imported by workers alone (bootsteps.py): publishers and Flower need no vLLM.
+app = Celery("pdtasks")
 app.config_from_object("configs.celeryconfig")
 install(app)
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import sys
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import kombu
@@ -159,7 +160,9 @@ def _start_worker(sender: Any, **_: Any) -> None:
         settings.require_bus()
         from pdtasks import worker
 
-        worker.start(settings, name=sender.hostname, role=queues.pop())
+        role = queues.pop()
+        import_module(f"pdtasks.{role}")  # registers the stage's task
+        worker.start(settings, name=sender.hostname, role=role)
     except PdtasksError as exc:
         _refuse(str(exc))
     except Exception as exc:

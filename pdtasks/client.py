@@ -92,6 +92,7 @@ class PipelineCore(EngineCoreClient):
         # One thread: its connection to RabbitMQ is not safe for more.
         self._publisher = Publisher()
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._publications: set[asyncio.Task[None]] = set()
         self._aborter = Aborter()
         self._aborting = ThreadPoolExecutor(1, thread_name_prefix="aborter")
         self._tasks: list[asyncio.Task[None]] = []
@@ -125,7 +126,11 @@ class PipelineCore(EngineCoreClient):
     # -- requests, called by vLLM ----------------------------------------------------------------
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Publish `request`. A broker that does not take it fails this request alone."""
+        """Have `request` published. A broker that does not take it fails this request alone.
+
+        Never suspends: a caller that hangs up while vLLM awaits this would be forgotten, for vLLM
+        aborts only what it has finished adding.
+        """
         now = time.time()
         deadline = now + self._settings.request_timeout_s
         self._open[request.request_id] = _Open(request, deadline)
@@ -136,12 +141,18 @@ class PipelineCore(EngineCoreClient):
             submitted_at=now,
             deadline=deadline,
         )
+        publishing = asyncio.create_task(self._publish(job))
+        self._publications.add(publishing)
+        publishing.add_done_callback(self._publications.discard)
+
+    async def _publish(self, job: PrefillJob) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().run_in_executor(
+            await loop.run_in_executor(
                 self._publishing, self._publisher.publish, job, self._stream.name
             )
         except PdtasksError as exc:
-            await self._give_up(request.request_id, exc)
+            await self._give_up(job.request_id, exc)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""

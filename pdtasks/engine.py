@@ -77,6 +77,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)  #: made here
     finish_reason: FinishReason | None = None  #: why this generation ended
     stop_reason: int | str | None = None
+    entered_engine: bool = False
     left_engine: bool = False  #: the engine core has ended it by itself
     handle: dict[str, Any] | None = None  #: vLLM's `kv_transfer_params` at the end
     cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
@@ -252,6 +253,7 @@ class Engine:
         self._running[engine_id] = generation
         try:
             await self._core.add_request_async(generation.request)
+            generation.entered_engine = True
             await generation.finished
         finally:
             if not generation.left_engine:
@@ -265,7 +267,11 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End all generations of `request_id`; True when there was one."""
-        found = [g for g in self._running.values() if g.request_id == request_id]
+        found = [
+            generation
+            for generation in self._running.values()
+            if generation.request_id == request_id and not generation.finished.done()
+        ]
         for generation in found:
             generation.end(RequestAborted("the caller hung up"))
         return bool(found)

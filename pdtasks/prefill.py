@@ -86,8 +86,9 @@ class _Prefill:
             await self._saved(generation, SAVE_TIMEOUT_S)
             self._here.require_wanted(job.request_id)
         except (asyncio.CancelledError, Exception):
-            # The engine may have finished the prompt all the same, and be writing it.
-            await self._saved(generation, ABORT_GRACE_S)
+            if generation.entered_engine:
+                # It may have finished the prompt all the same, and be writing it.
+                await self._saved(generation, ABORT_GRACE_S)
             self._goes_on = False
             raise
         finally:

@@ -231,16 +231,16 @@ class Process:
         try:
             with self.log.open("rb") as log:
                 size = os.fstat(log.fileno()).st_size
-                log.seek(max(self._log_start, size - 16384))
+                log.seek(max(self._log_start, size - 65536))
                 text = log.read().decode(errors="replace")
         except OSError:
             return ""
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
 
-    def failure(self, problem: str) -> StartFailed:
-        """An error that says `problem`, the last lines of the log and where it is."""
-        tail = self.log_tail()
-        shown = "".join(f"\n    {line}" for line in tail.splitlines())
+    def failure(self, problem: str, lines: str | None = None) -> StartFailed:
+        """An error that says `problem`, where the log is, and its telling `lines` (the last)."""
+        lines = self.log_tail() if lines is None else lines
+        shown = "".join(f"\n    {line}" for line in lines.splitlines())
         return StartFailed(f"{self.name} {problem}. Its log is {self.log}{shown and ':'}{shown}")
 
 

@@ -141,7 +141,7 @@ class RabbitNode:
             tick,
         )
         if not node.running:
-            raise node.failure("stopped while it started")
+            raise node.failure("stopped while it started", _first_errors(node))
         if not ready:
             raise node.failure(f"was not ready within {_START_S:.0f} s")
         return self.url
@@ -195,7 +195,7 @@ class RabbitNode:
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             # For every Erlang program that the node starts as well.
             "ERL_AFLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
-            "ERL_CRASH_DUMP": str(home / "erl_crash.dump"),
+            "ERL_CRASH_DUMP_SECONDS": "0",  # none: megabytes that nobody reads
         }
 
     def stop(self, tick: Tick | None = None) -> None:
@@ -245,6 +245,13 @@ def server_programs() -> tuple[Path, str]:
 
 def _is_start_script(path: Path) -> bool:
     return path.name == "rabbitmq-server" and path.with_name("rabbitmq-env").exists()
+
+
+def _first_errors(node: Process) -> str:
+    """What the node complained of first; the end of its log is only how Erlang fell over."""
+    lines = node.log_tail(1000).splitlines()
+    first = next((i for i, line in enumerate(lines) if "[error]" in line), max(0, len(lines) - 12))
+    return "\n".join(lines[first : first + 12])
 
 
 def _definitions(password: str) -> dict[str, object]:

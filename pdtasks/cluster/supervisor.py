@@ -239,8 +239,8 @@ class Supervisor:
         self._rotate_logs()
         self._record()
 
-        if not is_ready(settings.model, settings.cache_dir):
-            self._console.line("preparing the model (once)")
+        if settings.model is None and not is_ready(None, settings.cache_dir):
+            self._console.line("preparing the embedded model, which is done once")
         with self.interruptible():
             resolve_model(settings.model, settings.cache_dir, self._console.line)
 
@@ -262,7 +262,7 @@ class Supervisor:
     def _check_ports(self) -> None:
         settings = self.settings
         update: dict[str, int] = {}
-        wanted = [("API", "api_port", settings.api_host, settings.api_port, "--port")]
+        wanted = [("the API", "api_port", settings.api_host, settings.api_port, "--port")]
         if self._size.flower:
             wanted.append(
                 ("Flower", "flower_port", "127.0.0.1", settings.flower_port, "--flower-port")
@@ -272,7 +272,7 @@ class Supervisor:
                 (update[name],) = free_ports(1)
             elif port_is_taken(host, port):
                 raise ConfigurationError(
-                    f"port {port} on {host}, where the {what} should listen, is in use: "
+                    f"{what} cannot listen on port {port} of {host}, which is in use: "
                     f"choose another one with {option}, or stop what uses it"
                 )
         self.settings = settings.model_copy(update=update)
@@ -473,10 +473,13 @@ class Supervisor:
     def stop(self) -> None:
         """Drain and stop everything that was started; at once on a further signal."""
         self._accepted_signals = self._signals
+        started = bool(self._parts or self._services)
+        if self._state == "ready":
+            self._console.line("draining: running requests are finished first")
+        elif started:
+            self._console.line("stopping what was started")
         self._state = "draining"
         try:
-            if self._parts or self._services:
-                self._console.line("draining: running requests are finished first")
             self._stop_in_order()
         except StopRequested:
             self._console.warn("stopping at once")
@@ -492,7 +495,8 @@ class Supervisor:
             if self._bus is not None:
                 self._bus.close()
             remove_stack(self._home)
-        self._console.line("stopped")
+        if started:
+            self._console.line("stopped")
 
     def _stop_in_order(self) -> None:
         drain_s = self.settings.drain_timeout_s
@@ -524,8 +528,9 @@ class Supervisor:
                     part.process.kill()
                     self._console.warn(f"{part.name} did not stop in {deadline_s:.0f} s: killed")
                 return
-            names = ", ".join(part.name for part in left)
-            self._console.progress(f"{elapsed:4.0f} s  draining {names}")
+            if left:
+                names = ", ".join(part.name for part in left)
+                self._console.progress(f"{elapsed:4.0f} s  draining {names}")
             time.sleep(_LOOP_S)
 
     # -- the file ---------------------------------------------------------------------------------

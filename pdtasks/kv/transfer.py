@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +25,9 @@ from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan, TransferRecord, 
 from pdtasks.kv.store import BlockStore, StoreError
 
 logger = init_logger(__name__)
+
+# What a client library hands out is read-only; it is only ever read from.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 @dataclass
@@ -88,10 +92,13 @@ class BlockTransfer:
         self._pages.gather(block_id, value[HEADER_BYTES:])
         return value
 
-    def _send(self, tally: _Tally, key: str, value: torch.Tensor) -> int:
-        """Returns the bytes that crossed the wire: none when the block was there already."""
+    def _send(self, tally: _Tally, key: str, value: torch.Tensor) -> int | None:
+        """Returns the bytes that crossed the wire, 0 when the block was there already.
+
+        None: not sent, because another block of the prompt was refused; decode will recompute it.
+        """
         if tally.error:
-            return 0  # decode will recompute this prompt: do not wait for a store that is away
+            return None
         if self._store.touch(key):
             return 0
         view = memoryview(value.numpy().data).cast("B")
@@ -99,16 +106,17 @@ class BlockTransfer:
         self._store.put(key, view)
         return len(view)
 
-    def _save_done(self, save: BlockSave, future: Future[int]) -> None:
+    def _save_done(self, save: BlockSave, future: Future[int | None]) -> None:
         with self._lock:
             tally = self._saves[save.request_id]
             tally.open -= 1
             error = future.exception()
-            if error is None:
-                tally.blocks += 1
-                tally.bytes += future.result()
-            else:
+            sent = None if error is not None else future.result()
+            if error is not None:
                 tally.error = tally.error or _describe(error)
+            if sent is not None:
+                tally.blocks += 1
+                tally.bytes += sent
             self._finish_save(save.request_id, tally)
 
     def _finish_save(self, request_id: str, tally: _Tally) -> None:

@@ -81,12 +81,6 @@ class Stack:
     def kv(self) -> valkey.Valkey:
         return valkey.Valkey.from_url(self.private("kv_urls"))
 
-    def queue(self, name: str) -> dict[str, Any]:
-        """What RabbitMQ's management API says of a queue."""
-        url = f"{self.private('broker_api_url')}queues/pdtasks/{name}"
-        found: dict[str, Any] = httpx.get(url).json()
-        return found
-
     def worker_pids(self, role: str) -> list[int]:
         return [w["pid"] for w in self.status()["workers"] if w["role"] == role]
 

@@ -26,6 +26,8 @@ def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     engine = LLM(**engine_arguments(settings, model), enable_prefix_caching=False)
     found = []
     for case in cases:
+        if bias := case["sampling"].get("logit_bias"):  # JSON knows no integer keys
+            case["sampling"]["logit_bias"] = {int(token): value for token, value in bias.items()}
         sampling = SamplingParams(**case["sampling"])
         prompt = {"prompt_token_ids": case["prompt"]}
         answer = engine.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]

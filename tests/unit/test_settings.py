@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pdtasks.errors import ConfigurationError
 from pdtasks.settings import SECRET_FIELDS, Settings, load_settings
 
-URLS = {
+URLS: dict[str, Any] = {
     "broker_url": "amqp://pdtasks:hush-broker@127.0.0.1:5672/pdtasks",
     "broker_api_url": "http://pdtasks:hush-api@127.0.0.1:15672/api/",
     "bus_url": "valkey://:hush-bus@127.0.0.1:6379/0",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -74,8 +74,10 @@ def test_it_survives_the_way_from_engine_to_engine(handle: KVHandle) -> None:
     output = EngineCoreOutput(
         request_id="r", new_token_ids=[1], kv_transfer_params={"pdtasks": handle.to_wire()}
     )
-    wire = b"".join(MsgpackEncoder().encode(EngineCoreOutputs(outputs=[output])))
-    received = MsgpackDecoder(EngineCoreOutputs).decode(wire).outputs[0].kv_transfer_params
+    (wire,) = MsgpackEncoder(size_threshold=1 << 60).encode(EngineCoreOutputs(outputs=[output]))
+    received = (
+        MsgpackDecoder(EngineCoreOutputs).decode(cast("bytes", wire)).outputs[0].kv_transfer_params
+    )
     # … then through the broker as part of a message.
     travelled: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(received["pdtasks"]))
 

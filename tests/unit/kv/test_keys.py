@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,8 @@ def test_equal_engines_have_the_same_digest() -> None:
 @pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint)])
 def test_any_field_that_differs_changes_the_digest(name: str) -> None:
     value = getattr(ENGINE, name)
-    other = replace(ENGINE, **{name: value + 1 if isinstance(value, int) else value + "x"})
+    changed: dict[str, Any] = {name: value + 1 if isinstance(value, int) else value + "x"}
+    other = replace(ENGINE, **changed)
 
     assert other.digest() != ENGINE.digest()
 

@@ -92,7 +92,7 @@ class FakeScheduler:
 @pytest.fixture
 def make_lookup() -> Callable[..., BlockLookup]:
     def make(**options: Any) -> BlockLookup:
-        values = {"fingerprint": FP, "block_size": BLOCK, "tp_size": 1, "ttl_s": 60}
+        values: dict[str, Any] = {"fingerprint": FP, "block_size": BLOCK, "tp_size": 1, "ttl_s": 60}
         return BlockLookup(**values | options)
 
     return make

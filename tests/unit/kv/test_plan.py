@@ -13,7 +13,12 @@ from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan, TransferRecord, 
 
 
 def a_record(op: str = "save", blocks: int = 1, **fields: Any) -> dict[str, Any]:
-    values = {"request_id": "r", "rank": 0, "world": 1, "bytes": 10 * blocks} | fields
+    values: dict[str, Any] = {
+        "request_id": "r",
+        "rank": 0,
+        "world": 1,
+        "bytes": 10 * blocks,
+    } | fields
     return asdict(TransferRecord(op=op, blocks=blocks, **values))
 
 

@@ -1,0 +1,101 @@
+"""An asking process reduced to its stream: asks, and looks at what the workers wrote."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import valkey
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from pdtasks.engine import ENGINE_VERSION
+from pdtasks.handover import encode_request
+from pdtasks.messages import Failure, PrefillJob, StepReply, read_message
+from pdtasks.pipeline import Publisher
+
+
+def engine_request(
+    request_id: str, prompt: tuple[int, ...] = (1, 2, 3), **sampling: Any
+) -> EngineCoreRequest:
+    """A request as the API's front half makes it."""
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        mm_features=None,
+        sampling_params=SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **sampling}),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+class Asker:
+    """Owns a reply stream from which nothing is removed."""
+
+    def __init__(self, bus: valkey.Valkey) -> None:
+        self.bus = bus
+        self.stream = f"pd:reply:{uuid.uuid4().hex}"
+        self.bus.xgroup_create(self.stream, "owner", mkstream=True)
+        self._publisher = Publisher()
+
+    def ask(self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any) -> None:
+        """Publish a request."""
+        now = time.time()
+        job = PrefillJob(
+            request_id=request_id,
+            engine=ENGINE_VERSION,
+            request=encode_request(engine_request(request_id, **request)),
+            submitted_at=now,
+            deadline=now + timeout_s,
+        )
+        self._publisher.publish(job, self.stream)
+
+    def messages(self) -> list[StepReply]:
+        """Everything that was written so far."""
+        return [read_message(StepReply, f[b"m"]) for _, f in self.bus.xrange(self.stream)]
+
+    def outputs(self) -> list[tuple[str, int, EngineCoreOutput]]:
+        """(stage, position, output) in the order of arrival."""
+        decoder = MsgpackDecoder(EngineCoreOutputs)
+        return [
+            (message.stage, position, output)
+            for message in self.messages()
+            if message.outputs
+            for position, output in zip(
+                message.positions, decoder.decode(message.outputs).outputs, strict=True
+            )
+        ]
+
+    def tokens(self, request_id: str = "r") -> list[int]:
+        """The answer so far, by position; a repeat must say the same."""
+        found: dict[int, int] = {}
+        for _, position, output in self.outputs():
+            if output.request_id == request_id:
+                for place, token_id in enumerate(output.new_token_ids, start=position):
+                    assert found.setdefault(place, token_id) == token_id, "two answers at once"
+        assert sorted(found) == list(range(len(found))), "a gap"
+        return [found[place] for place in sorted(found)]
+
+    def finished(self, request_id: str = "r") -> bool:
+        """Has the last token come?"""
+        return any(
+            o.finish_reason is not None for _, _, o in self.outputs() if o.request_id == request_id
+        )
+
+    def failures(self) -> dict[str, Failure]:
+        """What has failed."""
+        return {r: f for message in self.messages() for r, f in message.failures.items()}
+
+    def hang_up(self) -> None:
+        """Be gone."""
+        self.bus.delete(self.stream)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._publisher.close()
+        self.bus.close()

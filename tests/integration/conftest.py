@@ -1,0 +1,270 @@
+"""Real RabbitMQ and Valkey servers of our own, started once; workers with a stub engine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kombu
+import pytest
+import valkey
+
+from pdtasks.cluster.rabbitmq import RabbitNode
+from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.presence import read_workers
+from pdtasks.settings import load_settings
+from tests.integration.steering import STEERING_DB, Steering
+
+ROOT = Path(__file__).parents[2]
+DELIVERY_LIMIT = 1
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
+    """As in tests/unit: vLLM's import warns of things that are no business of ours."""
+    if "vllm" in module_path.read_text():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("pdtasks.client")
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
+    """Return the first true value of `condition`; fail the test after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass(frozen=True)
+class Services:
+    """The servers, and how a process of ours reaches them."""
+
+    rabbit: RabbitNode
+    bus_server: ValkeyServer
+    kv_server: ValkeyServer
+    env: dict[str, str]
+
+    @property
+    def bus(self) -> valkey.Valkey:
+        return valkey.Valkey.from_url(self.bus_server.url)
+
+    @property
+    def kv(self) -> valkey.Valkey:
+        return valkey.Valkey.from_url(self.kv_server.url)
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    home = tmp_path_factory.mktemp("services")
+    with (
+        RabbitNode(home / "rabbitmq") as rabbit,
+        ValkeyServer(home / "bus", "bus") as bus,
+        ValkeyServer(home / "kv", "kv") as kv,
+    ):
+        env = {
+            "PDTASKS_HOME": str(home),
+            "PDTASKS_BROKER_URL": rabbit.url,
+            "PDTASKS_BROKER_API_URL": rabbit.api_url,
+            "PDTASKS_BUS_URL": bus.url,
+            "PDTASKS_KV_URLS": kv.url,
+            "PDTASKS_DEVICE": "cpu",
+            "PDTASKS_DELIVERY_LIMIT": str(DELIVERY_LIMIT),
+            "PDTASKS_WORKER_TTL_S": "3",
+        }
+        yield Services(rabbit, bus, kv, env)
+
+
+@pytest.fixture(scope="session")
+def our_app(services: Services) -> Iterator[Any]:
+    """`pdtasks.app.app` of this process, connected to the services."""
+    from pdtasks.app import app
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in services.env.items():
+            patch.setenv(name, value)
+        load_settings.cache_clear()
+        sys.modules.pop("configs.celeryconfig", None)
+        app.config_from_object("configs.celeryconfig", force=True)
+        yield app
+        app.close()
+    load_settings.cache_clear()
+
+
+@pytest.fixture
+def channel(services: Services) -> Iterator[Any]:
+    """A channel to RabbitMQ beside the product's."""
+    with kombu.Connection(services.rabbit.url) as connection:
+        yield connection.default_channel
+
+
+# -- workers -----------------------------------------------------------------------------------
+
+
+@dataclass
+class StubWorker:
+    """A running worker with a stub engine."""
+
+    name: str
+    role: str
+    pid: int
+    log_file: Path
+    steering: Steering
+    nursery: Nursery = field(repr=False)
+    status: int | None = None
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        if self.status is None:
+            self.status = int(self.nursery.ask({"wait": self.pid})["status"])
+        return self.status
+
+    def has_ended(self) -> bool:
+        if self.status is not None:
+            return True
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return True
+        return stat.rpartition(")")[2].split()[0] == "Z"
+
+
+class Nursery:
+    """Forks workers; see `stub_worker.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = (folder / "nursery.log").open("w")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+        # Threads do not survive a fork.
+        env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("stub_worker.py"))],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._ready = False
+        self._in, self._out = self._process.stdin, self._process.stdout
+
+    def wait_ready(self) -> None:
+        while not self._ready:  # vLLM says a word or two before
+            line = self._out.readline()
+            assert line, "the nursery has ended"
+            self._ready = line == "ready\n"
+
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        self._in.write(json.dumps(order) + "\n")
+        self._in.flush()
+        answer: dict[str, Any] = json.loads(self._out.readline())
+        return answer
+
+    def close(self) -> None:
+        self._in.close()
+        self._process.wait(timeout=10)
+        self._out.close()
+        self._log.close()
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+StartWorker = Callable[..., StubWorker]
+
+
+@pytest.fixture
+def start_worker(
+    nursery: Nursery, services: Services, our_app: Any, tmp_path: Path
+) -> Iterator[StartWorker]:
+    """Starts workers on empty queues, an empty bus and an empty kv server; ends what it started."""
+    nursery.wait_ready()
+    services.bus.flushall()
+    services.kv.flushall()
+    started: list[StubWorker] = []
+
+    def start(
+        role: str, number: int = 1, *, held: bool = False, wait: bool = True, **env: str
+    ) -> StubWorker:
+        name = f"{role}{number}"
+        steering = Steering(name, valkey.Valkey.from_url(services.bus_server.url, db=STEERING_DB))
+        if held:
+            steering.hold()
+        log = tmp_path / f"{name}.{len(started)}.log"
+        settings = {f"PDTASKS_{key.upper()}": value for key, value in env.items()}
+        order = {
+            "argv": [
+                *("-Q", role, "-P", "threads", "-c", "8", "-n", f"{name}@test", "-E"),
+                *("--without-mingle", "--without-gossip", "-l", "INFO"),
+            ],
+            "env": services.env | {"STUB_NAME": name} | settings,
+            "log": str(log),
+        }
+        worker = StubWorker(name, role, nursery.ask(order)["pid"], log, steering, nursery)
+        started.append(worker)
+        if wait:
+            wait_until(lambda: is_ready(worker) or worker.has_ended(), what=f"{name} is ready")
+            assert not worker.has_ended(), worker.log
+        return worker
+
+    def is_ready(worker: StubWorker) -> bool:
+        return any(w.pid == worker.pid and w.state == "ready" for w in read_workers(services.bus))
+
+    yield start
+    for worker in started:
+        if not worker.has_ended():
+            worker.signal(signal.SIGKILL)
+        worker.wait()
+    with kombu.Connection(services.rabbit.url) as connection:
+        for queue in ("prefill", "decode", "pdtasks.dead"):
+            try:
+                connection.default_channel.queue_delete(queue)
+            except connection.channel_errors:
+                connection.default_channel.close()
+
+
+@pytest.fixture
+def make_asker(services: Services, start_worker: StartWorker) -> Iterator[Callable[[], Any]]:
+    """Makes askers; the queues are empty then."""
+    from tests.integration.asker import Asker
+
+    made: list[Asker] = []
+
+    def make() -> Asker:
+        made.append(Asker(services.bus))
+        return made[-1]
+
+    yield make
+    for asker in made:
+        asker.close()
+
+
+@pytest.fixture
+def asker(make_asker: Callable[[], Any]) -> Any:
+    return make_asker()

@@ -1,0 +1,49 @@
+"""How does a test steer a stub worker? Through a database of the bus that the product never uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import valkey
+
+STEERING_DB = 1
+
+
+def added_key(worker: str) -> str:
+    """A list of the engine ids that were added."""
+    return f"stub:{worker}:added"
+
+
+def held_key(worker: str) -> str:
+    """While it exists the engine steps only when told."""
+    return f"stub:{worker}:held"
+
+
+def steps_key(worker: str) -> str:
+    """A list with one entry for each step that may be done."""
+    return f"stub:{worker}:steps"
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One worker's stub engine."""
+
+    worker: str
+    bus: valkey.Valkey
+
+    def hold(self) -> None:
+        """No further step without `step`."""
+        self.bus.set(held_key(self.worker), 1)
+
+    def step(self, count: int = 1) -> None:
+        """Do so many steps."""
+        self.bus.rpush(steps_key(self.worker), *[1] * count)
+
+    def release(self) -> None:
+        """Step on its own again."""
+        self.bus.delete(held_key(self.worker), steps_key(self.worker))
+
+    def added(self) -> list[str]:
+        """Requests (as their askers know them) that the engine got, one entry for each attempt."""
+        ids = self.bus.lrange(added_key(self.worker), 0, -1)
+        return [engine_id.decode().partition("#")[0] for engine_id in ids]

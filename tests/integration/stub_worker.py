@@ -1,0 +1,263 @@
+"""A real Celery worker of ours whose engine core is a stub.
+
+App, queues, bootsteps, tasks, `Engine`, reply writer and presence are the product's.  Stubs are: the
+engine core, which "generates" tokens step by step; the text front half; the look for a model.
+
+Run as a program it is a nursery: it imports everything once, then forks a worker for each line of
+JSON on its standard input, for vLLM's import takes longer than most tests::
+
+    {"argv": ["-Q", "prefill", …], "env": {…}, "log": "…"}   ->   {"pid": 123}
+    {"wait": 123}                                            ->   {"status": -9}
+
+A worker is steered through database 1 of the bus (`tests/integration/steering.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import valkey
+import valkey.asyncio
+
+from tests.integration.steering import STEERING_DB, added_key, held_key, steps_key
+
+#: A request with this prompt token kills the worker that runs it.
+POISON = 666
+MAX_MODEL_LEN = 1000
+BLOCK_SIZE = 16
+
+
+def token_text(token_id: int) -> str:
+    """What a token reads like."""
+    return f"canary-answer-{token_id} "
+
+
+def make_stubs() -> tuple[type, type]:
+    """The stub classes; vLLM is imported here, not where tests read names of this file."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import (
+        EngineCoreOutput,
+        EngineCoreOutputs,
+        EngineCoreRequest,
+        FinishReason,
+    )
+
+    from pdtasks.engine import Engine
+    from pdtasks.errors import InvalidRequest
+    from pdtasks.kv.handle import KVHandle
+    from pdtasks.kv.keys import tail_key
+    from pdtasks.kv.store import BlockStore
+    from pdtasks.messages import TextRequest
+    from pdtasks.settings import Settings
+
+    attempts = itertools.count()
+
+    class StubCore:
+        """Makes one token for each of its requests when a test, or nobody, says so.
+
+        Greedy requests get 100 + the token's place in the answer.  Others get what no second
+        attempt will repeat.
+        """
+
+        def __init__(self, settings: Settings) -> None:
+            self._name = os.environ["STUB_NAME"]
+            self._bus = valkey.asyncio.Valkey.from_url(settings.require_bus(), db=STEERING_DB)
+            self._store = BlockStore(settings.kv_urls, ttl_s=600)
+            self._running: dict[str, EngineCoreRequest] = {}
+            self._made: dict[str, int] = {}
+            self._salts: dict[str, int] = {}
+            self._work = asyncio.Event()
+
+        async def add_request_async(self, request: EngineCoreRequest) -> None:
+            if POISON in (request.prompt_token_ids or ()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            request_id = request.request_id
+            self._running[request_id] = request
+            self._made[request_id] = len(self._ours(request).get("resume") or ())
+            self._salts[request_id] = 1000 * (next(attempts) + os.getpid())
+            await self._bus.rpush(added_key(self._name), request_id)
+            self._work.set()
+
+        async def abort_requests_async(self, request_ids: list[str]) -> None:
+            for request_id in request_ids:
+                self._running.pop(request_id, None)
+
+        async def get_output_async(self) -> EngineCoreOutputs:
+            while True:
+                await self._work.wait()
+                if await self._bus.exists(held_key(self._name)):
+                    if await self._bus.blpop([steps_key(self._name)], timeout=0.1) is None:
+                        continue
+                else:
+                    await asyncio.sleep(0.002)
+                if self._running:
+                    return self._step()
+                self._work.clear()
+
+        def shutdown(self, timeout: float | None = None) -> None:
+            self._store.close()
+
+        def _step(self) -> EngineCoreOutputs:
+            records: list[dict[str, Any]] = []
+            outputs = [self._next_of(r, records) for r in list(self._running.values())]
+            made = EngineCoreOutputs(outputs=outputs, timestamp=1.0)
+            if records:
+                made.scheduler_stats = SimpleNamespace(kv_connector_stats={"records": records})
+            return made
+
+        def _next_of(
+            self, request: EngineCoreRequest, records: list[dict[str, Any]]
+        ) -> EngineCoreOutput:
+            params, request_id = request.sampling_params, request.request_id
+            assert params is not None
+            position = self._made[request_id]
+            self._made[request_id] += 1
+            token_id = 100 + position
+            if params.temperature > 0:
+                token_id += self._salts[request_id]
+            output = EngineCoreOutput(request_id=request_id, new_token_ids=[token_id])
+            if self._made[request_id] >= (params.max_tokens or MAX_MODEL_LEN):
+                output.finish_reason = FinishReason.LENGTH
+                del self._running[request_id]
+                if transfer_id := self._ours(request).get("save"):
+                    # The partial block of a prompt, for real: somebody has to delete it.
+                    self._store.put(tail_key(transfer_id, 0), memoryview(b"partial block"))
+                    handle = KVHandle(
+                        fingerprint="stub",
+                        transfer_id=transfer_id,
+                        num_tokens=len(request.prompt_token_ids or ()),
+                        block_size=BLOCK_SIZE,
+                        hashes=(),
+                        expires_at=time.time() + 600,
+                    )
+                    output.kv_transfer_params = {"pdtasks": handle.to_wire()}
+                    records.append(
+                        {
+                            "request_id": request_id,
+                            **{"op": "save", "rank": 0, "world": 1, "blocks": 1, "bytes": 13},
+                            **{"missing": 0, "seconds": 0.0, "error": ""},
+                        }
+                    )
+            return output
+
+        @staticmethod
+        def _ours(request: EngineCoreRequest) -> dict[str, Any]:
+            assert request.sampling_params is not None
+            extra = request.sampling_params.extra_args or {}
+            found: dict[str, Any] = extra["kv_transfer_params"]["pdtasks"]
+            return found
+
+    class StubEngine(Engine):
+        """Our `Engine` over a stub core."""
+
+        async def _boot(self) -> None:
+            config: Any = SimpleNamespace(
+                model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
+                cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+                parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            )
+            core: Any = StubCore(self._settings)
+            self.config, self._core = config, core
+
+    class StubDetokeniser:
+        """Collects a text without a tokenizer."""
+
+        def __init__(self) -> None:
+            self._text = ""
+
+        def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+            self._text += "".join(token_text(t) for t in new_token_ids)
+            return None
+
+        def get_next_output_text(self, finished: bool, delta: bool) -> str:
+            return self._text
+
+    class StubText:
+        """Text in and out without a model."""
+
+        def __init__(self, config: Any) -> None:
+            """`config` is the stub engine's."""
+
+        async def prepare(self, request_id: str, text: TextRequest) -> EngineCoreRequest:
+            if text.prompt == "":
+                raise InvalidRequest("the prompt is empty")
+            ids = text.prompt_token_ids or tuple((text.prompt or "chat").encode())
+            return EngineCoreRequest(
+                request_id=request_id,
+                prompt_token_ids=list(ids),
+                mm_features=None,
+                sampling_params=SamplingParams(**text.sampling),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=text.cache_salt,
+                data_parallel_rank=None,
+            )
+
+        def detokeniser(self, request: EngineCoreRequest) -> StubDetokeniser:
+            return StubDetokeniser()
+
+    return StubEngine, StubText
+
+
+def run_worker(argv: list[str]) -> None:
+    """Be a worker until it ends."""
+    from pdtasks.app import app
+
+    app.worker_main(["worker", *argv])
+
+
+def _nursery() -> None:
+    from celery.bin import celery, worker  # noqa: F401  # imported once, for all
+
+    import pdtasks.decode
+    import pdtasks.prefill
+    import pdtasks.worker
+
+    # The only seams: names that `pdtasks.worker` has imported.
+    stub_engine, stub_text = make_stubs()
+    vars(pdtasks.worker).update(
+        Engine=stub_engine, TextFrontend=stub_text, resolve_model=lambda *_: "stub"
+    )
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            _, status = os.waitpid(order["wait"], 0)
+            answer = {"status": os.waitstatus_to_exitcode(status)}
+        else:
+            parent = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                _leave_home(order, parent)
+                run_worker(order["argv"])
+                os._exit(0)
+            answer = {"pid": pid}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _leave_home(order: dict[str, Any], parent: int) -> None:
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, target in enumerate((null, log, log)):
+        os.dup2(target, number)
+    os.environ.update(order["env"])
+
+
+if __name__ == "__main__":
+    _nursery()

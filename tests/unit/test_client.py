@@ -1,0 +1,492 @@
+"""The engine as the API sees it: replies are put together to one answer. Without network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import valkey
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import FinishReason
+
+from pdtasks import client
+from pdtasks.client import PipelineCore, _to_http
+from pdtasks.engine import ENGINE_VERSION
+from pdtasks.errors import (
+    BrokerUnavailable,
+    IncompatibleWorker,
+    NoWorker,
+    PdtasksError,
+    RequestTimeout,
+    WorkerLost,
+)
+from pdtasks.handover import decode_request
+from pdtasks.messages import Failure, PrefillJob, StageReport, WorkerStatus
+from pdtasks.settings import Settings
+from tests.unit.factories import a_reply, a_request, an_output
+
+READY = [
+    WorkerStatus(name=f"{role}1@h", role=role, host="h", pid=1, state="ready")
+    for role in ("prefill", "decode")
+]
+
+
+class StubBroker:
+    """Stands for both of the API's connections to RabbitMQ and remembers what was said."""
+
+    def __init__(self) -> None:
+        self.published: list[PrefillJob] = []
+        self.aborted: list[str] = []
+        self.away = False
+
+    def publish(self, job: PrefillJob, reply_to: str) -> None:
+        if self.away:
+            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
+        self.published.append(job)
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Bench:
+    """A `PipelineCore` whose bus and broker are stubs."""
+
+    def __init__(self, **settings: Any) -> None:
+        values = {"broker_url": "amqp://nowhere", "bus_url": "valkey://nowhere"}
+        self.broker = StubBroker()
+        self.failed: dict[str, PdtasksError] = {}
+        self.core = PipelineCore(Settings(**values | settings), self._fail)
+        self.core._publisher = self.broker  # type: ignore[assignment]
+        self.core._aborter = self.broker  # type: ignore[assignment]
+        self.core.workers = READY
+
+    async def _fail(self, request_id: str, error: PdtasksError) -> None:
+        assert request_id not in self.failed, "a request fails once"
+        self.failed[request_id] = error
+
+    async def ask(self, *request_ids: str) -> None:
+        for request_id in request_ids or ("r",):
+            await self.core.add_request_async(a_request(request_id))
+
+    async def take(self, *outputs: Any, **fields: Any) -> None:
+        await self.core._take(a_reply(*outputs, **fields))
+
+    def answer(self) -> list[tuple[str, list[int], FinishReason | None]]:
+        """What vLLM's front half has got."""
+        taken = []
+        while not self.core._outputs.empty():
+            outputs = self.core._outputs.get_nowait().outputs
+            taken += [(o.request_id, list(o.new_token_ids), o.finish_reason) for o in outputs]
+        return taken
+
+    async def aborted(self) -> list[str]:
+        """What the workers were told to drop; waits for the thread that tells them."""
+        await asyncio.get_running_loop().run_in_executor(self.core._aborting, lambda: None)
+        return self.broker.aborted
+
+    def close(self) -> None:
+        self.core._aborting.shutdown()
+        self.core._publishing.shutdown()
+
+
+def with_bench(test: Callable[[Bench], Awaitable[None]], **settings: Any) -> None:
+    async def run() -> None:
+        bench = Bench(**settings)
+        try:
+            async with asyncio.timeout(10):
+                await test(bench)
+        finally:
+            bench.close()
+
+    asyncio.run(run())
+
+
+# -- asking ------------------------------------------------------------------------------------
+
+
+def test_a_request_is_published_as_the_client_meant_it() -> None:
+    async def test(bench: Bench) -> None:
+        before = time.time()
+        await bench.ask("r")
+
+        (job,) = bench.broker.published
+        assert job.request_id == "r"
+        assert job.engine == ENGINE_VERSION
+        assert job.request is not None
+        assert decode_request(job.request) == a_request("r")
+        assert before + 30 <= job.deadline <= time.time() + 30
+
+    with_bench(test, request_timeout_s=30)
+
+
+def test_a_broker_that_is_away_fails_the_request_alone() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+        bench.broker.away = True
+        await bench.ask("b")
+
+        assert [type(e) for e in bench.failed.values()] == [BrokerUnavailable]
+        await bench.take((0, an_output([7], "a", FinishReason.STOP)))
+        assert bench.answer() == [("a", [7], FinishReason.STOP)]
+
+    with_bench(test)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_stage_without_workers_is_refused_with_a_way_out(role: str) -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.require_workers()
+        bench.core.workers = [w for w in READY if w.role != role]
+
+        with pytest.raises(NoWorker, match=f"-Q {role}"):
+            bench.core.require_workers()
+
+    with_bench(test)
+
+
+def test_a_worker_that_starts_or_drains_does_not_count() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers = [
+            READY[0],
+            WorkerStatus(name="d", role="decode", host="h", pid=1, state="draining"),
+            WorkerStatus(name="e", role="decode", host="h", pid=1, state="starting"),
+        ]
+
+        with pytest.raises(NoWorker):
+            bench.core.require_workers()
+
+    with_bench(test)
+
+
+# -- putting replies together --------------------------------------------------------------------
+
+
+def test_tokens_of_both_stages_make_one_answer() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+
+        await bench.take((0, an_output([7])))
+        await bench.take((1, an_output([8])))
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)))
+
+        assert bench.answer() == [("r", [7], None), ("r", [8], None), ("r", [9], FinishReason.STOP)]
+        assert bench.core._open == {}
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_step_with_several_requests_is_one_message_for_vllm_as_well() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+
+        await bench.take((0, an_output([7], "a")), (0, an_output([8], "b")))
+
+        assert bench.core._outputs.qsize() == 1
+        assert bench.answer() == [("a", [7], None), ("b", [8], None)]
+
+    with_bench(test)
+
+
+def test_a_successor_that_repeats_what_is_known_is_not_heard_twice() -> None:
+    # Given an answer of two tokens whose worker dies
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+        await bench.take((1, an_output([8])))
+
+        # When another worker begins again after the first token
+        await bench.take((1, an_output([8])))
+        await bench.take((2, an_output([9])))
+        await bench.take((3, an_output([10], finish_reason=FinishReason.LENGTH)))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9], [10]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_an_end_is_heard_even_if_its_token_is_known() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((0, an_output([7], finish_reason=FinishReason.STOP)))
+
+        assert bench.answer() == [("r", [7], None), ("r", [], FinishReason.STOP)]
+        assert bench.core._open == {}
+
+    with_bench(test)
+
+
+def test_new_tokens_behind_known_ones_are_heard() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((0, an_output([7, 8])))
+        await bench.take((2, an_output([9])))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_successor_with_another_answer_fails_the_request_rather_than_mixing_them() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r", "other")
+        await bench.take((0, an_output([7])), (0, an_output([1], "other")))
+        await bench.take((1, an_output([8])))
+        bench.answer()
+
+        await bench.take((1, an_output([666])), (1, an_output([2], "other")))
+
+        assert type(bench.failed["r"]) is WorkerLost
+        assert bench.answer() == [("other", [2], None)], "the other request goes on"
+
+    with_bench(test)
+
+
+def test_a_gap_fails_the_request_rather_than_hiding_it() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((2, an_output([9])))
+
+        assert type(bench.failed["r"]) is WorkerLost
+
+    with_bench(test)
+
+
+def test_tokens_for_nobody_are_answered_with_an_abort() -> None:
+    # The worker was started after the abort, or did not hear of it.
+    async def test(bench: Bench) -> None:
+        await bench.ask("known")
+
+        await bench.take((0, an_output([7], "known")), (3, an_output([8], "forgotten")))
+
+        assert await bench.aborted() == ["forgotten"]
+        assert bench.answer() == [("known", [7], None)]
+
+    with_bench(test)
+
+
+def test_a_client_that_hangs_up_is_forgotten_and_the_workers_are_told_once() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+
+        await bench.core.abort_requests_async(["a", "never heard of"])
+        await bench.core.abort_requests_async(["a"])
+
+        assert await bench.aborted() == ["a"]
+        assert list(bench.core._open) == ["b"]
+
+    with_bench(test)
+
+
+def test_stage_reports_can_be_asked_for_after_the_end() -> None:
+    report = StageReport(
+        stage="prefill",
+        worker="w",
+        queue_s=0,
+        seconds=1,
+        prompt_tokens=10,
+        output_tokens=1,
+    )
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take(
+            (0, an_output([7], finish_reason=FinishReason.STOP)), reports={"r": (report,)}
+        )
+
+        assert bench.core.reports("external-r") == [(report,)]
+        assert bench.core.reports("external-x") == []
+
+    with_bench(test)
+
+
+# -- failing -----------------------------------------------------------------------------------
+
+
+def test_a_workers_failure_fails_the_request_with_its_kind() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+
+        await bench.take(
+            failures={"r": Failure.of(WorkerLost("died")), "x": Failure.of(WorkerLost())}
+        )
+
+        assert type(bench.failed["r"]) is WorkerLost
+        assert list(bench.failed) == ["r"]
+
+    with_bench(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestTimeout("late"), 504),
+        (NoWorker("nobody"), 503),
+        (WorkerLost("died"), 503),
+        (IncompatibleWorker("old"), 503),
+        (PdtasksError("odd"), 500),
+    ],
+)
+def test_a_failure_becomes_an_http_error_of_its_status(error: PdtasksError, status: int) -> None:
+    http = _to_http(Failure.of(error).to_error())
+
+    assert isinstance(http, GracefulHTTPError)
+    assert http.http_status == status
+    assert str(error) in str(http)
+
+
+async def watch_until(bench: Bench, condition: Callable[[], bool]) -> None:
+    watch = asyncio.create_task(bench.core._watch())
+    try:
+        while not condition():
+            assert not watch.done(), "the watch has ended"
+            await asyncio.sleep(0.005)
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+@pytest.fixture
+def fast_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_WATCH_S", 0.01)
+
+
+def presence(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    """Let the bus say that `found()` are the workers."""
+
+    async def read(_bus: Any) -> list[WorkerStatus]:
+        workers: list[WorkerStatus] = found()
+        return workers
+
+    monkeypatch.setattr(client, "read_workers_async", read)
+
+
+def test_a_request_beyond_its_deadline_fails_and_the_workers_drop_it(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presence(monkeypatch, lambda: READY)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await watch_until(bench, lambda: "r" in bench.failed)
+
+        assert type(bench.failed["r"]) is RequestTimeout
+        assert await bench.aborted() == ["r"]
+
+    with_bench(test, request_timeout_s=0.05)
+
+
+def test_a_deadline_holds_although_the_bus_is_away(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> list[WorkerStatus]:
+        raise valkey.ConnectionError("refused")
+
+    presence(monkeypatch, away)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await watch_until(bench, lambda: "r" in bench.failed)
+
+        assert type(bench.failed["r"]) is RequestTimeout
+
+    with_bench(test, request_timeout_s=0.05)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_stage_that_stays_without_a_worker_fails_who_waits_for_it(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    presence(monkeypatch, lambda: [w for w in READY if w.role != stage])
+
+    async def test(bench: Bench) -> None:
+        # Given one request that waits for prefill and one that waits for decode
+        await bench.ask("in-prefill", "in-decode")
+        await bench.take((0, an_output([7], "in-decode")))
+
+        waiting = f"in-{stage}"
+        await watch_until(bench, lambda: waiting in bench.failed)
+
+        assert type(bench.failed[waiting]) is NoWorker
+        assert list(bench.failed) == [waiting]
+
+    with_bench(test, worker_ttl_s=0.03)
+
+
+def test_a_worker_that_is_back_within_the_grace_saves_its_requests(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def restarted() -> list[WorkerStatus]:
+        nonlocal looks
+        looks += 1
+        return READY if looks > 3 else READY[:1]
+
+    presence(monkeypatch, restarted)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+        await watch_until(bench, lambda: looks > 10)
+
+        assert bench.failed == {}
+
+    with_bench(test, worker_ttl_s=10)
+
+
+def test_a_bus_that_is_away_is_no_proof_that_workers_are_missing(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def away() -> list[WorkerStatus]:
+        nonlocal looks
+        looks += 1
+        raise valkey.ConnectionError("refused")
+
+    presence(monkeypatch, away)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await watch_until(bench, lambda: looks > 20)
+
+        assert bench.failed == {}
+
+    with_bench(test, worker_ttl_s=0.02)
+
+
+def test_one_bad_reply_does_not_end_the_answers_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        replies = [
+            a_reply(outputs=b"\xc1 no outputs at all", positions=(0,)),
+            a_reply((0, an_output([7], finish_reason=FinishReason.STOP))),
+        ]
+
+        async def read() -> Any:
+            for reply in replies:
+                yield reply
+
+        bench.core._stream.read = read  # type: ignore[method-assign]
+        await bench.core._listen()
+
+        assert bench.answer() == [("r", [7], FinishReason.STOP)]
+
+    with_bench(test)
