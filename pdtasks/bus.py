@@ -29,7 +29,8 @@ _OPTIONS: dict[str, Any] = {
 
 def connect(settings: Settings) -> valkey.Valkey:
     """A client for threads. Connects on first use. Raises ConfigurationError without a URL."""
-    return valkey.Valkey.from_url(settings.require_bus(), **_OPTIONS)
+    client: valkey.Valkey = valkey.Valkey.from_url(settings.require_bus(), **_OPTIONS)
+    return client
 
 
 def connect_async(settings: Settings) -> valkey.asyncio.Valkey:

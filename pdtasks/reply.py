@@ -97,7 +97,7 @@ class ReplyStream:
         self._bus = bus
         self._on_lost = on_lost
         self.name = f"{_PREFIX}{uuid.uuid4().hex}"
-        self._last_id: bytes | str = "0"
+        self._last_id = b"0"
 
     async def open(self) -> None:
         """Create the stream, empty. Raises ValkeyError when the bus cannot be reached."""
@@ -119,7 +119,7 @@ class ReplyStream:
 
     async def _renew(self) -> None:
         if not await self._bus.expire(self.name, STREAM_TTL_S):
-            self._last_id = "0"
+            self._last_id = b"0"
             await self.open()
             await self._on_lost()
 

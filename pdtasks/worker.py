@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
@@ -23,7 +24,13 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from pdtasks.bus import BUS_ERRORS, connect, connect_async
 from pdtasks.engine import ENGINE_VERSION, Engine, Generation
-from pdtasks.errors import IncompatibleWorker, PdtasksError, RequestAborted, RequestTimeout
+from pdtasks.errors import (
+    EngineFailed,
+    IncompatibleWorker,
+    PdtasksError,
+    RequestAborted,
+    RequestTimeout,
+)
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore, StoreError
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
@@ -125,6 +132,8 @@ class Worker:
         was not) joins the stage under way; `stage` is not called then.
 
         Raises RequestTimeout when `deadline` (UNIX seconds) passes; the stage is cancelled then.
+        An error that is none of ours becomes EngineFailed without its text, which Celery would
+        put into results, logs and events: it may quote a prompt.
         """
         with self._stages_lock:
             future = self._stages.get(task_id)
@@ -133,6 +142,12 @@ class Worker:
                 self._stages[task_id] = future
         try:
             found: T = future.result()
+        except PdtasksError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it is, its text stays here
+            where = "".join(traceback.format_tb(exc.__traceback__))
+            logger.error("%s failed: %s at\n%s", task_id, type(exc).__name__, where)  # noqa: TRY400
+            raise EngineFailed(f"the stage failed: {type(exc).__name__}") from None
         finally:
             with self._stages_lock:
                 if self._stages.get(task_id) is future:

@@ -10,15 +10,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pdtasks.engine import engine_arguments
 from pdtasks.models import resolve_model
 from pdtasks.settings import load_settings
 
+if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
+
 
 def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     settings = load_settings()
     model = resolve_model(settings.model, settings.cache_dir, lambda _: None)
@@ -29,9 +32,9 @@ def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if bias := case["sampling"].get("logit_bias"):  # JSON knows no integer keys
             case["sampling"]["logit_bias"] = {int(token): value for token, value in bias.items()}
         sampling = SamplingParams(**case["sampling"])
-        prompt = {"prompt_token_ids": case["prompt"]}
+        prompt = TokensPrompt(prompt_token_ids=case["prompt"])
         answer = engine.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]
-        logprobs = answer.logprobs or []
+        logprobs = cast("list[dict[int, Logprob]]", answer.logprobs or [])
         found.append(
             {
                 "token_ids": list(answer.token_ids),

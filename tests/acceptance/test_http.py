@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -150,7 +150,7 @@ def test_a_finished_request_leaves_only_shared_blocks(stack: Stack, client: http
 
     wait_until(only_blocks_named_by_content)
     _nothing_on_the_bus_but_its_owners(stack)
-    assert all(stack.kv.ttl(key) > 0 for key in stack.kv.scan_iter())
+    assert all(cast("int", stack.kv.ttl(key)) > 0 for key in stack.kv.scan_iter())
 
 
 def _nothing_on_the_bus_but_its_owners(stack: Stack) -> None:
@@ -162,7 +162,9 @@ def _nothing_on_the_bus_but_its_owners(stack: Stack) -> None:
             if key.startswith(b"pd:reply:"):
                 if bus.xlen(key):
                     return False
-            elif bus.ttl(key) < 0 or not key.startswith((b"pd:worker:", b"celery-task-meta-")):
+            elif cast("int", bus.ttl(key)) < 0 or not key.startswith(
+                (b"pd:worker:", b"celery-task-meta-")
+            ):
                 return False
         return True
 
