@@ -35,4 +35,6 @@ def connect(settings: Settings) -> valkey.Valkey:
 
 def connect_async(settings: Settings) -> valkey.asyncio.Valkey:
     """A client for one event loop. Connects on first use."""
-    return valkey.asyncio.Valkey.from_url(settings.require_bus(), **_OPTIONS)
+    url = settings.require_bus()
+    client: valkey.asyncio.Valkey = valkey.asyncio.Valkey.from_url(url, **_OPTIONS)
+    return client

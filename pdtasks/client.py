@@ -111,7 +111,7 @@ class PipelineCore(EngineCoreClient):
         """Stop listening; workers drop what is left."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._publications, return_exceptions=True)
         await self._stream.close()
         await self._bus.aclose()
         self._aborting.submit(self._aborter.close)

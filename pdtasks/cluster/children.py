@@ -19,7 +19,7 @@ from pdtasks.cluster.process import Process, StartFailed
 from pdtasks.settings import Settings
 
 
-def worker(settings: Settings, placement: Placement, concurrency: int) -> Process:
+def worker(settings: Settings, placement: Placement, concurrency: int, temporary: Path) -> Process:
     """One prefill or decode worker in its place."""
     argv = ["celery", "-A", "pdtasks", "worker", "-Q", placement.role]
     argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
@@ -28,15 +28,17 @@ def worker(settings: Settings, placement: Placement, concurrency: int) -> Proces
         # vLLM starts its engine in a process of its own; CUDA does not survive a fork.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+        **_temporary_env(settings, temporary),
     }
     return _python(placement.name, argv, settings, {**env, **placement.env})
 
 
-def api(settings: Settings) -> Process:
+def api(settings: Settings, temporary: Path) -> Process:
     """The HTTP API."""
     argv = ["pdtasks.cli", "api", "--host", settings.api_host, "--port", str(settings.api_port)]
     # It computes nothing; torch's threads would only get in the engines' way.
-    return _python("api", argv, settings, {"OMP_NUM_THREADS": "1"})
+    env = {"OMP_NUM_THREADS": "1", **_temporary_env(settings, temporary)}
+    return _python("api", argv, settings, env)
 
 
 def flower(settings: Settings, cookie_secret: str) -> Process:
@@ -79,6 +81,17 @@ def _python(name: str, argv: Sequence[str], settings: Settings, env: Mapping[str
         log=log_folder(settings) / f"{name}.log",
         cwd=settings.home,  # `python -m` looks for modules in the current folder first
     )
+
+
+def _temporary_env(settings: Settings, temporary: Path) -> dict[str, str]:
+    return {
+        # vLLM leaves the sockets between its processes behind, more so when it is killed.
+        "TMPDIR": str(temporary),
+        # torch's compiled kernels lie there as well unless told otherwise; those are to stay.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+            "TORCHINDUCTOR_CACHE_DIR", str(settings.cache_dir / "torchinductor")
+        ),
+    }
 
 
 def _common_env(settings: Settings) -> dict[str, str]:

@@ -14,7 +14,9 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +70,7 @@ _CONFIGURED_S = 15.0  # for services that run already
 _GRACE_S = 15.0  # beyond `drain_timeout_s`: an engine needs a moment to end
 _FLOWER_STOP_S = 5.0
 _BACKOFF_MAX_S = 60.0
+_TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
 _STEADY_S = 60.0  # ready for so long: the next failure is a new one
 
 
@@ -165,6 +168,7 @@ class Supervisor:
         self._signals = 0
         self._accepted_signals = 0  # those that already began a stop
         self._interruptible = False
+        self._temporary: Path | None = None
         self._bus: valkey.Valkey | None = None
         self._presence: dict[int, str] = {}
         self._presence_at = 0.0
@@ -338,15 +342,26 @@ class Supervisor:
     def _start_parts(self, plan: Plan) -> None:
         settings = self.settings
         concurrency = self._size.concurrency or settings.max_num_seqs
+        temporary = self._make_temporary()
         for placement in plan.workers:
-            process = children.worker(settings, placement, concurrency)
+            process = children.worker(settings, placement, concurrency, temporary)
             self._add_part(Part(process, placement.role, placement.devices, self._takes_jobs))
         url = children.api_url(settings)
-        self._add_part(Part(children.api(settings), "api", url, _ok(f"{url}/health")))
+        self._add_part(Part(children.api(settings, temporary), "api", url, _ok(f"{url}/health")))
         if self._size.flower:
             url = children.flower_url(settings)
             process = children.flower(settings, secrets.token_urlsafe(48))
             self._add_part(Part(process, "flower", url, _ok(f"{url}/healthcheck")))
+
+    def _make_temporary(self) -> Path:
+        """A folder for the engines' sockets, whose paths have to be short."""
+        self._temporary = self._home / "tmp"
+        if len(os.fsencode(self._temporary)) > _TEMPORARY_PATH_LIMIT:
+            self._temporary = Path(tempfile.mkdtemp(prefix="pdtasks-", dir="/tmp"))  # mode 0700
+        else:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(mode=0o700)
+        return self._temporary
 
     def _add_part(self, part: Part) -> None:
         self._launch(part)
@@ -484,19 +499,27 @@ class Supervisor:
         except StopRequested:
             self._console.warn("stopping at once")
             self._accepted_signals = self._signals
-            for part in self._parts:
-                part.process.kill()
-            for _, service in self._services:
-                for process in service.processes:
-                    process.kill()
+            self._kill_all()
         finally:
-            for _, service in self._services:  # also removes sockets
-                service.stop()
-            if self._bus is not None:
-                self._bus.close()
-            remove_stack(self._home)
+            self._clean_up()
         if started:
             self._console.line("stopped")
+
+    def _kill_all(self) -> None:
+        for part in self._parts:
+            part.process.kill()
+        for _, service in self._services:
+            for process in service.processes:
+                process.kill()
+
+    def _clean_up(self) -> None:
+        for _, service in self._services:  # also removes sockets
+            service.stop()
+        if self._bus is not None:
+            self._bus.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        remove_stack(self._home)
 
     def _stop_in_order(self) -> None:
         drain_s = self.settings.drain_timeout_s
@@ -540,7 +563,7 @@ class Supervisor:
         settings = self.settings
         services: list[Member] = []
         helpers: list[Member] = []
-        folders = []
+        folders = [] if self._temporary is None else [str(self._temporary)]
         for role, service in self._services:
             for index, process in enumerate(service.processes):
                 (helpers if index else services).append(_member(process, role))

@@ -23,7 +23,7 @@ from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.presence import read_workers
 from pdtasks.settings import load_settings
-from tests.integration.steering import STEERING_DB, Steering
+from tests.integration.steering import Steering, steering_url
 
 ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
@@ -213,7 +213,7 @@ def start_worker(
         role: str, number: int = 1, *, held: bool = False, wait: bool = True, **env: str
     ) -> StubWorker:
         name = f"{role}{number}"
-        steering = Steering(name, valkey.Valkey.from_url(services.bus_server.url, db=STEERING_DB))
+        steering = Steering(name, valkey.Valkey.from_url(steering_url(services.bus_server.url)))
         if held:
             steering.hold()
         log = tmp_path / f"{name}.{len(started)}.log"

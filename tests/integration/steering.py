@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import valkey
 
-STEERING_DB = 1
+
+def steering_url(bus_url: str) -> str:
+    """Database 1 of the bus, where the product keeps nothing."""
+    return bus_url.removesuffix("/0") + "/1"
 
 
 def added_key(worker: str) -> str:

@@ -25,10 +25,9 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import valkey
 import valkey.asyncio
 
-from tests.integration.steering import STEERING_DB, added_key, held_key, steps_key
+from tests.integration.steering import added_key, held_key, steering_url, steps_key
 
 #: A request with this prompt token kills the worker that runs it.
 POISON = 666
@@ -70,7 +69,7 @@ def make_stubs() -> tuple[type, type]:
 
         def __init__(self, settings: Settings) -> None:
             self._name = os.environ["STUB_NAME"]
-            self._bus = valkey.asyncio.Valkey.from_url(settings.require_bus(), db=STEERING_DB)
+            self._bus = valkey.asyncio.Valkey.from_url(steering_url(settings.require_bus()))
             self._store = BlockStore(settings.kv_urls, ttl_s=600)
             self._running: dict[str, EngineCoreRequest] = {}
             self._made: dict[str, int] = {}

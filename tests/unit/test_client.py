@@ -73,6 +73,7 @@ class Bench:
     async def ask(self, *request_ids: str) -> None:
         for request_id in request_ids or ("r",):
             await self.core.add_request_async(a_request(request_id))
+        await asyncio.gather(*self.core._publications)
 
     async def take(self, *outputs: Any, **fields: Any) -> None:
         await self.core._take(a_reply(*outputs, **fields))

@@ -1,0 +1,83 @@
+"""Who is there?"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import msgspec
+
+from pdtasks.bus import connect_async
+from pdtasks.messages import WIRE_VERSION, WorkerStatus
+from pdtasks.presence import read_workers, read_workers_async, worker_key
+from pdtasks.settings import Settings
+from tests.integration.conftest import Services, StartWorker, wait_until
+
+
+def a_status(name: str, role: str = "decode", **fields: int) -> WorkerStatus:
+    status = WorkerStatus(name=name, role=role, host="h", pid=1, state="ready")
+    return msgspec.structs.replace(status, **fields)
+
+
+def test_workers_are_found_by_role_and_name(services: Services) -> None:
+    bus = services.bus
+    bus.flushall()
+    for status in (a_status("b"), a_status("a"), a_status("c", "prefill")):
+        bus.set(worker_key(status.name), status.to_wire())
+
+    async def read_async() -> list[WorkerStatus]:
+        client = connect_async(Settings(bus_url=services.bus_server.url))
+        try:
+            return await read_workers_async(client)
+        finally:
+            await client.aclose()
+
+    assert [w.name for w in read_workers(bus)] == ["a", "b", "c"]
+    assert asyncio.run(read_async()) == read_workers(bus)
+
+
+def test_other_releases_and_other_keys_do_not_count(services: Services) -> None:
+    bus = services.bus
+    bus.flushall()
+    bus.set(worker_key("a"), a_status("a").to_wire())
+    bus.set(worker_key("old"), a_status("old", version=WIRE_VERSION + 1).to_wire())
+    bus.set(worker_key("junk"), b"\xc1")
+    bus.set("pd:reply:x", "not a worker")
+
+    assert [w.name for w in read_workers(bus)] == ["a"]
+
+
+def test_an_empty_bus_has_no_workers(services: Services) -> None:
+    services.bus.flushall()
+
+    assert read_workers(services.bus) == []
+
+
+def test_a_worker_says_what_it_is(start_worker: StartWorker, services: Services) -> None:
+    worker = start_worker("decode")
+
+    (status,) = read_workers(services.bus)
+
+    assert (status.name, status.role, status.pid) == ("decode1@test", "decode", worker.pid)
+    assert (status.state, status.active, status.max_model_len) == ("ready", 0, 1000)
+    assert status.engine.startswith("vllm ")
+
+
+def test_a_killed_worker_disappears_within_its_time(
+    start_worker: StartWorker, services: Services
+) -> None:
+    worker = start_worker("decode")
+
+    worker.signal(signal.SIGKILL)
+
+    wait_until(lambda: read_workers(services.bus) == [], 5, "its key expires after 3 s")
+
+
+def test_a_worker_outlives_a_bus_that_forgets_it(
+    start_worker: StartWorker, services: Services
+) -> None:
+    start_worker("decode")
+
+    services.bus.flushall()
+
+    wait_until(lambda: read_workers(services.bus), 5, "it says again that it is there")

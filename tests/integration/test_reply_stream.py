@@ -1,0 +1,248 @@
+"""How do tokens get back to the process that asked? On a real bus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import valkey
+import valkey.asyncio
+
+from pdtasks import reply
+from pdtasks.bus import connect_async
+from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.messages import StepReply
+from pdtasks.reply import ReplyStream, ReplyWriter
+from pdtasks.settings import Settings
+from tests.integration.conftest import Services
+
+
+def a_reply(number: int) -> StepReply:
+    return StepReply(worker="w", stage="decode", engine="e", positions=(number,))
+
+
+class Bench:
+    """A writer and an asker's stream on one bus."""
+
+    def __init__(self, url: str) -> None:
+        settings = Settings(bus_url=url)
+        self.bus = valkey.Valkey.from_url(url)
+        self._clients = [connect_async(settings) for _ in range(2)]
+        self.gone: list[str] = []
+        self.times_lost = 0
+        self.writer = ReplyWriter(self._clients[0], self.gone.append)
+        self.stream = ReplyStream(self._clients[1], self._lost)
+        self.read: list[int] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def _lost(self) -> None:
+        self.times_lost += 1
+
+    async def _read(self) -> None:
+        async for message in self.stream.read():
+            self.read += message.positions
+
+    def start(self, *runs: Callable[[], Awaitable[None]]) -> None:
+        self._tasks += [asyncio.ensure_future(run()) for run in runs]  # type: ignore[misc]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients:
+            await client.aclose()
+        self.bus.close()
+
+
+@asynccontextmanager
+async def bench_on(url: str, *, reading: bool = True) -> Any:
+    bench = Bench(url)
+    try:
+        async with asyncio.timeout(20):
+            await bench.stream.open()
+            bench.start(bench.writer.run)
+            if reading:
+                bench.start(bench._read)
+            yield bench
+    finally:
+        await bench.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def bus_url(services: Services) -> str:
+    services.bus.flushall()
+    return services.bus_server.url
+
+
+@pytest.fixture
+def own_bus(tmp_path: Path) -> Iterator[ValkeyServer]:
+    """A bus that a test may stop."""
+    with ValkeyServer(tmp_path / "bus", "bus") as server:
+        yield server
+
+
+def test_replies_arrive_in_order_and_are_removed_when_read(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url) as bench:
+            for number in range(2000):
+                bench.writer.put(bench.stream.name, a_reply(number))
+
+            await until(lambda: len(bench.read) == 2000)
+
+            assert bench.read == list(range(2000))
+            await until(lambda: bench.bus.xlen(bench.stream.name) == 0)
+
+    asyncio.run(test())
+
+
+def test_two_askers_get_each_their_own(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url) as one, bench_on(bus_url) as other:
+            one.writer.put(one.stream.name, a_reply(1))
+            one.writer.put(other.stream.name, a_reply(2))
+
+            await until(lambda: one.read and other.read)
+
+            assert (one.read, other.read) == ([1], [2])
+
+    asyncio.run(test())
+
+
+def test_an_owner_that_closes_is_noticed_and_leaves_nothing(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url, reading=False) as gone, bench_on(bus_url) as other:
+            gone.writer.put(gone.stream.name, a_reply(1))
+            await until(lambda: gone.bus.xlen(gone.stream.name) == 1)
+
+            await gone.stream.close()
+            gone.writer.put(gone.stream.name, a_reply(2))
+            gone.writer.put(other.stream.name, a_reply(3))
+
+            await until(lambda: gone.gone and other.read)
+            assert gone.gone == [gone.stream.name]
+            assert other.read == [3]
+            assert gone.bus.keys() == [other.stream.name.encode()]
+
+    asyncio.run(test())
+
+
+def test_an_owner_that_dies_is_forgotten_in_time(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply, "STREAM_TTL_S", 1)
+
+    async def test() -> None:
+        async with bench_on(bus_url, reading=False) as bench:
+            bench.writer.put(bench.stream.name, a_reply(1))
+
+            # Nobody renews the stream.
+            await until(lambda: not bench.bus.exists(bench.stream.name))
+
+            bench.writer.put(bench.stream.name, a_reply(2))
+            await until(lambda: bench.gone)
+            assert bench.bus.keys() == []
+
+    asyncio.run(test())
+
+
+def test_an_owner_that_lives_keeps_its_stream(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply, "STREAM_TTL_S", 1)
+    monkeypatch.setattr(reply, "_RENEW_S", 0.1)
+
+    async def test() -> None:
+        async with bench_on(bus_url) as bench:
+            bench.start(bench.stream.keep)
+            loop = asyncio.get_running_loop()
+            end = loop.time() + 1.5  # longer than the stream lives by itself
+            await until(lambda: loop.time() > end)
+
+            bench.writer.put(bench.stream.name, a_reply(1))
+
+            await until(lambda: bench.read == [1])
+            assert bench.times_lost == 0
+
+    asyncio.run(test())
+
+
+def test_a_bus_that_is_restarted_is_survived_and_the_loss_is_told(own_bus: ValkeyServer) -> None:
+    async def test() -> None:
+        async with bench_on(own_bus.url) as bench:
+            bench.writer.put(bench.stream.name, a_reply(1))
+            await until(lambda: bench.read == [1])
+
+            # When the server comes back, empty, under the same address
+            port, password = own_bus.url.rpartition(":")[2], own_bus.url.split(":")[2]
+            own_bus.stop()
+            bench.writer.put(bench.stream.name, a_reply(2))
+            _start_again(own_bus, port, password)
+
+            # Then the owner learns that replies may be lost, and the next ones arrive
+            await until(lambda: bench.times_lost)
+            bench.writer.put(bench.stream.name, a_reply(3))
+            await until(lambda: 3 in bench.read)
+            assert bench.read in ([1, 3], [1, 2, 3])
+
+    asyncio.run(test())
+
+
+def _start_again(server: ValkeyServer, port_and_db: str, password_and_host: str) -> None:
+    """Start the same server process description again: same port, same password."""
+    process = server.process
+    assert process._stdin is not None
+    assert f"port {port_and_db.partition('/')[0]}" in process._stdin
+    assert f"requirepass {password_and_host.partition('@')[0]}" in process._stdin
+    process.start()
+
+
+def test_one_entry_that_the_bus_refuses_does_not_stop_the_others(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url) as bench:
+            odd = bench.stream.name + ".odd"
+            bench.bus.set(odd, "no stream at all")
+
+            bench.writer.put(bench.stream.name, a_reply(1))
+            bench.writer.put(odd, a_reply(2))
+            bench.writer.put(bench.stream.name, a_reply(3))
+
+            await until(lambda: len(bench.read) == 2)
+            bench.writer.put(bench.stream.name, a_reply(4))
+            await until(lambda: len(bench.read) == 3)
+            assert bench.read == [1, 3, 4], "each arrives once"
+
+    asyncio.run(test())
+
+
+def test_what_is_no_reply_is_dropped(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url) as bench:
+            bench.bus.xadd(bench.stream.name, {"m": b"\xc1"})
+            bench.writer.put(bench.stream.name, a_reply(1))
+
+            await until(lambda: bench.read == [1])
+            await until(lambda: bench.bus.xlen(bench.stream.name) == 0)
+
+    asyncio.run(test())
+
+
+def test_a_bus_that_cannot_be_reached_is_an_error_at_the_start(own_bus: ValkeyServer) -> None:
+    url = own_bus.url
+    own_bus.stop()
+
+    async def test() -> None:
+        with suppress(AttributeError):
+            async with bench_on(url):
+                raise AssertionError("opened a stream on nothing")
+
+    with pytest.raises(valkey.ConnectionError):
+        asyncio.run(test())
