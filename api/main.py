@@ -14,6 +14,8 @@ import msgspec
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
+from pdtasks.bus import BUS_ERRORS
+from pdtasks.errors import NoWorker
 from pdtasks.models import resolve_model
 from pdtasks.settings import Settings
 
@@ -64,6 +66,20 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.router.lifespan_context = lifespan
     return app
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """200 when both stages have a worker that takes jobs, else 503 with the reason."""
+    core = request.app.state.pdtasks_client.engine_core
+    try:
+        await core.look_at_workers()
+        core.require_workers()
+    except NoWorker as exc:
+        raise HTTPException(exc.http_status, str(exc)) from exc
+    except BUS_ERRORS as exc:
+        raise HTTPException(503, f"the bus does not answer: {type(exc).__name__}") from exc
+    return {"status": "ready"}
 
 
 @router.get("/pdtasks/requests/{request_id}")

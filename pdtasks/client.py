@@ -102,7 +102,7 @@ class PipelineCore(EngineCoreClient):
     async def open(self) -> None:
         """Begin to listen. Raises valkey.ValkeyError when the bus cannot be reached."""
         await self._stream.open()
-        await self._look_at_workers()
+        await self.look_at_workers()
         self._tasks = [
             asyncio.create_task(run()) for run in (self._stream.keep, self._listen, self._watch)
         ]
@@ -169,6 +169,15 @@ class PipelineCore(EngineCoreClient):
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         return ("generate",)
+
+    async def look_at_workers(self) -> None:
+        """Read from the bus who is there. Raises what is in `pdtasks.bus.BUS_ERRORS`."""
+        self.workers = await read_workers_async(self._bus)
+        for stage in STAGES:
+            if self._has_worker(stage):
+                self._missing_since.pop(stage, None)
+            else:
+                self._missing_since.setdefault(stage, time.time())
 
     def require_workers(self) -> None:
         """Raises NoWorker when a stage has nobody who could do it."""
@@ -277,7 +286,7 @@ class PipelineCore(EngineCoreClient):
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
-                await self._look_at_workers()
+                await self.look_at_workers()
             except BUS_ERRORS as exc:
                 # Whether workers are missing is not known now; deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
@@ -303,14 +312,6 @@ class PipelineCore(EngineCoreClient):
     async def _drop(self, request_id: str, error: PdtasksError) -> None:
         self._tell_workers_to_drop([request_id])
         await self._give_up(request_id, error)
-
-    async def _look_at_workers(self) -> None:
-        self.workers = await read_workers_async(self._bus)
-        for stage in STAGES:
-            if self._has_worker(stage):
-                self._missing_since.pop(stage, None)
-            else:
-                self._missing_since.setdefault(stage, time.time())
 
     def _has_worker(self, stage: str) -> bool:
         return any(w.role == stage and w.state == "ready" for w in self.workers)

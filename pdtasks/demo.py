@@ -26,7 +26,6 @@ from pdtasks.errors import PdtasksError
 
 _MAX_TOKENS = 64
 _TIMEOUT_S = 300.0
-_SEEN_S = 10.0
 _INTERRUPTED = 130  # as shells report a Ctrl-C
 
 
@@ -108,27 +107,21 @@ def _ask(client: httpx.Client, model: str, prompt: str, console: Console) -> _An
         "temperature": 0,
         "max_tokens": _MAX_TOKENS,
     }
-    # The API looks for workers every few seconds: it may not have seen yet that they are ready.
-    last_try = time.monotonic() + _SEEN_S
-    while True:
-        name = f"demo-{secrets.token_hex(6)}"
-        answer = _Answer(f"chatcmpl-{name}")  # vLLM names the response after this header
-        began = time.monotonic()
-        with client.stream(
-            "POST", "/v1/chat/completions", json=body, headers={"X-Request-Id": name}
-        ) as response:
-            if response.status_code == 503 and began < last_try:
-                time.sleep(0.2)
-                continue
-            if response.status_code != 200:
-                response.read()
-                raise DemoFailed(f"the API answered {response.status_code}: {response.text[:500]}")
-            for piece in _pieces(response):
-                answer.times.append(time.monotonic() - began)
-                answer.text += piece
-                console.piece(piece)
-        console.line("\n")
-        return answer
+    name = f"demo-{secrets.token_hex(6)}"
+    answer = _Answer(f"chatcmpl-{name}")  # vLLM names the response after this header
+    began = time.monotonic()
+    with client.stream(
+        "POST", "/v1/chat/completions", json=body, headers={"X-Request-Id": name}
+    ) as response:
+        if response.status_code != 200:
+            response.read()
+            raise DemoFailed(f"the API answered {response.status_code}: {response.text[:500]}")
+        for piece in _pieces(response):
+            answer.times.append(time.monotonic() - began)
+            answer.text += piece
+            console.piece(piece)
+    console.line("\n")
+    return answer
 
 
 def _pieces(response: httpx.Response) -> Iterator[str]:

@@ -347,7 +347,7 @@ class Supervisor:
             process = children.worker(settings, placement, concurrency, temporary)
             self._add_part(Part(process, placement.role, placement.devices, self._takes_jobs))
         url = children.api_url(settings)
-        self._add_part(Part(children.api(settings, temporary), "api", url, _ok(f"{url}/health")))
+        self._add_part(Part(children.api(settings, temporary), "api", url, _ok(f"{url}/ready")))
         if self._size.flower:
             url = children.flower_url(settings)
             process = children.flower(settings, secrets.token_urlsafe(48))

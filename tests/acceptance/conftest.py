@@ -43,7 +43,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         def api_and_flower_answer() -> bool:
             try:
                 return (
-                    httpx.get(running.api_url + "/health").status_code == 200
+                    httpx.get(running.api_url + "/ready").status_code == 200
                     and httpx.get(running.flower_url + "/healthcheck").status_code == 200
                 )
             except httpx.HTTPError:

@@ -81,7 +81,7 @@ def test_a_decode_worker_with_another_layout_recomputes(
             # The broker may still hand a job to the stopped worker, which keeps it until it wakes.
             with ThreadPoolExecutor(2) as background:
                 answers = [
-                    background.submit(ask, stack.client(), prompt, f"layout-{n}", max_tokens=12)
+                    background.submit(ask, client, prompt, f"layout-{n}", max_tokens=12)
                     for n in (1, 2)
                 ]
 
