@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
+import threading
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import kombu
 from celery import Celery, bootsteps, signals, states
+from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command
 from celery.worker.request import Request
@@ -29,9 +32,20 @@ from pdtasks.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
+#: Ends the process when Celery is through with its signal handler; the engine core follows it.
+_cold_stop = threading.Timer(0.5, os._exit, (0,))
+_cold_stop.daemon = True
+
 
 class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
     """A job in a worker."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except (AttributeError, TypeError, ValueError) as exc:
+            # Celery rejects what raises this; anything else would stop the worker.
+            raise InvalidTaskError("not a message of a task") from exc
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """What `celery inspect` and Flower may know: never the arguments."""
@@ -43,7 +57,12 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
         self._announce_revoked("terminated", True, "abort", False)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Cold shutdown: the process ends, RabbitMQ gives the job to another worker."""
+        """Cold shutdown: the process ends, RabbitMQ gives the job to another worker.
+
+        Celery would wait for the pool's threads, and they for their answers.
+        """
+        if not _cold_stop.is_alive():
+            _cold_stop.start()
         self._already_cancelled = True
 
 
@@ -90,10 +109,7 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]
             logger.error("dropped a message that is no task of ours")
             return
         request_id = naming.request_id_of(task_id)
-        error = WorkerLost(
-            f"{message.headers.get('task', 'the job')} was given up: its workers were lost "
-            f"again and again (more than {load_settings().delivery_limit} deliveries)"
-        )
+        error = WorkerLost(f"{message.headers.get('task', 'the job')} {_why_dead(message)}")
         logger.error("gave up %s: %s", request_id, error)
         here = worker.current()
         here.publish_failure(message.properties.get("reply_to"), request_id, error)
@@ -102,6 +118,14 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]
             # Not in this loop: a bus that is away would block the worker's heartbeats.
             store = partial(self._app.backend.store_result, request_id, error, states.FAILURE)
             here.engine.call(asyncio.to_thread(store))
+
+
+def _why_dead(message: kombu.Message) -> str:
+    deaths = message.headers.get("x-death") or [{}]
+    if deaths[0].get("reason") == "rejected":
+        return "was refused by a worker that cannot read it"
+    limit = load_settings().delivery_limit
+    return f"was given up: {limit + 1} deliveries ended with the loss of the worker"
 
 
 def _rest_of_chain(message: kombu.Message) -> list[dict[str, Any]] | None:
@@ -142,27 +166,37 @@ def _abort(request_ids: list[str]) -> None:
     here.engine.loop.call_soon_threadsafe(here.abort, request_ids)
 
 
-@signals.worker_init.connect  # type: ignore[untyped-decorator]
-def _start_worker(sender: Any, **_: Any) -> None:
-    """Check how we were called, then bring up the engine.
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
+def _check_call(options: dict[str, Any], **_: Any) -> None:
+    """Refuse what cannot work, before Celery looks for queues.
 
-    Celery swallows exceptions here and would consume without an engine: leave by SystemExit.
+    Celery swallows exceptions in signal handlers: leave by SystemExit.
     """
-    queues = set(sender.app.amqp.queues.consume_from)
-    pool = str(getattr(sender.pool_cls, "__module__", sender.pool_cls))
+    pool = options.get("pool_cls")
+    pool = str(getattr(pool, "__module__", pool))
     if "thread" not in pool:
         _refuse(f"pdtasks workers need the threads pool (-P threads), not {pool}")
-    if len(queues) != 1 or not queues <= set(naming.STAGES):
+    queues = options.get("queues") or []
+    queues = queues.split(",") if isinstance(queues, str) else list(queues)
+    if len(queues) != 1 or queues[0] not in naming.STAGES:
         _refuse("a pdtasks worker serves one stage: start it with -Q prefill or -Q decode")
     try:
         settings = load_settings()
         settings.require_broker()
         settings.require_bus()
+    except PdtasksError as exc:
+        _refuse(str(exc))
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _start_worker(sender: Any, **_: Any) -> None:
+    """Bring up the engine; a worker without one would consume all the same."""
+    (role,) = sender.app.amqp.queues.consume_from
+    try:
         from pdtasks import worker
 
-        role = queues.pop()
         import_module(f"pdtasks.{role}")  # registers the stage's task
-        worker.start(settings, name=sender.hostname, role=role)
+        worker.start(load_settings(), name=sender.hostname, role=role)
     except PdtasksError as exc:
         _refuse(str(exc))
     except Exception as exc:

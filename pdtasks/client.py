@@ -36,7 +36,14 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from pdtasks.bus import BUS_ERRORS, connect_async
 from pdtasks.engine import ENGINE_VERSION
-from pdtasks.errors import NoWorker, PdtasksError, RepliesLost, RequestTimeout, WorkerLost
+from pdtasks.errors import (
+    BrokerUnavailable,
+    NoWorker,
+    PdtasksError,
+    RepliesLost,
+    RequestTimeout,
+    WorkerLost,
+)
 from pdtasks.handover import encode_request
 from pdtasks.messages import PrefillJob, StageReport, StepReply, WorkerStatus
 from pdtasks.naming import STAGES
@@ -116,8 +123,9 @@ class PipelineCore(EngineCoreClient):
         await self._bus.aclose()
         self._aborting.submit(self._aborter.close)
         self._publishing.submit(self._publisher.close)
-        self._aborting.shutdown()
-        self._publishing.shutdown()
+        # A broker that hangs must not keep this process.
+        self._aborting.shutdown(wait=False)
+        self._publishing.shutdown(wait=False)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """vLLM's hook; what needs an event loop is done in `close`."""
@@ -153,6 +161,9 @@ class PipelineCore(EngineCoreClient):
             )
         except PdtasksError as exc:
             await self._give_up(job.request_id, exc)
+        except Exception as exc:
+            logger.exception("could not publish %s", job.request_id)
+            await self._give_up(job.request_id, BrokerUnavailable(type(exc).__name__))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""

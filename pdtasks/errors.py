@@ -8,7 +8,8 @@
     ├── RequestAborted          499   the caller hung up or cancelled
     ├── RequestTimeout          504   the deadline passed
     ├── NoWorker                503   nobody is there to do a stage
-    ├── BrokerUnavailable       503   RabbitMQ did not take the message
+    ├── QueueFull               429   RabbitMQ refused the message
+    ├── BrokerUnavailable       503   RabbitMQ did not answer
     ├── WorkerLost              503   every worker that took the request died with it
     ├── RepliesLost             503   the bus was restarted in the middle of an answer
     ├── EngineFailed            503   vLLM gave up on this request
@@ -60,8 +61,14 @@ class NoWorker(PdtasksError):
     http_status = 503
 
 
+class QueueFull(PdtasksError):
+    """RabbitMQ refused the message: its queue is full."""
+
+    http_status = 429
+
+
 class BrokerUnavailable(PdtasksError):
-    """RabbitMQ did not take the message."""
+    """RabbitMQ did not answer."""
 
     http_status = 503
 

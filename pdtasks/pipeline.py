@@ -11,6 +11,8 @@ For Python callers without HTTP::
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from pdtasks.app import app
-from pdtasks.errors import BrokerUnavailable, InvalidRequest
+from pdtasks.errors import BrokerUnavailable, InvalidRequest, QueueFull
 from pdtasks.messages import PrefillJob, TextRequest
 from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
 from pdtasks.settings import load_settings
@@ -78,8 +80,7 @@ def submit(
         submitted_at=now,
         deadline=now + (timeout_s or settings.request_timeout_s),
     )
-    with app.producer_pool.acquire(block=True) as producer:
-        publish(job, producer=producer, reply_to=None)
+    _own_publisher().publish(job, reply_to=None)
     return AsyncResult(job.request_id, app=app)
 
 
@@ -89,7 +90,7 @@ def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
     Args:
         reply_to: the reply stream that gets the tokens; None when the result is waited for.
 
-    Raises BrokerUnavailable when RabbitMQ does not confirm it.
+    Raises QueueFull when RabbitMQ refuses it, BrokerUnavailable when it does not confirm it.
     """
     # A plain dict, not a Celery signature: `chain()` costs five times as much and freezes
     # `reply_to` by itself.
@@ -125,26 +126,34 @@ def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
             retry=False,
             confirm_timeout=CONFIRM_TIMEOUT_S,
         )
-    except OperationalError as exc:
-        if isinstance(exc.__cause__, MessageNacked):
-            raise BrokerUnavailable("the prefill queue is full: try again later") from exc
-        raise BrokerUnavailable("RabbitMQ did not take the request: is it running?") from exc
+    except (AMQPError, OperationalError, OSError) as exc:
+        if _is_refusal(exc):
+            raise QueueFull("the prefill queue is full: try again later") from exc
+        raise BrokerUnavailable(
+            f"RabbitMQ did not take the request ({type(exc).__name__}): is it running?"
+        ) from exc
+
+
+def _is_refusal(error: Exception) -> bool:
+    return any(isinstance(e, MessageNacked) for e in (error, error.__cause__))
 
 
 class Publisher:
-    """A connection of one's own for a thread that publishes much (the API). Not thread safe."""
+    """A connection of one's own, for a thread. Not thread safe.
+
+    Celery's pool will not do: a connection whose publish was not confirmed in time is closed there
+    with a handshake, for which a hung broker lets it wait for ever.
+    """
 
     def __init__(self) -> None:
         self._connection: Any = None
         self._producer: Any = None
 
-    def publish(self, job: PrefillJob, reply_to: str) -> None:
+    def publish(self, job: PrefillJob, reply_to: str | None) -> None:
         """`publish`, tried once more on a fresh connection when this one has gone stale."""
         try:
             publish(job, producer=self._own_producer(), reply_to=reply_to)
-        except BrokerUnavailable as exc:
-            if isinstance(getattr(exc.__cause__, "__cause__", None), MessageNacked):
-                raise
+        except BrokerUnavailable:
             self.close()
             publish(job, producer=self._own_producer(), reply_to=reply_to)
 
@@ -159,7 +168,7 @@ class Publisher:
                 connection = self._own_connection()
                 connection.ensure_connection(max_retries=1, timeout=CONFIRM_TIMEOUT_S)
                 self._producer = app.amqp.Producer(connection)
-            except (OperationalError, OSError) as exc:
+            except (AMQPError, OperationalError, OSError) as exc:
                 self.close()
                 raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?") from exc
         return self._producer
@@ -169,6 +178,17 @@ class Publisher:
         if self._connection is not None:
             self._connection.collect()
         self._connection = self._producer = None
+
+
+_local = threading.local()
+
+
+def _own_publisher() -> Publisher:
+    """This thread's publisher; a forked process makes one of its own."""
+    if getattr(_local, "pid", None) != os.getpid():
+        _local.pid, _local.publisher = os.getpid(), Publisher()
+    publisher: Publisher = _local.publisher
+    return publisher
 
 
 class Aborter:
@@ -196,9 +216,9 @@ class Aborter:
             # No confirms: under a memory alarm RabbitMQ would never send them.
             options = {"confirm_publish": False}
             self._connection = app.connection_for_write(transport_options=options)
-        app.control.broadcast(
-            "pdtasks_abort", arguments={"request_ids": request_ids}, connection=self._connection
-        )
+        mailbox = app.control.mailbox(self._connection)
+        mailbox.producer_pool = None  # its connections wait for confirms
+        mailbox.abcast("pdtasks_abort", {"request_ids": request_ids})
 
     def close(self) -> None:
         """Drop the connection."""

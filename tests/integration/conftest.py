@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -173,6 +174,17 @@ class Nursery:
             line = self._out.readline()
             assert line, "the nursery has ended"
             self._ready = line == "ready\n"
+
+    def run(self, argv: list[str], env: dict[str, str], log: Path) -> int:
+        """Run a worker that ends by itself; returns its exit status."""
+        self.wait_ready()
+        pid = self.ask({"argv": argv, "env": env, "log": str(log)})["pid"]
+        killer = threading.Timer(30, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        try:
+            return int(self.ask({"wait": pid})["status"])
+        finally:
+            killer.cancel()
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
         self._in.write(json.dumps(order) + "\n")

@@ -1,4 +1,4 @@
-"""How does a test steer a stub worker? Through a database of the bus that the product never uses."""
+"""How does a test steer a stub worker? Through a database of the bus that is not the product's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A real Celery worker of ours whose engine core is a stub.
 
-App, queues, bootsteps, tasks, `Engine`, reply writer and presence are the product's.  Stubs are: the
-engine core, which "generates" tokens step by step; the text front half; the look for a model.
+App, queues, bootsteps, tasks, `Engine`, reply writer and presence are the product's.  Stubs are:
+the engine core, which "generates" tokens step by step; the text front half; the look for a model.
 
 Run as a program it is a nursery: it imports everything once, then forks a worker for each line of
 JSON on its standard input, for vLLM's import takes longer than most tests::
@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,7 @@ def token_text(token_id: int) -> str:
     return f"canary-answer-{token_id} "
 
 
-def make_stubs() -> tuple[type, type]:
+def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
     """The stub classes; vLLM is imported here, not where tests read names of this file."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import (
@@ -54,6 +55,7 @@ def make_stubs() -> tuple[type, type]:
     from pdtasks.errors import InvalidRequest
     from pdtasks.kv.handle import KVHandle
     from pdtasks.kv.keys import tail_key
+    from pdtasks.kv.plan import TransferRecord
     from pdtasks.kv.store import BlockStore
     from pdtasks.messages import TextRequest
     from pdtasks.settings import Settings
@@ -140,11 +142,16 @@ def make_stubs() -> tuple[type, type]:
                     )
                     output.kv_transfer_params = {"pdtasks": handle.to_wire()}
                     records.append(
-                        {
-                            "request_id": request_id,
-                            **{"op": "save", "rank": 0, "world": 1, "blocks": 1, "bytes": 13},
-                            **{"missing": 0, "seconds": 0.0, "error": ""},
-                        }
+                        asdict(
+                            TransferRecord(
+                                request_id=request_id,
+                                op="save",
+                                rank=0,
+                                world=1,
+                                blocks=1,
+                                bytes=13,
+                            )
+                        )
                     )
             return output
 
