@@ -167,15 +167,15 @@ def _abort(request_ids: list[str]) -> None:
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
-def _check_call(options: dict[str, Any], **_: Any) -> None:
+def _check_call(options: dict[str, Any], conf: Any, **_: Any) -> None:
     """Refuse what cannot work, before Celery looks for queues.
 
     Celery swallows exceptions in signal handlers: leave by SystemExit.
     """
-    pool = options.get("pool_cls")
+    pool = options.get("pool") or options.get("pool_cls") or conf.worker_pool
     pool = str(getattr(pool, "__module__", pool))
-    if "thread" not in pool:
-        _refuse(f"pdtasks workers need the threads pool (-P threads), not {pool}")
+    if "thread" not in pool or _asks_for_prefork(sys.argv):
+        _refuse("pdtasks workers need the threads pool (-P threads): tasks share one engine")
     queues = options.get("queues") or []
     queues = queues.split(",") if isinstance(queues, str) else list(queues)
     if len(queues) != 1 or queues[0] not in naming.STAGES:
@@ -186,6 +186,12 @@ def _check_call(options: dict[str, Any], **_: Any) -> None:
         settings.require_bus()
     except PdtasksError as exc:
         _refuse(str(exc))
+
+
+def _asks_for_prefork(arguments: list[str]) -> bool:
+    # Celery takes `-P prefork` for its own default and puts `worker_pool` in its place.
+    spelt = " ".join(arguments).replace("=", " ").replace("--pool", "-P").replace("-P ", "-P")
+    return "-Pprefork" in spelt.split() or "-Pprocesses" in spelt.split()
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import valkey
 from vllm.sampling_params import SamplingParams
@@ -57,7 +57,8 @@ class Asker:
 
     def messages(self) -> list[StepReply]:
         """Everything that was written so far."""
-        return [read_message(StepReply, f[b"m"]) for _, f in self.bus.xrange(self.stream)]
+        entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", self.bus.xrange(self.stream))
+        return [read_message(StepReply, fields[b"m"]) for _, fields in entries]
 
     def outputs(self) -> list[tuple[str, int, EngineCoreOutput]]:
         """(stage, position, output) in the order of arrival."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import valkey
 
@@ -48,5 +49,5 @@ class Steering:
 
     def added(self) -> list[str]:
         """Requests (as their askers know them) that the engine got, one entry for each attempt."""
-        ids = self.bus.lrange(added_key(self.worker), 0, -1)
+        ids = cast("list[bytes]", self.bus.lrange(added_key(self.worker), 0, -1))
         return [engine_id.decode().partition("#")[0] for engine_id in ids]

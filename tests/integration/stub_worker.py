@@ -112,7 +112,8 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
             outputs = [self._next_of(r, records) for r in list(self._running.values())]
             made = EngineCoreOutputs(outputs=outputs, timestamp=1.0)
             if records:
-                made.scheduler_stats = SimpleNamespace(kv_connector_stats={"records": records})
+                stats: Any = SimpleNamespace(kv_connector_stats={"records": records})
+                made.scheduler_stats = stats
             return made
 
         def _next_of(

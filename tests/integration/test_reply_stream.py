@@ -47,7 +47,7 @@ class Bench:
             self.read += message.positions
 
     def start(self, *runs: Callable[[], Awaitable[None]]) -> None:
-        self._tasks += [asyncio.ensure_future(run()) for run in runs]  # type: ignore[misc]
+        self._tasks += [asyncio.ensure_future(run()) for run in runs]
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -46,7 +46,7 @@ def test_by_hand_a_wrong_pool_ends_with_one_clear_sentence(services: Services) -
         env=env | services.env | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=60,
         check=False,
     )
 
