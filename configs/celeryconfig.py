@@ -73,9 +73,7 @@ accept_content = ["msgpack", "json"]
 # -- results ---------------------------------------------------------------------------------------
 
 # Celery's backend of that name speaks to Valkey as well.
-result_backend = (
-    _settings.bus_url.replace("valkey", "redis", 1) if _settings.bus_url else "disabled://"
-)
+result_backend = _settings.result_backend_url
 result_serializer = "json"
 result_accept_content = ["json"]
 result_expires = _settings.result_ttl_s

@@ -64,6 +64,8 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
 
         error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
         request_id = request_id_of(task_id)
-        worker.current().publish_failure(self.reply_stream, request_id, error)
+        here = worker.current()
+        here.publish_failure(self.reply_stream, request_id, error)
+        here.wait_for_replies()
         if wants_result(self.request.chain):
             self.backend.store_result(request_id, error, states.FAILURE)

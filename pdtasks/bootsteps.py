@@ -27,7 +27,7 @@ from celery.worker.request import Request
 from kombu.serialization import loads
 
 from pdtasks import naming
-from pdtasks.errors import PdtasksError, WorkerLost
+from pdtasks.errors import PdtasksError, RequestAborted, WorkerLost
 from pdtasks.settings import load_settings
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,16 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
         """`revoke(terminate=True)`; the stock one cannot on the threads pool."""
         _abort([naming.request_id_of(self.id)])
         self._announce_revoked("terminated", True, "abort", False)
+
+    def _announce_revoked(self, *args: Any) -> None:
+        """Also of a job that was still queued: tell the asker, and free what it owns."""
+        from pdtasks import worker
+
+        super()._announce_revoked(*args)
+        here, request_id = worker.current(), naming.request_id_of(self.id)
+        error = RequestAborted("the request was revoked")
+        here.publish_failure(self.reply_to, request_id, error)
+        here.discard(request_id)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Cold shutdown: the process ends, RabbitMQ gives the job to another worker.

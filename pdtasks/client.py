@@ -10,10 +10,10 @@ pieces would be torn between the first token and the second.)
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+import re
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from pdtasks.bus import BUS_ERRORS, connect_async
 from pdtasks.engine import ENGINE_VERSION
 from pdtasks.errors import (
     BrokerUnavailable,
+    InvalidRequest,
     NoWorker,
     PdtasksError,
     RepliesLost,
@@ -56,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 #: Requests whose stage reports can still be asked for.
 _REMEMBERED_REPORTS = 1000
+#: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
+_MAX_ID_LENGTH = 200
+#: Seconds without a further try after RabbitMQ could not be reached.
+_BROKER_PAUSE_S = 2.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
@@ -90,7 +95,9 @@ class PipelineCore(EngineCoreClient):
         self._fail = fail
         self._open: dict[str, _Open] = {}
         self._missing_since: dict[str, float] = {}  # stages without a worker, UNIX seconds
-        self._reports: OrderedDict[str, list[tuple[StageReport, ...]]] = OrderedDict()
+        self._reports: deque[tuple[str, tuple[StageReport, ...]]] = deque(
+            maxlen=_REMEMBERED_REPORTS
+        )
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         settings.require_broker()
@@ -99,9 +106,9 @@ class PipelineCore(EngineCoreClient):
         # One thread: its connection to RabbitMQ is not safe for more.
         self._publisher = Publisher()
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._broker_away_until = 0.0  # monotonic
         self._publications: set[asyncio.Task[None]] = set()
         self._aborter = Aborter()
-        self._aborting = ThreadPoolExecutor(1, thread_name_prefix="aborter")
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------
@@ -111,7 +118,8 @@ class PipelineCore(EngineCoreClient):
         await self._stream.open()
         await self.look_at_workers()
         self._tasks = [
-            asyncio.create_task(run()) for run in (self._stream.keep, self._listen, self._watch)
+            asyncio.create_task(_for_ever(run))
+            for run in (self._stream.keep, self._listen, self._watch)
         ]
 
     async def close(self) -> None:
@@ -121,11 +129,9 @@ class PipelineCore(EngineCoreClient):
         await asyncio.gather(*self._tasks, *self._publications, return_exceptions=True)
         await self._stream.close()
         await self._bus.aclose()
-        self._aborting.submit(self._aborter.close)
         self._publishing.submit(self._publisher.close)
-        # A broker that hangs must not keep this process.
-        self._aborting.shutdown(wait=False)
-        self._publishing.shutdown(wait=False)
+        self._publishing.shutdown()
+        await asyncio.to_thread(self._aborter.close)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """vLLM's hook; what needs an event loop is done in `close`."""
@@ -145,6 +151,7 @@ class PipelineCore(EngineCoreClient):
         job = PrefillJob(
             request_id=request.request_id,
             engine=ENGINE_VERSION,
+            model=self._settings.model_name,
             request=encode_request(request),
             submitted_at=now,
             deadline=deadline,
@@ -154,16 +161,30 @@ class PipelineCore(EngineCoreClient):
         publishing.add_done_callback(self._publications.discard)
 
     async def _publish(self, job: PrefillJob) -> None:
-        loop = asyncio.get_running_loop()
+        if len(job.request_id) > _MAX_ID_LENGTH:
+            await self._give_up(job.request_id, InvalidRequest("the X-Request-Id is too long"))
+            return
         try:
-            await loop.run_in_executor(
-                self._publishing, self._publisher.publish, job, self._stream.name
-            )
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._publishing, self._publish_if_wanted, job)
         except PdtasksError as exc:
             await self._give_up(job.request_id, exc)
         except Exception as exc:
             logger.exception("could not publish %s", job.request_id)
-            await self._give_up(job.request_id, BrokerUnavailable(type(exc).__name__))
+            error = PdtasksError(f"the request was not published: {type(exc).__name__}")
+            await self._give_up(job.request_id, error)
+
+    def _publish_if_wanted(self, job: PrefillJob) -> None:
+        """In the publisher's thread. While RabbitMQ is away requests fail at once, not in line."""
+        if job.request_id not in self._open:
+            return
+        if time.monotonic() < self._broker_away_until:
+            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
+        try:
+            self._publisher.publish(job, self._stream.name)
+        except BrokerUnavailable:
+            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
+            raise
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""
@@ -173,7 +194,7 @@ class PipelineCore(EngineCoreClient):
 
     def _tell_workers_to_drop(self, request_ids: list[str]) -> None:
         # Not waited for: a broker that is slow to hear it must not hold up other answers.
-        self._aborting.submit(self._aborter.abort, request_ids)
+        self._aborter.abort(request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
@@ -195,20 +216,15 @@ class PipelineCore(EngineCoreClient):
         for stage in STAGES:
             if not self._has_worker(stage):
                 raise NoWorker(
-                    f"no {stage} worker is alive: start one with `celery -A pdtasks "
-                    f"worker -Q {stage} -P threads`, or `pdtasks up`"
+                    f"no {stage} worker is alive that serves {self._settings.model_name}: start one "
+                    f"with `celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
                 )
 
     def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
         """What the stages did for a request that finished lately; one entry for each sequence."""
-        if external_id in self._reports:
-            return self._reports[external_id]
         # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
-        found: list[tuple[StageReport, ...]] = []
-        numbered = (self._reports.get(f"{external_id}-{i}") for i in itertools.count())
-        for reports in itertools.takewhile(lambda r: r is not None, numbered):
-            found += reports or ()
-        return found
+        numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
+        return [reports for name, reports in self._reports if numbered.fullmatch(name)]
 
     # -- replies -----------------------------------------------------------------------------------
 
@@ -280,10 +296,7 @@ class PipelineCore(EngineCoreClient):
         return True
 
     def _remember(self, request: EngineCoreRequest, reports: tuple[StageReport, ...]) -> None:
-        key = request.external_req_id or request.request_id
-        self._reports.setdefault(key, []).append(reports)
-        if len(self._reports) > _REMEMBERED_REPORTS:
-            self._reports.popitem(last=False)
+        self._reports.append((request.external_req_id or request.request_id, reports))
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
         if self._open.pop(request_id, None) is not None:
@@ -325,7 +338,19 @@ class PipelineCore(EngineCoreClient):
         await self._give_up(request_id, error)
 
     def _has_worker(self, stage: str) -> bool:
-        return any(w.role == stage and w.state == "ready" for w in self.workers)
+        """A worker of another model or vLLM is no help."""
+        ours = (stage, "ready", self._settings.model_name, ENGINE_VERSION)
+        return any((w.role, w.state, w.model, w.engine) == ours for w in self.workers)
+
+
+async def _for_ever(run: Callable[[], Awaitable[None]]) -> None:
+    """Without these tasks no answer comes and no deadline holds: they survive any surprise."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            logger.exception("begins again after an unexpected error")
+            await asyncio.sleep(_WATCH_S)
 
 
 class PipelineLLM(AsyncLLM):

@@ -55,11 +55,11 @@ class _Decode:
             return await self._run()
         finally:
             # Also when the request was aborted or has failed: nobody else will read it.
-            await self._here.discard(self._job.request_id)
+            self._here.discard(self._job.request_id)
 
     async def _run(self) -> Answer | None:
         job = self._job
-        self._here.check_engine(job.engine)
+        self._here.check_origin(job.engine, job.model)
         request = decode_request(job.request)
         if job.detokenise:
             self._detokeniser = self._here.text.detokeniser(request)

@@ -21,7 +21,7 @@ import httpx
 
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.stack import StackLock
-from pdtasks.cluster.supervisor import Size, StopRequested, Supervisor, make_settings
+from pdtasks.cluster.supervisor import Size, StopRequested, Supervisor, stack_settings
 from pdtasks.errors import PdtasksError
 
 _MAX_TOKENS = 64
@@ -57,7 +57,7 @@ def run_demo(prompt: str, console: Console) -> int:
     code = 1
     try:
         # Services that are configured belong to others; the demonstration has its own.
-        settings = make_settings(
+        settings = stack_settings(
             home=home,
             broker_url=None,
             broker_api_url=None,

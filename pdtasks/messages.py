@@ -61,6 +61,7 @@ class PrefillJob(Message, frozen=True, kw_only=True):
 
     request_id: str
     engine: str  #: version of vLLM that made `request`
+    model: str | None  #: served name of the model that is asked; None: whichever the workers have
     request: bytes | None = None  #: vLLM's EngineCoreRequest
     text: TextRequest | None = None
     submitted_at: float  #: UNIX seconds
@@ -72,6 +73,7 @@ class DecodeJob(Message, frozen=True, kw_only=True):
 
     request_id: str
     engine: str
+    model: str | None
     request: bytes  #: vLLM's EngineCoreRequest as the client meant it
     output_token_ids: tuple[int, ...]
     handle: dict[str, Any] | None  #: `pdtasks.kv.handle.KVHandle`; None: recompute

@@ -15,9 +15,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import kombu
 from amqp.exceptions import AMQPError, MessageNacked
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
@@ -32,12 +33,15 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
 CONFIRM_TIMEOUT_S = 5.0
+#: Seconds between two messages of an `Aborter`.
+ABORT_PAUSE_S = 0.1
 
 
 def submit(
     prompt: str | Sequence[int] | None = None,
     *,
     messages: Sequence[dict[str, Any]] | None = None,
+    model: str | None = None,
     timeout_s: float | None = None,
     cache_salt: str | None = None,
     **sampling: Any,
@@ -47,6 +51,7 @@ def submit(
     Args:
         prompt: text, or token ids of the model's vocabulary.
         messages: a chat instead, `[{"role": …, "content": …}, …]`.
+        model: refuse to be answered by another model than this one of `served_model_name`.
         timeout_s: seconds until the request is given up; default `request_timeout_s`.
         cache_salt: keeps the prompt's KV apart from everybody's with another salt.
         sampling: fields of vLLM's SamplingParams: max_tokens, temperature, seed, stop, …
@@ -76,6 +81,7 @@ def submit(
     job = PrefillJob(
         request_id=uuid.uuid4().hex,
         engine="",
+        model=model,
         text=text,
         submitted_at=now,
         deadline=now + (timeout_s or settings.request_timeout_s),
@@ -192,22 +198,54 @@ def _own_publisher() -> Publisher:
 
 
 class Aborter:
-    """Tells all workers to drop requests, from a connection of its own. Not thread safe."""
+    """Tells all workers to drop requests, from a thread and a connection of its own.
+
+    Whoever asks never waits.  A worker that does not hear of it works for nothing, but for nobody.
+    """
 
     def __init__(self) -> None:
         self._connection: Any = None
+        self._pending: set[str] = set()
+        self._wake = threading.Condition()
+        self._closed = False
+        # A daemon: a broker that hangs must not keep the process.
+        self._thread = threading.Thread(target=self._run, name="aborter", daemon=True)
+        self._thread.start()
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Say it once, twice if the connection is stale; a broker that is away is let be.
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Have `request_ids` dropped, soon. Those that wait already are said once."""
+        with self._wake:
+            self._pending.update(request_ids)
+            self._wake.notify()
 
-        A worker that does not hear of it works for nothing, but for nobody.
-        """
+    def close(self) -> None:
+        """Say what is left, for a moment at most, then stop."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(CONFIRM_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._pending or self._closed)
+                request_ids, self._pending = self._pending, set()
+            if request_ids:
+                self._send(sorted(request_ids))
+            if self._closed and not self._pending:
+                return
+            # Every step of a worker that has not heard yet asks again: gather those.
+            time.sleep(ABORT_PAUSE_S)
+
+    def _send(self, request_ids: list[str]) -> None:
         for attempt in ("on the old connection", "on a fresh connection"):
             try:
                 self._broadcast(request_ids)
             except (AMQPError, OperationalError, OSError) as exc:
                 logger.warning("abort not sent %s: %s", attempt, type(exc).__name__)
-                self.close()
+                if self._connection is not None:
+                    self._connection.collect()
+                self._connection = None
             else:
                 return
 
@@ -216,12 +254,19 @@ class Aborter:
             # No confirms: under a memory alarm RabbitMQ would never send them.
             options = {"confirm_publish": False}
             self._connection = app.connection_for_write(transport_options=options)
-        mailbox = app.control.mailbox(self._connection)
-        mailbox.producer_pool = None  # its connections wait for confirms
-        mailbox.abcast("pdtasks_abort", {"request_ids": request_ids})
-
-    def close(self) -> None:
-        """Drop the connection."""
-        if self._connection is not None:
-            self._connection.collect()
-        self._connection = None
+        # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
+        exchange = app.control.mailbox.exchange
+        kombu.Producer(self._connection.default_channel, auto_declare=False).publish(
+            {
+                "method": "pdtasks_abort",
+                "arguments": {"request_ids": request_ids},
+                "destination": None,
+                "pattern": None,
+                "matcher": None,
+            },
+            exchange=exchange.name,
+            declare=[exchange],
+            serializer="json",
+            headers={"clock": app.clock.forward(), "expires": 0},
+            retry=False,
+        )

@@ -94,13 +94,14 @@ class _Prefill:
         finally:
             self._here.engine.forget(generation)
             if not self._goes_on:
-                await self._here.discard(job.request_id)
+                self._here.discard(job.request_id)
         if not self._goes_on:
             self.answer = self._make_answer(original)
             return None
         return DecodeJob(
             request_id=job.request_id,
             engine=ENGINE_VERSION,
+            model=job.model,
             request=wire,
             output_token_ids=tuple(generation.token_ids),
             handle=self._handle() if self._is_complete(generation) else None,
@@ -113,8 +114,8 @@ class _Prefill:
         )
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
+        self._here.check_origin(self._job.engine, self._job.model)
         if self._job.request is not None:
-            self._here.check_engine(self._job.engine)
             return decode_request(self._job.request)
         assert self._job.text is not None
         request = await text.prepare(self._job.request_id, self._job.text)

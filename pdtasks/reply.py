@@ -49,10 +49,14 @@ class ReplyWriter:
         self._bus = bus
         self._on_gone = on_gone
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._num_put = 0
+        self._num_sent = 0
+        self._sent = asyncio.Condition()
 
     def put(self, stream: str, reply: StepReply) -> None:
         """Queue `reply`; never blocks the engine's loop."""
         self._queue.put_nowait((stream, reply.to_wire()))
+        self._num_put += 1
 
     async def run(self) -> None:
         """Send what is queued, in order, until cancelled. A bus that is away is tried again."""
@@ -61,6 +65,15 @@ class ReplyWriter:
             while not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             await self._send(batch)
+            async with self._sent:
+                self._num_sent += len(batch)
+                self._sent.notify_all()
+
+    async def flush(self) -> None:
+        """Return when the bus has all that was put before this call."""
+        until = self._num_put
+        async with self._sent:
+            await self._sent.wait_for(lambda: self._num_sent >= until)
 
     async def _send(self, batch: list[tuple[str, bytes]]) -> None:
         while True:

@@ -15,12 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from pdtasks.errors import ConfigurationError
@@ -76,7 +77,9 @@ class Settings(BaseSettings):
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
     worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone
-    drain_timeout_s: float = Field(default=30.0, ge=0)  #: seconds running requests get at a stop
+    #: Seconds that running requests get at a stop.  A stopping Celery worker sends no heartbeats:
+    #: RabbitMQ would take a longer drain for a dead worker and hand its jobs to others.
+    drain_timeout_s: float = Field(default=30.0, ge=0, le=45)
     delivery_limit: int = Field(default=3, gt=0)  #: deliveries of one job before it is given up
 
     @field_validator("kv_urls", mode="before")
@@ -101,6 +104,16 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).name if self.model else "SmolLM2-135M-Instruct"
+
+    @property
+    def result_backend_url(self) -> str:
+        """The bus as Celery's Redis backend spells it; `disabled://` without one."""
+        if not self.bus_url:
+            return "disabled://"
+        scheme, _, rest = self.bus_url.partition("://")
+        names = {"valkey": "redis", "valkeys": "rediss", "unix": "redis+socket"}
+        rest = rest.replace("db=", "virtual_host=") if scheme == "unix" else rest
+        return f"{names.get(scheme, scheme)}://{rest}"
 
     def to_env(self) -> dict[str, str]:
         """`PDTASKS_*` variables that make another process read the same settings."""
@@ -159,7 +172,21 @@ def load_settings() -> Settings:
 
     Raises ConfigurationError naming each variable that cannot be used.
     """
+    return make_settings()
+
+
+def make_settings(**overrides: Any) -> Settings:
+    """Settings with `overrides` over everything else.
+
+    Raises ConfigurationError naming each variable that cannot be used, never its value.
+    """
     try:
-        return Settings()
-    except ValueError as exc:
-        raise ConfigurationError(f"settings cannot be used: {exc}") from exc
+        return Settings(**overrides)
+    except ValidationError as exc:
+        problems = (
+            f"PDTASKS_{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}"
+            for error in exc.errors(include_url=False, include_input=False)
+        )
+        raise ConfigurationError("; ".join(problems)) from None
+    except SettingsError as exc:
+        raise ConfigurationError(str(exc)) from exc

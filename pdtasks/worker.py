@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 #: Aborted requests remembered in case their job is still on its way here.
 _REMEMBERED_ABORTS = 10_000
 _ANNOUNCE_S = 2.0
+#: Longest wait for the bus to take what is left, at a stop or after a failure.
+_FLUSH_S = 5.0
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class Worker:
         self._blocks = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s)
         self._stages: dict[str, Future[Any]] = {}
         self._stages_lock = threading.Lock()
+        self._discarding = ThreadPoolExecutor(1, thread_name_prefix="discard")
         self._announcer = threading.Thread(target=self._announce, name="presence", daemon=True)
         self.engine: Engine
         self.text: TextFrontend
@@ -82,12 +85,15 @@ class Worker:
         logger.info("the engine is ready after %.1f s", time.monotonic() - started)
         self.text = TextFrontend(self.engine.config)
         self._replies = ReplyWriter(connect_async(self.settings), self._reader_is_gone)
-        self.engine.call(self._replies.run())
+        replies = self.engine.call(self._replies.run())
+        replies.add_done_callback(_exit_unless_cancelled)
 
     def stop(self) -> None:
         """End the engine and leave the bus."""
         self.enter("stopped")
         self._announcer.join()
+        self.wait_for_replies()
+        self._discarding.shutdown()
         self.engine.stop()
         with connect(self.settings) as bus, suppress(*BUS_ERRORS):
             bus.delete(worker_key(self.name))
@@ -116,6 +122,9 @@ class Worker:
                 bus.set(worker_key(self.name), self.status().to_wire(), px=ttl_ms)
             except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
+            except Exception:
+                # A worker that works but is not seen would be a riddle: say it and go on.
+                logger.exception("the worker's status could not be announced")
             self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
 
     def enter(self, state: str) -> None:
@@ -168,20 +177,33 @@ class Worker:
             await self.engine.generate(generation)
         finally:
             del self._final_reports[generation]
+        # Acknowledged is only what the asker can read: the job comes again if this worker dies.
+        await self._replies.flush()
 
-    def check_engine(self, engine: str) -> None:
-        """Raises IncompatibleWorker when another vLLM made a request."""
-        if engine != ENGINE_VERSION:
+    def check_origin(self, engine: str, model: str | None) -> None:
+        """Raises IncompatibleWorker when a request was made for another vLLM or model.
+
+        Token ids of another model's vocabulary would be answered, wrongly.
+        """
+        if engine and engine != ENGINE_VERSION:
             raise IncompatibleWorker(
                 f"the request was made by {engine}, this worker runs {ENGINE_VERSION}"
             )
+        if model is not None and model != self.settings.model_name:
+            raise IncompatibleWorker(
+                f"the request is for {model}, this worker serves {self.settings.model_name}"
+            )
 
-    async def discard(self, request_id: str) -> None:
-        """Delete what belongs to one request alone. A store that is away lets it expire."""
+    def discard(self, request_id: str) -> None:
+        """Delete what belongs to one request alone, soon. A store that is away lets it expire."""
         world = self.engine.config.parallel_config.tensor_parallel_size
         keys = [tail_key(request_id, rank) for rank in range(world)]
+        # Not waited for: a slow store must not keep a task's slot.
+        self._discarding.submit(self._delete, keys)
+
+    def _delete(self, keys: list[str]) -> None:
         try:
-            await asyncio.to_thread(self._blocks.delete, keys)
+            self._blocks.delete(keys)
         except StoreError as exc:
             logger.warning("KV of a finished request is left to its TTL: %s", type(exc).__name__)
 
@@ -226,6 +248,11 @@ class Worker:
         )
         self.engine.loop.call_soon_threadsafe(self._replies.put, stream, reply)
 
+    def wait_for_replies(self) -> None:
+        """Return when the bus has what was published so far, or does not take it in time."""
+        with suppress(TimeoutError):
+            self.engine.call(self._replies.flush()).result(_FLUSH_S)
+
     def _reader_is_gone(self, stream: str) -> None:
         for generation in list(self._final_reports):
             if generation.reply_to == stream:
@@ -255,6 +282,12 @@ async def _within(stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) 
             return await stage()
     except TimeoutError as exc:
         raise RequestTimeout("the deadline passed before the answer was finished") from exc
+
+
+def _exit_unless_cancelled(replies: Future[None]) -> None:
+    if not replies.cancelled():
+        logger.critical("replies cannot be sent any more", exc_info=replies.exception())
+        _exit_at_once()
 
 
 def _exit_at_once() -> None:

@@ -61,7 +61,7 @@ from pdtasks.cluster.valkey import ValkeyServer, server_program
 from pdtasks.errors import ConfigurationError, PdtasksError
 from pdtasks.models import is_ready, resolve_model
 from pdtasks.presence import read_workers
-from pdtasks.settings import Settings
+from pdtasks.settings import Settings, make_settings
 
 _LOOP_S = 0.2
 _ASK_S = 1.0  # between two questions to the same part
@@ -122,23 +122,19 @@ def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int
 
     Raises PdtasksError with the reason when it cannot start.
     """
-    home = Settings().home
+    home = stack_settings().home
     with StackLock(home):
         for name in clean_stale(home):
             console.warn(f"ended {name}, left behind by a stack that was killed")
         # Only now: settings also come from the file of the stack that ran before.
-        supervisor = Supervisor(make_settings(**overrides), size, console)
+        supervisor = Supervisor(stack_settings(**overrides), size, console)
         with supervisor.signals():
             return supervisor.run()
 
 
-def make_settings(**overrides: Any) -> Settings:
-    """Settings with `overrides`. Raises ConfigurationError."""
-    try:
-        settings = Settings(**overrides)
-    except ValueError as exc:
-        raise ConfigurationError(f"settings cannot be used: {exc}") from exc
-    # Children run in another folder.
+def stack_settings(**overrides: Any) -> Settings:
+    """Settings with `overrides`, paths absolute: children run in another folder."""
+    settings = make_settings(**overrides)
     absolute: dict[str, Any] = {
         "home": settings.home.expanduser().absolute(),
         "cache_dir": settings.cache_dir.expanduser().absolute(),

@@ -72,8 +72,11 @@ class BlockStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Forget `keys`; unknown names are no error. Raises StoreError."""
+        by_server: dict[valkey.Valkey, list[str]] = {}
         for key in keys:
-            self._server(key).delete(key)
+            by_server.setdefault(self._server(key), []).append(key)
+        for server, own in by_server.items():
+            server.delete(*own)
 
     def close(self) -> None:
         """Close every connection."""

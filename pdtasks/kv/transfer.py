@@ -151,6 +151,8 @@ class BlockTransfer:
             payload = unseal(value, self._fingerprint, self._pages.block_bytes)
         except CorruptBlock as exc:
             logger.warning("KV block %s is not usable: %s", key, exc)
+            # Prefill would take it for a good one and never write it again.
+            self._store.delete([key])
             return None
         self._pages.scatter(block_id, torch.frombuffer(payload, dtype=torch.int8))
         return len(value)

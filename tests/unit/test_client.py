@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,6 +21,7 @@ from pdtasks.errors import (
     IncompatibleWorker,
     NoWorker,
     PdtasksError,
+    RepliesLost,
     RequestTimeout,
     WorkerLost,
 )
@@ -41,6 +43,8 @@ class StubBroker:
         self.published: list[PrefillJob] = []
         self.aborted: list[str] = []
         self.away = False
+        self.may_abort = threading.Event()  #: cleared: an abort hangs, as with a frozen broker
+        self.may_abort.set()
 
     def publish(self, job: PrefillJob, reply_to: str) -> None:
         if self.away:
@@ -48,6 +52,7 @@ class StubBroker:
         self.published.append(job)
 
     def abort(self, request_ids: list[str]) -> None:
+        assert self.may_abort.wait(10)
         self.aborted += request_ids
 
     def close(self) -> None:
@@ -289,6 +294,38 @@ def test_a_client_that_hangs_up_is_forgotten_and_the_workers_are_told_once() -> 
 
         assert await bench.aborted() == ["a"]
         assert list(bench.core._open) == ["b"]
+
+    with_bench(test)
+
+
+def test_a_broker_that_hangs_with_an_abort_holds_up_no_other_answer() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("gone", "other")
+        bench.broker.may_abort.clear()
+
+        # When a client hangs up and tokens for it still come
+        await bench.core.abort_requests_async(["gone"])
+        await bench.take((0, an_output([7], "gone")), (0, an_output([8], "other")))
+        await bench.take((1, an_output([9], "other", FinishReason.STOP)))
+
+        assert bench.answer() == [("other", [8], None), ("other", [9], FinishReason.STOP)]
+        bench.broker.may_abort.set()
+        assert set(await bench.aborted()) == {"gone"}
+
+    with_bench(test)
+
+
+def test_a_bus_that_lost_replies_fails_what_was_open_and_nothing_later() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+        await bench.take((0, an_output([7], "a")))
+
+        await bench.core._replies_are_lost()
+
+        assert {r: type(e) for r, e in bench.failed.items()} == {"a": RepliesLost, "b": RepliesLost}
+        assert sorted(await bench.aborted()) == ["a", "b"]
+        await bench.ask("c")
+        assert list(bench.core._open) == ["c"]
 
     with_bench(test)
 
