@@ -44,7 +44,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = build_app(arguments, ("generate",), config.model_config)
     app.include_router(router)
-    app.state.pdtasks_settings = settings
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ import socket
 
 from kombu import Exchange, Queue
 
-from pdtasks.naming import DEAD_EXCHANGE, DECODE_TASK, EXCHANGE, PREFILL_TASK, STAGES
+from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES
 from pdtasks.settings import load_settings
 
 _settings = load_settings()
@@ -58,7 +58,6 @@ task_default_exchange = EXCHANGE
 task_default_exchange_type = "topic"
 task_default_queue = STAGES[0]
 task_default_routing_key = STAGES[0]
-task_routes = {PREFILL_TASK: {"queue": STAGES[0]}, DECODE_TASK: {"queue": STAGES[1]}}
 
 # -- tasks -----------------------------------------------------------------------------------------
 
@@ -82,6 +81,8 @@ result_expires = _settings.result_ttl_s
 
 # Threads share one engine; prefork cannot host CUDA and is refused at start.
 worker_pool = "threads"
+# As many jobs as the engine batches, unless -c says otherwise.
+worker_concurrency = _settings.max_num_seqs
 worker_consumer = "pdtasks.bootsteps:StageConsumer"
 # Flower shows what workers do; arguments and results are blanked in the tasks.
 worker_send_task_events = True

@@ -56,16 +56,20 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
                 answer.request_id, msgspec.to_builtins(answer), states.SUCCESS
             )
 
-    def on_failure(
-        self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
-        """Tell whoever asked. Called by Celery in the task's thread, after the task failed."""
+    def refuse(self, request_id: str, error: PdtasksError) -> None:
+        """Tell whoever asked that there will be no answer; the chain ends with this task."""
         from pdtasks import worker
 
-        error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
-        request_id = request_id_of(task_id)
         here = worker.current()
         here.publish_failure(self.reply_stream, request_id, error)
         here.wait_for_replies()
         if wants_result(self.request.chain):
             self.backend.store_result(request_id, error, states.FAILURE)
+        self.request.chain = None
+
+    def on_failure(
+        self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any
+    ) -> None:
+        """Tell whoever asked. Called by Celery in the task's thread, after the task failed."""
+        error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
+        self.refuse(request_id_of(task_id), error)

@@ -32,9 +32,8 @@ from pdtasks.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
-#: Ends the process when Celery is through with its signal handler; the engine core follows it.
-_cold_stop = threading.Timer(0.5, os._exit, (0,))
-_cold_stop.daemon = True
+#: Seconds that Celery gets to leave its signal handler before a cold stop ends the process.
+_COLD_STOP_S = 0.5
 
 
 class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
@@ -71,8 +70,9 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
 
         Celery would wait for the pool's threads, and they for their answers.
         """
-        if not _cold_stop.is_alive():
-            _cold_stop.start()
+        # Once for each request under way: the first to come ends the process and the others with
+        # it; the engine core follows.
+        threading.Timer(_COLD_STOP_S, os._exit, (1,)).start()
         self._already_cancelled = True
 
 
@@ -194,6 +194,7 @@ def _check_call(options: dict[str, Any], conf: Any, **_: Any) -> None:
         settings = load_settings()
         settings.require_broker()
         settings.require_bus()
+        settings.require_kv()
     except PdtasksError as exc:
         _refuse(str(exc))
 

@@ -216,8 +216,8 @@ class PipelineCore(EngineCoreClient):
         for stage in STAGES:
             if not self._has_worker(stage):
                 raise NoWorker(
-                    f"no {stage} worker is alive that serves {self._settings.model_name}: start one "
-                    f"with `celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
+                    f"no {stage} worker is alive that serves {self._settings.model_name}: start "
+                    f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
                 )
 
     def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
@@ -300,7 +300,7 @@ class PipelineCore(EngineCoreClient):
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
         if self._open.pop(request_id, None) is not None:
-            logger.warning("%s failed: %s", request_id, error)
+            logger.warning("%s failed: %s", request_id, error.code)
             await self._fail(request_id, error)
 
     # -- watching ----------------------------------------------------------------------------------

@@ -79,9 +79,8 @@ class Generation:
     stop_reason: int | str | None = None
     entered_engine: bool = False
     left_engine: bool = False  #: the engine core has ended it by itself
-    handle: dict[str, Any] | None = None  #: vLLM's `kv_transfer_params` at the end
+    transfer_params: dict[str, Any] | None = None  #: vLLM's `kv_transfer_params` at the end
     cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
-    first_output: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
     transfers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  #: records by op
     transferred: asyncio.Event = field(default_factory=asyncio.Event)  #: a record was complete
@@ -95,9 +94,8 @@ class Generation:
         if output.finish_reason is not None:
             self.left_engine = True
             self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.handle, output.kv_transfer_params = output.kv_transfer_params, None
+            self.transfer_params, output.kv_transfer_params = output.kv_transfer_params, None
         self.on_output(self, output)
-        self.first_output.set()
         return position
 
     def end(self, error: Exception | None = None) -> None:

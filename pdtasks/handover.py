@@ -11,8 +11,7 @@ from typing import Any, cast
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-#: Our part of vLLM's `kv_transfer_params`; `pdtasks.kv.lookup` reads it.
-_PARAMS_KEY = "pdtasks"
+from pdtasks.kv import params as kv_params
 
 # One buffer, tensors included: text requests carry none.  Both keep state while they work and are
 # used on one event loop in each process.
@@ -39,7 +38,7 @@ def make_prefill(request: EngineCoreRequest, engine_id: str, transfer_id: str) -
     params.max_tokens = 1
     params.min_tokens = min(params.min_tokens, 1)
     _leave_text_to_the_asker(params)
-    params.extra_args = _own_params(params.extra_args, {"save": transfer_id})
+    params.extra_args = _with_transfer(params.extra_args, kv_params.save(transfer_id))
 
 
 def make_decode(
@@ -53,7 +52,7 @@ def make_decode(
     params.prompt_logprobs = None
     params.skip_reading_prefix_cache = False
     _leave_text_to_the_asker(params)
-    params.extra_args = _own_params(params.extra_args, {"load": handle, "resume": tokens})
+    params.extra_args = _with_transfer(params.extra_args, kv_params.load(handle, tokens))
 
 
 def may_go_on(request: EngineCoreRequest, max_model_len: int) -> bool:
@@ -81,6 +80,6 @@ def _leave_text_to_the_asker(params: Any) -> None:
     params.output_text_buffer_length = 0
 
 
-def _own_params(extra_args: dict[str, Any] | None, ours: dict[str, Any]) -> dict[str, Any]:
+def _with_transfer(extra_args: dict[str, Any] | None, transfer: kv_params.Params) -> dict[str, Any]:
     # Overwritten, not merged: a client could otherwise name somebody else's KV.
-    return {**(extra_args or {}), "kv_transfer_params": {_PARAMS_KEY: ours}}
+    return {**(extra_args or {}), "kv_transfer_params": transfer}

@@ -86,7 +86,7 @@ def submit(
         submitted_at=now,
         deadline=now + (timeout_s or settings.request_timeout_s),
     )
-    _own_publisher().publish(job, reply_to=None)
+    _shared.publish(job, reply_to=None)
     return AsyncResult(job.request_id, app=app)
 
 
@@ -144,6 +144,10 @@ def _is_refusal(error: Exception) -> bool:
     return any(isinstance(e, MessageNacked) for e in (error, error.__cause__))
 
 
+def _is_late(error: BaseException | None) -> bool:
+    return error is not None and any(isinstance(e, TimeoutError) for e in (error, error.__cause__))
+
+
 class Publisher:
     """A connection of one's own, for a thread. Not thread safe.
 
@@ -159,13 +163,16 @@ class Publisher:
         """`publish`, tried once more on a fresh connection when this one has gone stale."""
         try:
             publish(job, producer=self._own_producer(), reply_to=reply_to)
-        except BrokerUnavailable:
+        except BrokerUnavailable as exc:
             self.close()
+            if _is_late(exc.__cause__):
+                raise  # it may have arrived: said twice, it would run twice
             publish(job, producer=self._own_producer(), reply_to=reply_to)
 
     def _own_connection(self) -> Any:
         if self._connection is None:
-            self._connection = app.connection_for_write()
+            # Nobody would send heartbeats on it.
+            self._connection = app.connection_for_write(heartbeat=0)
         return self._connection
 
     def _own_producer(self) -> Any:
@@ -186,15 +193,24 @@ class Publisher:
         self._connection = self._producer = None
 
 
-_local = threading.local()
+class _SharedPublisher:
+    """One `Publisher` for all threads of a process; a forked process makes one of its own."""
+
+    def __init__(self) -> None:
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._publisher = Publisher()
+
+    def publish(self, job: PrefillJob, reply_to: str | None) -> None:
+        """`Publisher.publish`, one thread at a time."""
+        with self._lock:
+            self._publisher.publish(job, reply_to)
 
 
-def _own_publisher() -> Publisher:
-    """This thread's publisher; a forked process makes one of its own."""
-    if getattr(_local, "pid", None) != os.getpid():
-        _local.pid, _local.publisher = os.getpid(), Publisher()
-    publisher: Publisher = _local.publisher
-    return publisher
+_shared = _SharedPublisher()
 
 
 class Aborter:
@@ -253,7 +269,7 @@ class Aborter:
         if self._connection is None:
             # No confirms: under a memory alarm RabbitMQ would never send them.
             options = {"confirm_publish": False}
-            self._connection = app.connection_for_write(transport_options=options)
+            self._connection = app.connection_for_write(heartbeat=0, transport_options=options)
         # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
         exchange = app.control.mailbox.exchange
         kombu.Producer(self._connection.default_channel, auto_declare=False).publish(

@@ -16,8 +16,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from pdtasks import worker
 from pdtasks.app import StageTask, app
 from pdtasks.engine import ENGINE_VERSION, Generation
-from pdtasks.errors import RequestAborted
+from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.handover import decode_request, encode_request, make_prefill, may_go_on
+from pdtasks.kv import params
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.text import TextFrontend
 
@@ -35,12 +36,16 @@ def prefill(self: StageTask, wire: bytes) -> bytes | None:
     job = read_message(PrefillJob, wire)
     here = worker.current()
     stage = _Prefill(here, job, self.reply_stream)
+    decode_job = None
     try:
         decode_job = here.run(self.request.id, stage.run, job.deadline)
+    except InvalidRequest as exc:
+        # Not raised: the text of a task's exception goes into events and logs, and this one may
+        # quote the request.
+        self.refuse(job.request_id, exc)
     except RequestAborted:
         if self.reply_stream is None:
             raise  # somebody may wait for the result
-        decode_job = None
     if decode_job is None or not stage.has_run:
         # The chain ends here: finished after one token, nobody waits any more, or another delivery
         # of the same job, which this one has joined, goes on with it.
@@ -140,7 +145,7 @@ class _Prefill:
             logger.info("no KV of %s was saved in time", self._job.request_id)
 
     def _handle(self) -> dict[str, Any] | None:
-        return (self._generation.handle or {}).get("pdtasks")
+        return params.ours(self._generation.transfer_params).get("handle")
 
     def _is_complete(self, generation: Generation) -> bool:
         records = generation.transfers.get("save", [])

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import valkey.asyncio
@@ -166,7 +167,8 @@ class ReplyStream:
 
     async def close(self) -> None:
         """Remove the stream; workers stop what they do for it."""
-        await self._bus.delete(self.name)
+        with suppress(*BUS_ERRORS):  # else it expires
+            await self._bus.delete(self.name)
 
 
 def _readable(wires: Iterable[bytes]) -> Iterable[StepReply]:

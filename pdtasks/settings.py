@@ -26,9 +26,6 @@ from pydantic_settings import (
 
 from pdtasks.errors import ConfigurationError
 
-#: Variables whose values are secrets or contain one.
-SECRET_FIELDS = ("broker_url", "broker_api_url", "bus_url", "kv_urls")
-
 
 def _default_home() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -136,11 +133,16 @@ class Settings(BaseSettings):
         """The bus's URL. Raises ConfigurationError when none is known."""
         return self._require("bus_url")
 
+    def require_kv(self) -> tuple[str, ...]:
+        """The kv servers' URLs. Raises ConfigurationError when none is known."""
+        self._require("kv_urls")
+        return self.kv_urls
+
     def _require(self, name: str) -> str:
         value = getattr(self, name)
         if not value:
             raise ConfigurationError(
-                f"no {name.removesuffix('_url')} is known: start a stack with `pdtasks up`, "
+                f"no {name.partition('_')[0]} is known: start a stack with `pdtasks up`, "
                 f"or set PDTASKS_{name.upper()}"
             )
         return str(value)

@@ -37,11 +37,14 @@ class TextFrontend:
                 prompt["cache_salt"] = text.cache_salt
             # No limit unless the caller sets one: the answer ends where the model ends it.
             sampling = SamplingParams(**{"max_tokens": None, **text.sampling})
+            _require_one_plain_answer(sampling)
             return self._inputs.process_inputs(
                 request_id, prompt, sampling, supported_tasks=("generate",)
             )
         except (VLLMClientError, ValueError, TypeError) as exc:
             raise InvalidRequest(str(exc)) from exc
+        except (AttributeError, KeyError) as exc:
+            raise InvalidRequest(f"malformed messages or sampling fields: {exc!r}") from exc
 
     async def _render(self, text: TextRequest) -> Any:
         if text.messages is not None:
@@ -61,3 +64,14 @@ class TextFrontend:
     def detokeniser(self, request: EngineCoreRequest) -> IncrementalDetokenizer:
         """Collects the answer to `request` as text and finds its stop strings."""
         return IncrementalDetokenizer.from_new_request(self._renderer.tokenizer, request)
+
+
+def _require_one_plain_answer(sampling: SamplingParams) -> None:
+    unsupported = {
+        "n": sampling.n != 1,
+        "logprobs": sampling.logprobs is not None,
+        "prompt_logprobs": sampling.prompt_logprobs is not None,
+    }
+    named = [name for name, is_set in unsupported.items() if is_set]
+    if named:
+        raise ValueError(f"a result holds one answer without {', '.join(named)}: use the HTTP API")

@@ -195,5 +195,4 @@ def _exit_with(pid: int) -> None:
         # Tensor-parallel ranks watch a pipe to this process and follow it.
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if os.getppid() == pid:
-        threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
+    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()

@@ -1,10 +1,7 @@
 """Which blocks does a request write or read? (vLLM's scheduler side)
 
 Runs in the engine core's scheduling loop: it does no I/O.  A request says what it wants in
-`kv_transfer_params["pdtasks"]`::
-
-    {"save": <transfer id>}                       prefill: write the prompt's KV
-    {"load": <handle>, "resume": [token, …]}      decode: read it, go on after these tokens
+`kv_transfer_params` (`pdtasks.kv.params`).
 """
 
 from __future__ import annotations
@@ -18,9 +15,10 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
-from pdtasks.kv.resume import PARAMS_KEY, advance_grammar, carry_over
+from pdtasks.kv.resume import advance_grammar, carry_over
 
 logger = init_logger(__name__)
 
@@ -49,7 +47,7 @@ class BlockLookup:
 
     def on_new_request(self, request: Request) -> None:
         """Take note of what `request` wants."""
-        wants = _wants(request)
+        wants = params.ours(request.kv_transfer_params)
         carry_over(request)
         if transfer_id := wants.get("save"):
             self._saving[request.request_id] = _Saving(request, transfer_id)
@@ -159,7 +157,7 @@ class BlockLookup:
         """
         self._handles.pop(request.request_id, None)
         unfinished = self._saving.pop(request.request_id, None)
-        transfer_id = _wants(request).get("save")
+        transfer_id = params.ours(request.kv_transfer_params).get("save")
         finished = request.status in (
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,
@@ -167,8 +165,4 @@ class BlockLookup:
         if not transfer_id or unfinished is not None or not finished:
             return False, None
         self._held.add(request.request_id)
-        return True, {PARAMS_KEY: self._handle(request, transfer_id).to_wire()}
-
-
-def _wants(request: Request) -> dict[str, Any]:
-    return (request.kv_transfer_params or {}).get(PARAMS_KEY) or {}
+        return True, params.saved(self._handle(request, transfer_id).to_wire())

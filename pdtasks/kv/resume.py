@@ -20,13 +20,12 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-#: Our part of vLLM's `kv_transfer_params`.
-PARAMS_KEY = "pdtasks"
+from pdtasks.kv import params
 
 
-def resume_tokens(params: dict[str, Any] | None) -> list[int]:
+def resume_tokens(wire: params.Params | None) -> list[int]:
     """Output tokens that came with `kv_transfer_params`; empty for an ordinary request."""
-    return list(((params or {}).get(PARAMS_KEY) or {}).get("resume") or ())
+    return list(params.ours(wire).get("resume") or ())
 
 
 def carry_over(request: Request) -> None:

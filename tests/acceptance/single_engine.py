@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.sampling_params import StructuredOutputsParams
 
     settings = load_settings()
     model = resolve_model(settings.model, settings.cache_dir, lambda _: None)
@@ -31,6 +32,8 @@ def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         if bias := case["sampling"].get("logit_bias"):  # JSON knows no integer keys
             case["sampling"]["logit_bias"] = {int(token): value for token, value in bias.items()}
+        if grammar := case["sampling"].get("structured_outputs"):
+            case["sampling"]["structured_outputs"] = StructuredOutputsParams(**grammar)
         sampling = SamplingParams(**case["sampling"])
         prompt = TokensPrompt(prompt_token_ids=case["prompt"])
         answer = engine.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]

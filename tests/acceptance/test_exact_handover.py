@@ -38,6 +38,24 @@ CASES: dict[str, dict[str, Any]] = {
         "min_tokens": 8,
         "logit_bias": {"2": 100.0},
     },
+    "bad words": {"temperature": 0, "bad_words": ["The capital"]},
+    "stop token": {"temperature": 0, "stop_token_ids": [3575, 28]},
+    "JSON schema": {
+        "temperature": 0,
+        "structured_outputs": {
+            "json": {
+                "type": "object",
+                "properties": {"a": {"type": "string"}, "n": {"type": "integer"}},
+                "required": ["a", "n"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    "regex, seeded": {
+        "temperature": 1.0,
+        "seed": 5,
+        "structured_outputs": {"regex": "(ab|cd|ef){5}-[0-9]{4}"},
+    },
     "one token": {"temperature": 0, "max_tokens": 1},
 }
 PROMPTS = {

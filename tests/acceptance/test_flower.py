@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -33,6 +35,24 @@ def test_flower_shows_both_stages_and_no_text(stack: Stack, client: httpx.Client
 
 
 def test_no_text_reaches_a_log(stack: Stack, client: httpx.Client) -> None:
+    """Of good requests and of bad ones, whose error may quote them."""
+    code = f"""
+from pdtasks.errors import InvalidRequest
+from pdtasks.pipeline import submit
+try:
+    submit('{CANARY}', bad_words=['{CANARY}', '']).get(timeout=60)
+except InvalidRequest as exc:
+    print(exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=stack.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert CANARY in done.stdout
     ask(client, f"What is a {CANARY}? Explain {CANARY}.", "logs", max_tokens=24)
 
     assert CANARY not in stack.logs()

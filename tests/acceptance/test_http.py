@@ -194,6 +194,30 @@ def test_bad_input_gets_openais_error(
     assert words in error["message"]
 
 
+def test_an_id_that_cannot_be_carried_is_refused(client: httpx.Client) -> None:
+    response = client.post(
+        "/v1/chat/completions",
+        json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
+        headers={"X-Request-Id": "x" * 300},
+    )
+
+    assert response.status_code == 400
+    assert "X-Request-Id" in response.json()["error"]["message"]
+
+
+def test_two_choices_of_one_request_differ_by_their_seeds(client: httpx.Client) -> None:
+    def texts(**fields: Any) -> list[str]:
+        body = {"model": MODEL, "prompt": "The sea is", "temperature": 1.0, "max_tokens": 12}
+        response = client.post("/v1/completions", json=body | fields).json()
+        return [choice["text"] for choice in response["choices"]]
+
+    both = texts(n=2, seed=3)
+
+    assert len(set(both)) == 2
+    # vLLM gives the second choice the next seed.
+    assert both == texts(seed=3) + texts(seed=4)
+
+
 def test_malformed_json_gets_openais_error(client: httpx.Client) -> None:
     response = client.post(
         "/v1/chat/completions", content="{bad", headers={"content-type": "application/json"}

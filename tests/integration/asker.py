@@ -49,6 +49,7 @@ class Asker:
         job = PrefillJob(
             request_id=request_id,
             engine=ENGINE_VERSION,
+            model=None,
             request=encode_request(engine_request(request_id, **request)),
             submitted_at=now,
             deadline=now + timeout_s,

@@ -33,7 +33,7 @@ def test_a_job_that_kills_every_worker_is_answered_for(
     # Then both askers are told, and the queue is free again
     wait_until(asker.failures)
     assert asker.failures()["r"].code == "WorkerLost"
-    with pytest.raises(WorkerLost, match="pdtasks.prefill was given up"):
+    with pytest.raises(WorkerLost, match=r"pdtasks\.prefill was given up"):
         result.get(timeout=20)
     result.forget()
     start_worker("prefill", 9)

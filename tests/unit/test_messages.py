@@ -36,6 +36,7 @@ MESSAGES: list[Message] = [
     PrefillJob(
         request_id="r",
         engine="",
+        model=None,
         text=TextRequest(
             messages=({"role": "user", "content": "a"},), sampling={"stop": ["x"], "seed": 3}
         ),
@@ -43,11 +44,12 @@ MESSAGES: list[Message] = [
         deadline=2.0,
     ),
     PrefillJob(
-        request_id="r", engine="vllm 0.32.0", request=b"\x00\xff", submitted_at=1.0, deadline=2.0
+        request_id="r", engine="v", model="m", request=b"\x00\xff", submitted_at=1.0, deadline=2.0
     ),
     DecodeJob(
         request_id="r",
         engine="vllm 0.32.0",
+        model="m",
         request=b"\x00",
         output_token_ids=(1, 2),
         handle={"hashes": [b"\xff"]},

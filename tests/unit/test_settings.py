@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtasks.errors import ConfigurationError
-from pdtasks.settings import SECRET_FIELDS, Settings, load_settings
+from pdtasks.settings import Settings, load_settings
 
 URLS: dict[str, Any] = {
     "broker_url": "amqp://pdtasks:hush-broker@127.0.0.1:5672/pdtasks",
@@ -168,7 +168,7 @@ def test_a_variable_that_cannot_be_used_is_named(
 ) -> None:
     monkeypatch.setenv(f"PDTASKS_{name}", value)
 
-    with pytest.raises(ConfigurationError, match=name.lower()):
+    with pytest.raises(ConfigurationError, match=name):
         load_settings()
 
 
@@ -184,7 +184,7 @@ def test_a_missing_service_says_how_to_name_it() -> None:
 def test_settings_never_show_a_password() -> None:
     settings = Settings(**URLS)
 
-    assert set(URLS) == set(SECRET_FIELDS)
+    assert set(URLS) == {"broker_url", "broker_api_url", "bus_url", "kv_urls"}
     assert "hush" not in f"{settings!r} {settings}"
 
 

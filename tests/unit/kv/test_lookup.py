@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.lookup import BlockLookup
+from pdtasks.kv.params import ours
 from pdtasks.kv.plan import TransferPlan
 
 FP = "0123456789abcdef"
@@ -209,7 +210,7 @@ def test_a_finished_request_leaves_its_handle_and_keeps_its_blocks_until_saved(
 
     assert keeps_blocks
     assert params is not None
-    handle = KVHandle.from_wire(params["pdtasks"])
+    handle = KVHandle.from_wire(ours(params)["handle"])
     assert (handle.num_tokens, handle.num_blocks) == (40, 3), "the first token has no KV yet"
     assert 0 < handle.expires_at - time.time() <= 60
     # The worker side is told in the next step, and once.
