@@ -5,7 +5,8 @@ event loop in its own thread, because Celery's tasks run in threads and vLLM's c
 `EngineCoreRequest`s go in, `EngineCoreOutputs` come out, one for each step: tokens, never text, so
 detokenising stays with whoever asked.
 
-vLLM's names enter pdtasks here, in `handover.py`, `text.py`, `client.py` and `kv/`.
+vLLM 0.32's interfaces are used here, in the stages, `worker.py`, `handover.py`, `text.py`,
+`client.py`, `api/main.py` and `kv/`; not by publishers, supervisor and settings.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Requests in the engine."""
-        return len(self._running)
+        """Requests whose answer is under way here."""
+        return sum(not generation.finished.done() for generation in self._running.values())
 
     # -- from other threads --------------------------------------------------------------------
 

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: Longest wait for the last blocks to reach the store; decode recomputes after that.
 SAVE_TIMEOUT_S = 20.0
-#: Longest wait for blocks that are on their way although the request is no longer wanted.
-ABORT_GRACE_S = 0.5
 
 
 @app.task(base=StageTask, bind=True, name="pdtasks.prefill", ignore_result=True)
@@ -88,19 +86,15 @@ class _Prefill:
         self._generation = generation
         try:
             await self._here.generate(generation, lambda: (self._report(),))
-            await self._saved(generation, SAVE_TIMEOUT_S)
+            await self._saved(generation)
             self._here.require_wanted(job.request_id)
         except (asyncio.CancelledError, Exception):
-            if generation.entered_engine:
-                # It may have finished the prompt all the same, and be writing it.
-                await self._saved(generation, ABORT_GRACE_S)
-            self._goes_on = False
+            # The engine may be computing the prompt all the same, and write it when it is done.
+            self._here.discard_when_saved(generation)
             raise
-        finally:
-            self._here.engine.forget(generation)
-            if not self._goes_on:
-                self._here.discard(job.request_id)
+        self._here.engine.forget(generation)
         if not self._goes_on:
+            self._here.discard(job.request_id)
             self.answer = self._make_answer(original)
             return None
         return DecodeJob(
@@ -137,12 +131,12 @@ class _Prefill:
         if self._goes_on:
             output.finish_reason = None
 
-    async def _saved(self, generation: Generation, timeout_s: float) -> None:
+    async def _saved(self, generation: Generation) -> None:
         """Wait until the blocks are in the store, or it is clear that they will not be."""
         try:
-            await asyncio.wait_for(generation.transferred.wait(), timeout_s)
+            await asyncio.wait_for(generation.transferred.wait(), SAVE_TIMEOUT_S)
         except TimeoutError:
-            logger.info("no KV of %s was saved in time", self._job.request_id)
+            logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
 
     def _handle(self) -> dict[str, Any] | None:
         return params.ours(self._generation.transfer_params).get("handle")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -190,5 +191,7 @@ def make_settings(**overrides: Any) -> Settings:
             for error in exc.errors(include_url=False, include_input=False)
         )
         raise ConfigurationError("; ".join(problems)) from None
-    except SettingsError as exc:
-        raise ConfigurationError(str(exc)) from exc
+    except SettingsError as exc:  # of a value that should be JSON; names the field in its text
+        named = re.search(r'field "(\w+)"', str(exc))
+        name = named[1].upper() if named else "*"
+        raise ConfigurationError(f"PDTASKS_{name}: not valid JSON") from None

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 #: Aborted requests remembered in case their job is still on its way here.
 _REMEMBERED_ABORTS = 10_000
 _ANNOUNCE_S = 2.0
+#: Longest time that an engine may take to compute and write a prompt nobody wants any more.
+_ABORTED_SAVE_S = 60.0
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
 
@@ -67,6 +69,7 @@ class Worker:
         self._blocks = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s)
         self._stages: dict[str, Future[Any]] = {}
         self._stages_lock = threading.Lock()
+        self._waiting: set[asyncio.Task[None]] = set()
         self._discarding = ThreadPoolExecutor(1, thread_name_prefix="discard")
         self._announcer = threading.Thread(target=self._announce, name="presence", daemon=True)
         self.engine: Engine
@@ -193,6 +196,20 @@ class Worker:
             raise IncompatibleWorker(
                 f"the request is for {model}, this worker serves {self.settings.model_name}"
             )
+
+    def discard_when_saved(self, generation: Generation) -> None:
+        """`discard`, after what the engine may still write for an aborted `generation`."""
+
+        async def wait() -> None:
+            if generation.entered_engine:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(generation.transferred.wait(), _ABORTED_SAVE_S)
+            self.engine.forget(generation)
+            self.discard(generation.request_id)
+
+        waiting = asyncio.create_task(wait())
+        self._waiting.add(waiting)
+        waiting.add_done_callback(self._waiting.discard)
 
     def discard(self, request_id: str) -> None:
         """Delete what belongs to one request alone, soon. A store that is away lets it expire."""

@@ -53,6 +53,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
 
     from pdtasks.engine import Engine
     from pdtasks.errors import InvalidRequest
+    from pdtasks.kv import params as kv_params
     from pdtasks.kv.handle import KVHandle
     from pdtasks.kv.keys import tail_key
     from pdtasks.kv.plan import TransferRecord
@@ -141,7 +142,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
                         hashes=(),
                         expires_at=time.time() + 600,
                     )
-                    output.kv_transfer_params = {"pdtasks": handle.to_wire()}
+                    output.kv_transfer_params = kv_params.saved(handle.to_wire())
                     records.append(
                         asdict(
                             TransferRecord(
@@ -160,8 +161,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
         def _ours(request: EngineCoreRequest) -> dict[str, Any]:
             assert request.sampling_params is not None
             extra = request.sampling_params.extra_args or {}
-            found: dict[str, Any] = extra["kv_transfer_params"]["pdtasks"]
-            return found
+            return kv_params.ours(extra["kv_transfer_params"])
 
     class StubEngine(Engine):
         """Our `Engine` over a stub core."""

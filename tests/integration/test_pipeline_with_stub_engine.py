@@ -505,5 +505,5 @@ def test_prompts_and_answers_are_in_no_log_event_or_inspection(
     assert {e["uuid"] for e in events_of("task-received")} >= {answered.id}
     for text in (repr(seen), repr(events), prefill.log, decode.log):
         assert "canary" not in text
-        assert "103" not in text.replace(answered.id, ""), "token ids are the answer as well"
+        assert "101, 102" not in text, "token ids are the answer as well"
     connection.release()

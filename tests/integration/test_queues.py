@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from pdtasks.messages import PrefillJob
 from pdtasks.pipeline import Aborter, Publisher, submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker, wait_until
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 def a_job(request_id: str = "r") -> PrefillJob:
@@ -84,6 +87,8 @@ def broker(services: Services) -> Iterator[Freezer]:
     freezer = Freezer(services.rabbit.process.pid)
     yield freezer
     freezer.thaw()
+    # py-amqp leaves the socket of a handshake that was never answered to the garbage collector.
+    gc.collect()
 
 
 def test_a_worker_declares_its_queue_as_configured(

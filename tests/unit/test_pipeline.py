@@ -1,4 +1,4 @@
-"""How are workers told to drop requests? Without a broker: `Aborter` with its last step replaced."""
+"""How are workers told to drop requests? `Aborter` without a broker: its last step is a stub."""
 
 from __future__ import annotations
 
