@@ -89,6 +89,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 @pytest.fixture(scope="session")
 def our_app(services: Services) -> Iterator[Any]:
     """`pdtasks.app.app` of this process, connected to the services."""
+    from pdtasks import pipeline
     from pdtasks.app import app
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,6 +99,7 @@ def our_app(services: Services) -> Iterator[Any]:
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
         yield app
+        pipeline._own_publisher().close()
         app.close()
     load_settings.cache_clear()
 
