@@ -84,7 +84,7 @@ class Supervisor:
     def run(self) -> int:
         """Start, watch until told to stop, stop; returns the exit code."""
         code = 0
-        failure: PdtasksError | None = None
+        reason = ""
         try:
             self.start()
             self.show()
@@ -92,12 +92,11 @@ class Supervisor:
         except StopRequested:
             pass
         except PdtasksError as exc:
-            failure = exc
+            code, reason = 1, str(exc)
         finally:
             self.stop()
-        if failure is not None:  # after the stop: who comes back to the terminal finds it last
-            self._console.bad(str(failure))
-            code = 1
+        if reason:  # after the stop: who comes back to the terminal finds it last
+            self._console.bad(reason)
         return code
 
     def _tick(self) -> None:
@@ -139,23 +138,19 @@ class Supervisor:
 
     def _choose_ports(self) -> None:
         settings = self.settings
-        update = {
-            "api_port": choose_port("the API", settings.api_host, settings.api_port, "--port")
-        }
+        port = choose_port("the API", settings.api_host, settings.api_port, "--port")
+        update = {"api_port": port}
         if self._size.flower:
-            update["flower_port"] = choose_port(
-                "Flower", "127.0.0.1", settings.flower_port, "--flower-port"
-            )
+            port = choose_port("Flower", "127.0.0.1", settings.flower_port, "--flower-port")
+            update["flower_port"] = port
         self.settings = settings.model_copy(update=update)
 
     def _warn(self, plan: Plan) -> None:
         if plan.warning:
             self._console.warn(plan.warning)
-        if not is_loopback(self.settings.api_host):
-            self._console.warn(
-                f"the API listens on {self.settings.api_host} and has no authentication: "
-                "everybody who reaches this address can use it"
-            )
+        host = self.settings.api_host
+        if not is_loopback(host):
+            self._console.warn(f"the API on {host} has no authentication: anybody can use it")
 
     def _prepare_model(self) -> str:
         """The folder or Hugging Face name that the engines load."""
