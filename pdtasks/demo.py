@@ -19,9 +19,11 @@ from typing import Any
 
 import httpx
 
+from pdtasks.cluster.children import stack_settings
 from pdtasks.cluster.console import Console
+from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock
-from pdtasks.cluster.supervisor import Size, StopRequested, Supervisor, stack_settings
+from pdtasks.cluster.supervisor import Size, Supervisor
 from pdtasks.errors import PdtasksError
 
 _MAX_TOKENS = 64
@@ -55,6 +57,7 @@ def run_demo(prompt: str, console: Console) -> int:
     """
     home = Path(tempfile.mkdtemp(prefix="pdtasks-demo-"))
     code = 1
+    failure: Exception | None = None
     try:
         # Services that are configured belong to others; the demonstration has its own.
         settings = stack_settings(
@@ -67,21 +70,23 @@ def run_demo(prompt: str, console: Console) -> int:
             api_port=0,
             flower_port=0,
         )
-        supervisor = Supervisor(settings, Size(flower=False), console)
-        with StackLock(home), supervisor.signals():
+        with StackLock(home), StopSignals() as signals:
+            supervisor = Supervisor(settings, Size(flower=False), console, signals)
             try:
                 supervisor.start()
-                with supervisor.interruptible():
+                with signals.interruptible():
                     _show(supervisor.settings.model_name, _api_url(supervisor), prompt, console)
                 code = 0
             except StopRequested:
                 code = _INTERRUPTED
             except (PdtasksError, httpx.HTTPError) as exc:
-                console.bad(f"the demonstration failed: {exc}")
+                failure = exc
             finally:
                 supervisor.stop()
     finally:
         _clean(home, console, keep_logs=code == 1)
+    if failure is not None:  # after the stop, so that it is the last thing to read
+        console.bad(f"the demonstration failed: {failure}")
     return code
 
 

@@ -9,8 +9,11 @@
     valkey      private Valkey servers: kv (unix socket) and bus (loopback)
     stack       <home>/stack.json: what runs, for `status`, `down` and workers started by hand
     down        `pdtasks down`: ask the supervisor to stop, and wait
-    supervisor  `pdtasks up`: start in order, watch, restart, drain, stop
-    children    commands and environments of workers, API and Flower
+    supervisor  `pdtasks up`: the order of start, watch and stop
+    signals     has somebody asked us to stop
+    services    broker, bus and kv: private ones started, configured ones asked
+    parts       workers, API and Flower: waited for, watched, restarted, drained
+    children    commands, settings and folders of workers, API and Flower
     status      `pdtasks status`: the stack's processes and every worker that shows a sign of life
     console     readable lines on a terminal or in a log
 """

@@ -1,4 +1,4 @@
-"""Which commands and environments do workers, API and Flower get?
+"""Which commands, settings and folders do workers, API and Flower get?
 
 What is here by argument can be typed by hand as well: `celery -A pdtasks worker -Q prefill …`.
 Secrets travel by environment only, for everybody on a host can read a command line.
@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import site
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pdtasks
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
-from pdtasks.settings import Settings
+from pdtasks.settings import Settings, make_settings
+
+_TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
+
+
+def stack_settings(**overrides: Any) -> Settings:
+    """Settings with `overrides`, paths absolute: children run in another folder."""
+    settings = make_settings(**overrides)
+    absolute: dict[str, Any] = {
+        "home": settings.home.expanduser().absolute(),
+        "cache_dir": settings.cache_dir.expanduser().absolute(),
+    }
+    if settings.model and Path(settings.model).expanduser().exists():
+        absolute["model"] = str(Path(settings.model).expanduser().absolute())
+        absolute["served_model_name"] = settings.model_name
+    return settings.model_copy(update=absolute)
 
 
 def worker(settings: Settings, placement: Placement, concurrency: int, temporary: Path) -> Process:
@@ -68,9 +86,39 @@ def flower_url(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.flower_port}"
 
 
+def stack_urls(settings: Settings, *, flower: bool) -> dict[str, str]:
+    """Everything that is known to answer or will, by role."""
+    urls = {
+        "api": api_url(settings),
+        "broker": settings.broker_url,
+        "bus": settings.bus_url,
+        "kv": ",".join(settings.kv_urls),
+        "flower": flower_url(settings) if flower else None,
+    }
+    return {role: url for role, url in urls.items() if url}
+
+
 def log_folder(settings: Settings) -> Path:
     """Where every child's log is."""
     return settings.home / "logs"
+
+
+def rotate_logs(settings: Settings) -> None:
+    """Make the log folder; logs of the stack that ran before stay one stack long, as `*.log.1`."""
+    logs = log_folder(settings)
+    logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for log in logs.glob("*.log"):
+        log.replace(log.with_name(log.name + ".1"))
+
+
+def make_temporary(settings: Settings) -> Path:
+    """A new folder for the engines' sockets, whose paths have to be short. Remove it at the end."""
+    temporary = settings.home / "tmp"
+    if len(os.fsencode(temporary)) > _TEMPORARY_PATH_LIMIT:
+        return Path(tempfile.mkdtemp(prefix="pdtasks-", dir="/tmp"))  # mode 0700
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    return temporary
 
 
 def _python(name: str, argv: Sequence[str], settings: Settings, env: Mapping[str, str]) -> Process:

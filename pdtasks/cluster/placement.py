@@ -39,6 +39,21 @@ class Plan:
     warning: str | None = None
 
 
+def place_workers(
+    prefill: int, decode: int, *, device: str, engine_args: Mapping[str, object]
+) -> Plan:
+    """Place the workers on what this host has.
+
+    Raises ConfigurationError when a stage would be without a worker or GPUs are too few.
+    """
+    if prefill < 1 or decode < 1:
+        raise ConfigurationError("at least one prefill and one decode worker are needed")
+    ranks = ranks_per_worker(engine_args)
+    if device == "cuda":
+        return place_on_gpus(prefill, decode, gpus=usable_gpus(), gpus_per_worker=ranks)
+    return place_on_cores(prefill, decode, cores=usable_cores(), ranks_per_worker=ranks)
+
+
 def place_on_cores(
     prefill: int, decode: int, *, cores: Sequence[int], ranks_per_worker: int = 1
 ) -> Plan:

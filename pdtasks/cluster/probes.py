@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import socket
 import time
 import urllib.error
@@ -11,6 +12,8 @@ import urllib.request
 from collections.abc import Callable
 
 import valkey
+
+from pdtasks.errors import ConfigurationError
 
 #: Called while something is waited for; may raise to give up.
 Tick = Callable[[], None]
@@ -52,6 +55,34 @@ def port_is_taken(host: str, port: int) -> bool:
         except OSError as exc:
             return exc.errno == errno.EADDRINUSE
     return False
+
+
+def choose_port(what: str, host: str, port: int, option: str) -> int:
+    """`port`, or a free one for 0.
+
+    Args:
+        what: what is to listen there, for messages.
+        option: where a person chooses another one, for messages.
+
+    Raises ConfigurationError when the port is in use.
+    """
+    if port == 0:
+        return free_ports(1)[0]
+    if port_is_taken(host, port):
+        raise ConfigurationError(
+            f"{what} cannot listen on port {port} of {host}, which is in use: "
+            f"choose another one with {option}, or stop what uses it"
+        )
+    return port
+
+
+def is_loopback(host: str) -> bool:
+    """Can only this host reach what listens on `host`, an address or a name?"""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False  # unknown: better one warning too many
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
 def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:

@@ -18,13 +18,14 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from pdtasks.cluster.probes import Tick
-from pdtasks.cluster.process import Identity, end
+from pdtasks.cluster.process import Identity, Process, end, identify
 from pdtasks.errors import PdtasksError
 
 Role = Literal["broker", "bus", "kv", "api", "flower", "prefill", "decode"]
@@ -52,6 +53,12 @@ class Member:
     pid: int
     pid_started: int
     log: str
+
+    @classmethod
+    def of(cls, process: Process, role: str) -> Self:
+        """The last start of `process`, which has been started."""
+        identity = process.identity
+        return cls(process.name, role, identity.pid, identity.started, str(process.log))
 
     @property
     def identity(self) -> Identity:
@@ -133,6 +140,45 @@ def write_stack(home: Path, stack: Stack) -> None:
 def remove_stack(home: Path) -> None:
     """Forget the stack: it has stopped."""
     stack_path(home).unlink(missing_ok=True)
+
+
+class StackRecord:
+    """Keeps `stack.json` true for the stack that this process runs."""
+
+    def __init__(self, home: Path) -> None:
+        own = identify(os.getpid())
+        assert own is not None, "this process runs"
+        self._home = home
+        self._stack = Stack(pid=own.pid, pid_started=own.started)
+        self._written: Stack | None = None
+
+    def update(
+        self,
+        *,
+        state: StackState,
+        env: Mapping[str, str],
+        urls: Mapping[str, str],
+        services: Iterable[Member],
+        helpers: Iterable[Member],
+        folders: Iterable[Path],
+    ) -> None:
+        """What is true now; written only when something changed, so call it at any time."""
+        stack = replace(
+            self._stack,
+            state=state,
+            env=dict(env),
+            urls=dict(urls),
+            services=tuple(services),
+            helpers=tuple(helpers),
+            folders=tuple(map(str, folders)),
+        )
+        if stack != self._written:
+            write_stack(self._home, stack)
+            self._written = stack
+
+    def remove(self) -> None:
+        """The stack has stopped."""
+        remove_stack(self._home)
 
 
 def clean_stale(home: Path, tick: Tick | None = None) -> list[str]:

@@ -1,0 +1,237 @@
+"""Workers, API and Flower: children that are watched, and restarted when they end.
+
+A part is ready when it answers, not when it runs.  One that ends by itself after the start is
+started again, later and later as long as it keeps failing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import valkey
+
+from pdtasks.cluster.console import Console
+from pdtasks.cluster.probes import Tick, http_status
+from pdtasks.cluster.process import Process, describe_exit
+from pdtasks.cluster.stack import Member
+from pdtasks.presence import read_workers
+
+#: Between two looks at all children.
+LOOP_S = 0.2
+
+_ASK_S = 1.0  # between two questions to the same part
+_BACKOFF_MAX_S = 60.0
+_STEADY_S = 60.0  # ready for so long: the next failure is a new one
+
+# What Celery and vLLM write before each message: process, level, time, source.
+_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\[.*?\] |[A-Z]+ [\d: -]+\[.*?\] )?")
+
+
+@dataclass
+class Part:
+    """One child that is restarted when it ends: a worker, the API, Flower."""
+
+    process: Process
+    role: str
+    where: str  #: for people
+    ready_url: str | None = None  #: answers 200 when it is ready; None: a worker, seen on the bus
+    ready: bool = False
+    started_at: float = 0.0
+    ready_at: float = 0.0
+    asked_at: float = 0.0
+    failures: int = 0  #: in a row
+    restart_at: float | None = None  #: waiting for it
+    state: str = ""  #: the last one that was told
+
+    @property
+    def name(self) -> str:
+        """As in messages and in the file name of its log."""
+        return self.process.name
+
+    @property
+    def is_worker(self) -> bool:
+        """Does it take jobs, and say so on the bus?"""
+        return self.ready_url is None
+
+
+class Parts:
+    """All parts of one stack, in the order of their start."""
+
+    def __init__(
+        self, console: Console, bus_url: Callable[[], str], tick: Tick, record: Tick
+    ) -> None:
+        """Args:
+        bus_url: where workers show signs of life; asked once a part is waited for.
+        tick: called while something is waited for; may raise to give up.
+        record: called when a process has begun or ended.
+        """
+        self._console = console
+        self._bus_url = bus_url
+        self._tick = tick
+        self._record = record
+        self._parts: list[Part] = []
+        self._bus: valkey.Valkey | None = None
+        self._presence: dict[int, str] = {}
+        self._presence_at = 0.0
+
+    @property
+    def any_started(self) -> bool:
+        """Was at least one started?"""
+        return bool(self._parts)
+
+    def members(self) -> list[Member]:
+        """Their last processes, for the record."""
+        return [Member.of(part.process, part.role) for part in self._parts]
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def add(self, part: Part) -> None:
+        """Start `part` and keep it. Raises StartFailed when its program is not there."""
+        self._launch(part)
+        self._parts.append(part)
+        self._record()
+
+    def _launch(self, part: Part) -> None:
+        part.restart_at = None
+        part.ready = False
+        part.state = "starting"
+        part.started_at = time.monotonic()
+        part.process.start()
+
+    def wait(self, deadline_s: float, check: Tick) -> None:
+        """Wait until all are ready.
+
+        Args:
+            check: called in each round; raises when something they need is lost.
+
+        Raises StartFailed when one ends or the time is over, or what `check` and `tick` raise.
+        """
+        began = time.monotonic()
+        while waiting := [part for part in self._parts if not part.ready]:
+            self._tick()
+            check()
+            for part in waiting:
+                code = part.process.poll()
+                if code is not None:
+                    raise part.process.failure(f"stopped while it started ({describe_exit(code)})")
+                self._ask(part)
+            elapsed = time.monotonic() - began
+            if elapsed > deadline_s:
+                raise waiting[0].process.failure(f"was not ready within {deadline_s:.0f} s")
+            names = ", ".join(part.name for part in waiting)
+            said = _LOG_PREFIX.sub("", waiting[0].process.log_tail(1))[:80]
+            self._console.progress(
+                f"{elapsed:4.0f} s  waiting for {names}" + (f" ({said})" if said else "")
+            )
+            time.sleep(LOOP_S)
+
+    def _ask(self, part: Part) -> None:
+        """Is it ready now? Not more often than needed: it is busy starting."""
+        now = time.monotonic()
+        if now - part.asked_at < _ASK_S:
+            return
+        part.asked_at = now
+        if self._is_ready(part):
+            part.ready, part.ready_at, part.state = True, now, "ready"
+            took = now - part.started_at
+            self._console.good(f"{part.name} ready after {took:.0f} s ({part.where})")
+
+    def _is_ready(self, part: Part) -> bool:
+        if part.ready_url is not None:
+            return http_status(part.ready_url) == 200
+        return self._worker_states().get(part.process.pid) == "ready"
+
+    def _worker_states(self) -> dict[int, str]:
+        """What the workers of this host say on the bus, by pid; asked once a second."""
+        now = time.monotonic()
+        if now - self._presence_at >= _ASK_S:
+            self._presence_at = now
+            if self._bus is None:
+                self._bus = valkey.Valkey.from_url(self._bus_url(), socket_timeout=1)
+            own = {part.process.pid for part in self._parts if part.process.running}
+            with contextlib.suppress(valkey.ValkeyError):
+                statuses = read_workers(self._bus)
+                self._presence = {s.pid: s.state for s in statuses if s.pid in own}
+        return self._presence
+
+    # -- watch ------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """One round: start again what ended, tell what changed."""
+        for part in self._parts:
+            self._watch(part)
+
+    def _watch(self, part: Part) -> None:
+        now = time.monotonic()
+        if part.restart_at is not None:
+            if now >= part.restart_at:
+                self._console.line(f"restarting {part.name}")
+                self._launch(part)
+                self._record()
+            return
+        code = part.process.poll()
+        if code is not None:
+            if part.ready and now - part.ready_at > _STEADY_S:
+                part.failures = 0
+            wait_s = min(2.0**part.failures, _BACKOFF_MAX_S)
+            part.failures += 1
+            part.restart_at = now + wait_s
+            part.ready = False
+            self._console.bad(
+                f"{part.name} ended by itself ({describe_exit(code)}), starting again in "
+                f"{wait_s:.0f} s. Its log is {part.process.log}"
+            )
+            self._record()
+        elif not part.ready:
+            self._ask(part)
+        elif part.is_worker:
+            state = self._worker_states().get(part.process.pid, "silent")
+            if state != part.state:
+                self._console.line(f"{part.name}: {part.state} → {state}")
+                part.state = state
+
+    # -- stop -------------------------------------------------------------------------------------
+
+    def request_stop(self, *roles: str) -> None:
+        """Ask those with one of `roles` to end, and do not wait."""
+        for part in self._of(roles):
+            part.process.request_stop()
+
+    def stop(self, *roles: str, deadline_s: float) -> None:
+        """End those with one of `roles`; killed after the deadline. Raises what `tick` raises."""
+        self.request_stop(*roles)
+        left = [part for part in self._of(roles) if part.process.running]
+        began = time.monotonic()
+        while left:
+            self._tick()
+            for part in list(left):
+                if not part.process.running:
+                    left.remove(part)
+                    self._console.line(f"  {part.name} stopped")
+            elapsed = time.monotonic() - began
+            if elapsed > deadline_s:
+                for part in left:
+                    part.process.kill()
+                    self._console.warn(f"{part.name} did not stop in {deadline_s:.0f} s: killed")
+                return
+            if left:
+                names = ", ".join(part.name for part in left)
+                self._console.progress(f"{elapsed:4.0f} s  draining {names}")
+            time.sleep(LOOP_S)
+
+    def kill(self) -> None:
+        """End all at once."""
+        for part in self._parts:
+            part.process.kill()
+
+    def close(self) -> None:
+        """Let go of the bus."""
+        if self._bus is not None:
+            self._bus.close()
+
+    def _of(self, roles: Sequence[str]) -> list[Part]:
+        return [part for part in self._parts if part.role in roles]

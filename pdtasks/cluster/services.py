@@ -1,0 +1,161 @@
+"""Broker, bus and kv: which are private, which were configured, and do they answer?
+
+What the settings name belongs to somebody else: it is asked whether it answers and otherwise left
+alone.  What they do not name is started here, watched, and stopped at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pdtasks.cluster import children
+from pdtasks.cluster.console import Console
+from pdtasks.cluster.probes import Tick, broker_accepts, valkey_answers, wait_until
+from pdtasks.cluster.process import Process, StartFailed, describe_exit
+from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
+from pdtasks.cluster.stack import Member, home_marker, redact
+from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
+from pdtasks.settings import Settings
+
+_CONFIGURED_S = 15.0  # for services that run already
+
+
+class Services:
+    """The services of one stack."""
+
+    def __init__(self, console: Console, tick: Tick) -> None:
+        """Args:
+        tick: called while something is waited for; may raise to give up.
+        """
+        self._console = console
+        self._tick = tick
+        self._private: list[tuple[str, RabbitNode | ValkeyServer]] = []  # in the order of starts
+
+    @property
+    def any_private(self) -> bool:
+        """Was at least one started here?"""
+        return bool(self._private)
+
+    @staticmethod
+    def require_programs(settings: Settings) -> None:
+        """Raises StartFailed when a program is missing that `start` would need."""
+        if not settings.broker_url:
+            server_programs()
+        if not (settings.bus_url and settings.kv_urls):
+            server_program()
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def start(self, settings: Settings) -> Settings:
+        """Start what `settings` do not name; returns them with the URLs of what was started.
+
+        Raises StartFailed, or what `tick` raises; call `stop` and `close` in either case.
+        """
+        home, logs = settings.home, children.log_folder(settings)
+        marker = dict([home_marker(home).split("=", 1)])
+
+        def valkey(kind: Kind) -> ValkeyServer:
+            return ValkeyServer(home / "valkey", kind, log=logs / f"valkey-{kind}.log", env=marker)
+
+        update: dict[str, Any] = {}
+        if not settings.bus_url:
+            update["bus_url"] = self._start("bus", valkey("bus"))
+        if not settings.kv_urls:
+            update["kv_urls"] = (self._start("kv", valkey("kv")),)
+        if not settings.broker_url:
+            node = RabbitNode(home / "rabbitmq", log=logs / "rabbitmq.log", env=marker)
+            update["broker_url"] = self._start("broker", node)
+            update["broker_api_url"] = node.api_url
+        return settings.model_copy(update=update)
+
+    def _start(self, role: str, service: RabbitNode | ValkeyServer) -> str:
+        began = time.monotonic()
+        name = "RabbitMQ" if role == "broker" else f"Valkey ({role})"
+        self._private.append((role, service))
+
+        def tick() -> None:
+            self._console.progress(f"{time.monotonic() - began:4.0f} s  starting {name}")
+            self._tick()
+
+        url = service.start(tick)
+        self._console.good(f"{name} ready after {time.monotonic() - began:.1f} s")
+        return url
+
+    def check_configured(self, settings: Settings) -> None:
+        """Services that were configured must answer before anything is built on them.
+
+        Call it after `start`, with the settings that it returned. Raises StartFailed.
+        """
+        private = {role for role, _ in self._private}
+        checks: Mapping[str, tuple[str, tuple[str, ...], Callable[[str], bool]]] = {
+            "broker": ("broker", (settings.require_broker(),), broker_accepts),
+            "bus": ("bus", (settings.require_bus(),), valkey_answers),
+            "kv": ("kv server", settings.kv_urls, valkey_answers),
+        }
+        for role, (name, urls, accepts) in checks.items():
+            for url in () if role in private else urls:
+                self._check(name, url, accepts)
+
+    def _check(self, name: str, url: str, accepts: Callable[[str], bool]) -> None:
+        if not wait_until(lambda: accepts(url), _CONFIGURED_S, self._tick):
+            raise StartFailed(
+                f"the {name} at {redact(url)} does not answer, or refuses the password: "
+                "check that it runs and that its URL is right"
+            )
+        self._console.good(f"{name} at {redact(url)} answers")
+
+    # -- watch ------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises StartFailed with the reason when one of ours ended by itself."""
+        for _, service in self._private:
+            code = service.process.poll()
+            if code is not None:
+                raise service.process.failure(f"ended by itself ({describe_exit(code)})")
+
+    # -- stop -------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Stop ours, the last one first. Raises what `tick` raises."""
+        for role, service in reversed(self._private):
+            service.stop(self._tick)
+            self._console.line(f"  {role} stopped")
+
+    def kill(self) -> None:
+        """End ours at once."""
+        for _, service in self._private:
+            for process in service.processes:
+                process.kill()
+
+    def close(self) -> None:
+        """Whatever happened before: nothing runs afterwards and no socket is left."""
+        for _, service in self._private:
+            service.stop()
+
+    # -- for the record ---------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        """The servers themselves."""
+        return [Member.of(process, role) for role, process in self._processes(slice(0, 1))]
+
+    def helpers(self) -> list[Member]:
+        """What else they need to run (epmd)."""
+        return [Member.of(process, role) for role, process in self._processes(slice(1, None))]
+
+    def folders(self) -> list[Path]:
+        """Folders outside home that hold their sockets."""
+        return [
+            service.temporary
+            for _, service in self._private
+            if isinstance(service, ValkeyServer) and service.temporary is not None
+        ]
+
+    def _processes(self, which: slice) -> list[tuple[str, Process]]:
+        return [
+            (role, process)
+            for role, service in self._private
+            for process in service.processes[which]
+        ]
