@@ -99,7 +99,7 @@ def our_app(services: Services) -> Iterator[Any]:
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
         yield app
-        pipeline._own_publisher().close()
+        pipeline._shared._publisher.close()
         app.close()
     load_settings.cache_clear()
 
