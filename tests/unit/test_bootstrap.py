@@ -93,6 +93,9 @@ class Checkout:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        # Where tests run in the background SIGINT is ignored, and children would inherit that;
+        # a signal with a handler is back to its default in them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [str(self.folder / "pd"), *arguments],
             env=self.environment | environment,
