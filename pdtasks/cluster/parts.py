@@ -123,7 +123,7 @@ class Parts:
             if elapsed > deadline_s:
                 raise waiting[0].process.failure(f"was not ready within {deadline_s:.0f} s")
             names = ", ".join(part.name for part in waiting)
-            said = _LOG_PREFIX.sub("", waiting[0].process.log_tail(1))[:80]
+            said = _last_sentence(waiting[0].process.log_tail())[:80]
             self._console.progress(
                 f"{elapsed:4.0f} s  waiting for {names}" + (f" ({said})" if said else "")
             )
@@ -235,3 +235,9 @@ class Parts:
 
     def _of(self, roles: Sequence[str]) -> list[Part]:
         return [part for part in self._parts if part.role in roles]
+
+
+def _last_sentence(log: str) -> str:
+    """The last line that says something by itself; indented ones belong to a warning."""
+    whole = [line for line in log.splitlines() if line[:1].strip()]
+    return _LOG_PREFIX.sub("", whole[-1]) if whole else ""
