@@ -40,9 +40,12 @@ def api(services: Services) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The product's own patience would make these tests long."""
     monkeypatch.setattr(pipeline, "CONFIRM_TIMEOUT_S", 1.0)
+    yield
+    # py-amqp leaves the sockets of connections that broke to the garbage collector.
+    gc.collect()
 
 
 @pytest.fixture
@@ -87,8 +90,6 @@ def broker(services: Services) -> Iterator[Freezer]:
     freezer = Freezer(services.rabbit.process.pid)
     yield freezer
     freezer.thaw()
-    # py-amqp leaves the socket of a handshake that was never answered to the garbage collector.
-    gc.collect()
 
 
 def test_a_worker_declares_its_queue_as_configured(
