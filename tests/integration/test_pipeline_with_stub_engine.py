@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import httpx
-import kombu
 import psutil
 import pytest
 from celery.exceptions import TaskRevokedError
@@ -49,9 +48,11 @@ def wait_until_nothing_is_left(services: Services, *but: str) -> None:
 
 
 def test_prefill_publishes_the_first_token_itself_and_hands_over_the_rest(
-    start_worker: StartWorker, asker: Asker, channel: Any
+    start_worker: StartWorker, asker: Asker, our_app: Any, channel: Any
 ) -> None:
-    # Given no decode worker
+    # Given no decode worker, but its queue
+    queue = our_app.amqp.queues["decode"].bind(channel)
+    queue.declare()
     start_worker("prefill")
 
     asker.ask("r", max_tokens=4, seed=7)
@@ -62,7 +63,6 @@ def test_prefill_publishes_the_first_token_itself_and_hands_over_the_rest(
     assert (stage, position, output.new_token_ids) == ("prefill", 0, [100])
     assert output.finish_reason is None
     # and the decode job carries what is needed to go on, and whom to answer
-    queue = kombu.Queue("decode", channel=channel, no_declare=True)
     message = wait_until(lambda: queue.get(no_ack=True, accept=["msgpack"]))
     assert message.properties["reply_to"] == asker.stream
     (wire,), _, _ = message.decode()
