@@ -128,6 +128,7 @@ class Engine:
         self._on_death = on_death
         self._running: dict[str, Generation] = {}
         self._stopping = False
+        self.kv_usage = 0.0  #: share of the KV cache's blocks that requests hold, as vLLM counts
         self.loop = asyncio.new_event_loop()
         self.config: VllmConfig
 
@@ -203,8 +204,10 @@ class Engine:
             while True:
                 outputs = await self._core.get_output_async()
                 stats = outputs.scheduler_stats
-                if stats is not None and stats.kv_connector_stats:
-                    self._take_records(stats.kv_connector_stats["records"])
+                if stats is not None:
+                    self.kv_usage = stats.kv_cache_usage
+                    if stats.kv_connector_stats:
+                        self._take_records(stats.kv_connector_stats["records"])
                 self._take_step(outputs.outputs, outputs.timestamp)
         except asyncio.CancelledError:
             raise

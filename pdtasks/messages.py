@@ -135,6 +135,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     pid: int
     state: str  #: ``"starting"``, ``"ready"`` or ``"draining"``
     active: int = 0  #: requests in its engine
+    kv_usage: float = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
     max_model_len: int = 0
     engine: str = ""

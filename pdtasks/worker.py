@@ -111,6 +111,7 @@ class Worker:
             pid=os.getpid(),
             state=self._state,
             active=self.engine.num_running if running else 0,
+            kv_usage=self.engine.kv_usage if running else 0.0,
             model=self.settings.model_name,
             max_model_len=self.engine.config.model_config.max_model_len if running else 0,
             engine=ENGINE_VERSION,

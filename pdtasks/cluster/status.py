@@ -33,6 +33,7 @@ class Row:
     pid: int | None  #: None: configured, not started by this stack
     state: str  #: "starting", "ready", "draining" or "dead"
     active: int | None = None  #: requests in the worker's engine
+    kv_usage: float | None = None  #: share of the engine's KV blocks that requests hold, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def format_status(status: Status) -> str:
     """A table for people."""
     if not status.anything:
         return "nothing runs here: start a stack with `pdtasks up`"
-    rows = [("name", "role", "pid", "state", "active")]
+    rows = [("name", "role", "pid", "state", "active", "kv")]
     rows += [
         (
             row.name,
@@ -85,6 +86,7 @@ def format_status(status: Status) -> str:
             str(row.pid or "-"),
             row.state,
             "-" if row.active is None else str(row.active),
+            "-" if row.kv_usage is None else f"{row.kv_usage:.0%}",
         )
         for row in (*status.services, *status.workers)
     ]
@@ -171,6 +173,7 @@ def _workers(
                 status.pid,
                 "dead" if dead else status.state,
                 0 if dead else status.active,
+                0.0 if dead else status.kv_usage,
             )
         )
     seen = {status.pid for status in present if status.host == here}
@@ -178,7 +181,7 @@ def _workers(
         if member.pid not in seen:
             alive = member.identity.alive()
             state = ("draining" if draining else "starting") if alive else "dead"
-            rows.append(Row(member.name, member.role, member.pid, state, 0))
+            rows.append(Row(member.name, member.role, member.pid, state, 0, 0.0))
     return tuple(sorted(rows, key=lambda row: (row.role != "prefill", row.name)))
 
 

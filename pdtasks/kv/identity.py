@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import vllm
 from vllm.config import VllmConfig
@@ -18,7 +21,10 @@ from pdtasks.kv.pages import block_bytes
 
 #: Bytes read at each of a weight file's sample points.
 _SAMPLE_BYTES = 4096
+#: Sample points of a whole file, whatever its format.
 _SAMPLES = 16
+#: The format's own limit.
+_MOST_HEADER_BYTES = 100_000_000
 
 
 def fingerprint(config: VllmConfig, kv_config: KVCacheConfig) -> Fingerprint:
@@ -40,8 +46,8 @@ def fingerprint(config: VllmConfig, kv_config: KVCacheConfig) -> Fingerprint:
 def model_digest(name: str, revision: str | None, load_format: str) -> str:
     """Tell models apart by content where the files are at hand, else by name and revision.
 
-    A fine-tune has its base model's configuration and often its folder's name, so the weights are
-    sampled: size, and a few KiB at 16 places of each file.
+    A fine-tune has its base model's configuration and often its folder's name, and may have left
+    most layers alone, so each tensor is sampled: a few KiB at its beginning and in its middle.
     """
     digest = hashlib.sha256(load_format.encode())
     folder = Path(name)
@@ -53,7 +59,28 @@ def model_digest(name: str, revision: str | None, load_format: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
+            for offset in _tensor_offsets(file) if path.suffix == ".safetensors" else ():
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
             for sample in range(_SAMPLES):
                 file.seek(size * sample // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _tensor_offsets(file: BinaryIO) -> Iterator[int]:
+    """Places of a safetensors file: the beginning and the middle of each tensor.
+
+    https://github.com/huggingface/safetensors#format: the header's length as 8 bytes, the header as
+    JSON, then the tensors, whose offsets count from there.  Nothing for a file that is none.
+    """
+    try:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        tensors = json.loads(file.read(min(header_bytes, _MOST_HEADER_BYTES)))
+        tensors.pop("__metadata__", None)
+        spans = [tensor["data_offsets"] for tensor in tensors.values()]
+    except (struct.error, ValueError, KeyError, AttributeError, TypeError):
+        return  # vLLM will say what is wrong with it
+    for begin, end in spans:
+        yield 8 + header_bytes + begin
+        yield 8 + header_bytes + (begin + end) // 2

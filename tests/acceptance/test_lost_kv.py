@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.acceptance.running_stack import Stack, ask, wait_until
+from pdtasks.models import resolve_model
+from pdtasks.settings import load_settings
+from tests.acceptance.running_stack import MODEL, Stack, ask, wait_until
+
+#: A token that no text of these tests contains.
+_UNUSED_TOKEN = 3
 
 
 def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: httpx.Client) -> None:
@@ -43,45 +53,30 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
     assert lost["choices"][0]["message"] == again["choices"][0]["message"]
 
 
-def test_a_decode_worker_with_another_layout_recomputes(
-    stack: Stack, client: httpx.Client, tmp_path: Path
+@pytest.mark.parametrize("difference", ["layout", "model"])
+def test_a_decode_worker_of_another_fingerprint_recomputes(
+    difference: str, stack: Stack, client: httpx.Client, tmp_path: Path
 ) -> None:
-    prompt = "C. Name three rivers. " * 12
-    expected = ask(client, prompt, "layout-0", max_tokens=12)
+    prompt = f"C {difference}. Name three rivers. " * 12
+    expected = ask(client, prompt, f"{difference}-0", max_tokens=12)
 
-    # Given a decode worker, started by hand, whose blocks have another size
-    log = (tmp_path / "worker.log").open("w")
-    env = stack.env | {
-        "PDTASKS_ENGINE_ARGS": '{"block_size": 32}',
-        "VLLM_CPU_OMP_THREADS_BIND": "1",
-    }
-    celery = [sys.executable, "-m", "celery", "-A", "pdtasks", "worker"]
-    worker = subprocess.Popen(
-        [*celery, "-Q", "decode", "-P", "threads", "-c", "2", "-n", "other@%h"],
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=tmp_path,
-        start_new_session=True,
-    )
-    try:
-
-        def it_has_joined() -> bool:
-            assert worker.poll() is None, (tmp_path / "worker.log").read_text()[-3000:]
-            workers = stack.status()["workers"]
-            return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
-
-        wait_until(it_has_joined, 120)
-        others = [pid for pid in stack.worker_pids("decode") if pid != worker.pid]
+    # Given a decode worker, started by hand, whose blocks have another size, or whose model, under
+    # the same name, is another one
+    if difference == "layout":
+        changes = {"PDTASKS_ENGINE_ARGS": '{"block_size": 32}'}
+    else:
+        changes = {"PDTASKS_MODEL": str(_fine_tune(tmp_path)), "PDTASKS_SERVED_MODEL_NAME": MODEL}
+    with _decode_worker(stack, changes, tmp_path) as pid:
+        others = [other for other in stack.worker_pids("decode") if other != pid]
 
         # When only it takes jobs
-        for pid in others:
-            os.kill(pid, signal.SIGSTOP)
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
         try:
             # The broker may still hand a job to the stopped worker, which keeps it until it wakes.
             with ThreadPoolExecutor(2) as background:
                 answers = [
-                    background.submit(ask, client, prompt, f"layout-{n}", max_tokens=12)
+                    background.submit(ask, client, prompt, f"{difference}-{n}", max_tokens=12)
                     for n in (1, 2)
                 ]
 
@@ -89,20 +84,58 @@ def test_a_decode_worker_with_another_layout_recomputes(
                     return any(a.done() for a in answers)
 
                 wait_until(one_is_answered, 60)
-                for pid in others:
-                    os.kill(pid, signal.SIGCONT)
+                for other in others:
+                    os.kill(other, signal.SIGCONT)
                 done = [a.result(timeout=60) for a in answers]
         finally:
-            for pid in others:
-                os.kill(pid, signal.SIGCONT)
+            for other in others:
+                os.kill(other, signal.SIGCONT)
 
-        # Then it has recomputed the prompt, and the answer is the same
-        foreign = [d for d in done if d["stages"]["decode"]["worker"].startswith("other@")]
-        assert foreign
-        for body in foreign:
-            assert body["choices"][0]["message"] == expected["choices"][0]["message"]
-            assert body["stages"]["decode"]["kv_blocks_loaded"] == 0
-            assert body["stages"]["decode"]["kv_blocks_recomputed"] > 0
+    # Then it has recomputed the prompt, and the answer is the same
+    foreign = [d for d in done if d["stages"]["decode"]["worker"].startswith("other@")]
+    assert foreign
+    for body in foreign:
+        assert body["choices"][0]["message"] == expected["choices"][0]["message"]
+        assert body["stages"]["decode"]["kv_blocks_loaded"] == 0
+        assert body["stages"]["decode"]["kv_blocks_recomputed"] > 0
+
+
+def _fine_tune(folder: Path) -> Path:
+    """The embedded model with one weight of an unused token changed: the same answers."""
+    settings = load_settings()
+    original = Path(resolve_model(None, settings.cache_dir, lambda _: None))
+    changed = shutil.copytree(original, folder / "fine-tune")
+    (weights,) = changed.glob("*.safetensors")
+    tensors = load_file(weights)
+    embedding = next(t for name, t in tensors.items() if "embed_tokens" in name)
+    embedding[_UNUSED_TOKEN] += 0.001
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == next(original.glob("*.safetensors")).stat().st_size
+    return changed
+
+
+@contextmanager
+def _decode_worker(stack: Stack, changes: dict[str, str], folder: Path) -> Iterator[int]:
+    """A decode worker that joins the stack under the name other@…; yields its pid."""
+    log = (folder / "worker.log").open("w")
+    celery = [sys.executable, "-m", "celery", "-A", "pdtasks", "worker"]
+    worker = subprocess.Popen(
+        [*celery, "-Q", "decode", "-P", "threads", "-c", "2", "-n", "other@%h"],
+        env=stack.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        start_new_session=True,
+    )
+    try:
+
+        def it_has_joined() -> bool:
+            assert worker.poll() is None, (folder / "worker.log").read_text()[-3000:]
+            workers = stack.status()["workers"]
+            return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
+
+        wait_until(it_has_joined, 120)
+        yield worker.pid
     finally:
         worker.terminate()
         worker.wait(timeout=60)

@@ -113,7 +113,9 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
             outputs = [self._next_of(r, records) for r in list(self._running.values())]
             made = EngineCoreOutputs(outputs=outputs, timestamp=1.0)
             if records:
-                stats: Any = SimpleNamespace(kv_connector_stats={"records": records})
+                stats: Any = SimpleNamespace(
+                    kv_cache_usage=0.0, kv_connector_stats={"records": records}
+                )
                 made.scheduler_stats = stats
             return made
 

@@ -57,7 +57,9 @@ def _member(name: str, role: str, identity: Identity) -> Member:
 def _worker(
     name: str, role: str, pid: int, state: str = "ready", host: str = _HERE
 ) -> WorkerStatus:
-    return WorkerStatus(name=name, role=role, host=host, pid=pid, state=state, active=3)
+    return WorkerStatus(
+        name=name, role=role, host=host, pid=pid, state=state, active=3, kv_usage=0.25
+    )
 
 
 def _stack(home: Path, *members: Member, state: str = "ready") -> None:
@@ -114,8 +116,8 @@ def test_workers_are_shown_as_they_say_with_their_requests(
     answering(workers=[elsewhere, own])
 
     assert read_status(_settings(tmp_path)).workers == (
-        Row(f"prefill1@{_HERE}", "prefill", os.getpid(), "draining", 3),
-        Row("decode9@other", "decode", 5, "ready", 3),
+        Row(f"prefill1@{_HERE}", "prefill", os.getpid(), "draining", 3, 0.25),
+        Row("decode9@other", "decode", 5, "ready", 3, 0.25),
     )
 
 
@@ -124,7 +126,7 @@ def test_a_worker_that_says_nothing_yet_is_starting(tmp_path: Path, answering: A
     answering()
 
     assert read_status(_settings(tmp_path)).workers == (
-        Row("prefill1", "prefill", os.getpid(), "starting", 0),
+        Row("prefill1", "prefill", os.getpid(), "starting", 0, 0.0),
     )
 
 
@@ -148,7 +150,7 @@ def test_a_worker_that_was_started_again_is_shown_once(
     answering(workers=[_worker(f"decode1@{_HERE}", "decode", _DEAD)])
 
     assert read_status(_settings(tmp_path)).workers == (
-        Row("decode1", "decode", os.getpid(), "starting", 0),
+        Row("decode1", "decode", os.getpid(), "starting", 0, 0.0),
     )
 
 
@@ -217,14 +219,14 @@ def test_no_password_is_shown(tmp_path: Path, answering: Answering) -> None:
 def test_the_table_names_every_column_and_url() -> None:
     status = Status(
         (Row("api", "api", 7, "ready"),),
-        (Row("prefill1@h", "prefill", 8, "ready", 2),),
+        (Row("prefill1@h", "prefill", 8, "ready", 2, 0.126),),
         {"api": "http://127.0.0.1:8000"},
     )
 
     assert format_status(status).splitlines() == [
-        "name        role     pid  state  active",
-        "api         api      7    ready  -",
-        "prefill1@h  prefill  8    ready  2",
+        "name        role     pid  state  active  kv",
+        "api         api      7    ready  -       -",
+        "prefill1@h  prefill  8    ready  2       13%",
         "",
         "api  http://127.0.0.1:8000",
     ]
