@@ -35,7 +35,10 @@ def create_app(settings: Settings) -> FastAPI:
     from pdtasks.engine import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model])
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        # Usage says how many of the prompt's tokens did not have to be computed.
+        ["--model", model, "--enable-prompt-tokens-details"]
+    )
     for name, value in engine_arguments(settings, model).items():
         setattr(arguments, name, value)
     arguments.served_model_name = [settings.model_name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -118,6 +119,128 @@ def api(host: str | None, port: int | None) -> None:
     from api.main import serve
 
     serve(settings, host or settings.api_host, settings.api_port if port is None else port)
+
+
+@main.group()
+def bench() -> None:
+    """Measure parts of pdtasks on this host."""
+
+
+@bench.command()
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Where the plot goes (PNG). [default: beside the JSON file, or bench-kv.png]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How long each figure is measured.",
+)
+# Less of everything, for tests: bytes of the payloads, numbers of connections.
+@click.option("--size", "sizes", type=int, multiple=True, hidden=True)
+@click.option("--connections", type=int, multiple=True, hidden=True)
+def kv(
+    *,
+    json_file: Path | None,
+    plot_file: Path | None,
+    seconds: float,
+    sizes: tuple[int, ...],
+    connections: tuple[int, ...],
+) -> None:
+    """Put and get KV blocks through Valkey, in GB/s.
+
+    Beside it, in the same run: plain sockets to another process, which is the limit, and other
+    clients of the same server. All are measured right after each other, twice, and each one's
+    better figure counts, for machines are noisy. With the default it takes eight minutes; nothing
+    else should run. Needs `pip install 'pdtasks[bench]'`.
+    """
+    from pdtasks.bench.kv import run_bench
+
+    run_bench(
+        lambda line: click.echo(line, err=True),
+        click.echo,
+        json_file=json_file,
+        plot_file=plot_file,
+        seconds=seconds,
+        sizes=sizes,
+        connections=connections,
+    )
+
+
+_DEVICE = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where the cache lies. [default: what this host has]",
+)
+_JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Figures.")
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", default="tiny", show_default=True, help="llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", default=2048, show_default=True, help="Length of the prompt.")
+@click.option("--block-tokens", default=64, show_default=True, help="Tokens in a block.")
+@click.option("--connections", type=int, multiple=True, default=(1, 4, 8), show_default=True)
+@click.option("--passes", default=5, show_default=True, help="The best one counts.")
+def transfer(*, json_file: Path | None, device: str | None, **options: Any) -> None:
+    """Move a prompt's blocks between an engine's cache and the store.
+
+    Copies and checksums are included. No engine runs; the cache holds noise.
+    """
+    from pdtasks.bench.transfer import run_transfer, to_json
+    from pdtasks.settings import make_settings
+
+    rows = []
+    click.echo("shape       device  op   conn.  blocks  MiB each    ms    GB/s")
+    for row in run_transfer(
+        device=device or make_settings().device,
+        **options | {"connections": list(options["connections"])},
+    ):
+        rows.append(row)
+        click.echo(
+            f"{row.shape:<11} {row.device:<7} {row.op:<4} {row.connections:>5} {row.blocks:>7} "
+            f"{row.block_bytes / 2**20:>9.2f} {row.seconds * 1e3:>6.1f} {row.gb_per_s:>6.2f}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", help="Random weights in the shape of llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", default=1024, show_default=True, help="Length of the prompts.")
+@click.option("--output-tokens", default=8, show_default=True)
+@click.option("--prompts", default=5, show_default=True, help="The median counts.")
+@click.option("--engine-args", default="{}", help="Further vLLM engine arguments, as JSON.")
+def handover(
+    *, json_file: Path | None, device: str | None, engine_args: str, **options: Any
+) -> None:
+    """Hand prompts over between two engines on this host and time each part. Needs vLLM.
+
+    Without --shape it is the embedded model.
+    """
+    from pdtasks.bench.handover import run_handover, to_json
+    from pdtasks.settings import make_settings
+
+    row = run_handover(
+        device=device or make_settings().device,
+        engine_args=json.loads(engine_args),
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    )
+    figures = to_json(row)
+    for name, value in figures.items():
+        click.echo(f"{name:<22} {value:.3g}" if isinstance(value, float) else f"{name:<22} {value}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(0 if row.same_tokens and not row.recomputed else 1)
 
 
 if __name__ == "__main__":

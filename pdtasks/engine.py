@@ -50,6 +50,9 @@ def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
     }
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
+    if settings.device == "cuda":
+        # A block is one value in the store; vLLM's 16 tokens would make many small ones.
+        arguments["block_size"] = 64
     if settings.device == "cpu":
         length = arguments.setdefault("max_model_len", DEFAULT_CPU_MODEL_LEN)
         arguments |= {
@@ -84,7 +87,7 @@ class Generation:
     cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
     finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
     transfers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  #: records by op
-    transferred: asyncio.Event = field(default_factory=asyncio.Event)  #: a record was complete
+    saved: asyncio.Event = field(default_factory=asyncio.Event)  #: all ranks have saved, or failed
 
     def take(self, output: EngineCoreOutput) -> int:
         """Note `output`; returns the position of its first token in the whole answer."""
@@ -142,7 +145,10 @@ class Engine:
     def start(self) -> None:
         """Start the engine; returns when it is ready. Raises EngineFailed with the reason."""
         ready: Future[None] = Future()
-        threading.Thread(target=self._main, args=(ready,), name="engine-loop", daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._main, args=(ready,), name="engine-loop", daemon=True
+        )
+        self._thread.start()
         try:
             ready.result()
         except Exception as exc:
@@ -158,6 +164,7 @@ class Engine:
         # All requests are finished by now; the interpreter of the core takes seconds to clean up.
         self._core.shutdown(timeout=1)
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
 
     # -- on the loop ---------------------------------------------------------------------------
 
@@ -169,9 +176,12 @@ class Engine:
             ready.set_exception(exc)
             return
         ready.set_result(None)
-        pump = self.loop.create_task(self._pump())
+        self._pumping = self.loop.create_task(self._pump())
         self.loop.run_forever()
-        pump.cancel()
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
     async def _boot(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -182,15 +192,19 @@ class Engine:
         # The connector reads its URLs there: vLLM logs its configuration, passwords and all.
         os.environ["PDTASKS_KV_URLS"] = ",".join(self._settings.kv_urls)
         arguments = engine_arguments(self._settings, self._model)
+        options = {
+            "ttl_s": self._settings.kv_ttl_s,
+            "timeout_s": self._settings.kv_timeout_s,
+            "connections": self._settings.kv_connections,
+            "min_prefix_tokens": self._settings.kv_min_prefix_tokens,
+            "exit_with_pid": os.getpid(),
+        }
         transfer = KVTransferConfig(
             kv_connector="ValkeyConnector",
             kv_connector_module_path="pdtasks.kv.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={
-                "ttl_s": self._settings.kv_ttl_s,
-                "exit_with_pid": os.getpid(),
-            },
+            kv_connector_extra_config={k: v for k, v in options.items() if v is not None},
         )
         self.config = AsyncEngineArgs(
             **arguments, kv_transfer_config=transfer
@@ -224,8 +238,8 @@ class Engine:
             if generation := self._running.get(record["request_id"]):
                 parts = generation.transfers.setdefault(record["op"], [])
                 parts.append(record)
-                if len(parts) == record["world"]:
-                    generation.transferred.set()
+                if record["op"] == "save" and len(parts) == record["world"]:
+                    generation.saved.set()
 
     def _take_step(self, outputs: list[EngineCoreOutput], timestamp: float) -> None:
         step = []

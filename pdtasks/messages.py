@@ -50,9 +50,10 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0  #: prompt tokens found in the engine's own prefix cache
     kv_blocks_written: int = 0  #: in the store afterwards, whether sent now or there before
     kv_bytes_written: int = 0  #: sent now
+    #: Decode: of the hand-over. Prefill: of a prefix that earlier prompts left in the store.
     kv_blocks_loaded: int = 0
     kv_bytes_loaded: int = 0
-    kv_blocks_recomputed: int = 0  #: handed over, but lost, damaged or foreign
+    kv_blocks_recomputed: int = 0  #: to be loaded, but lost, damaged or foreign
     kv_seconds: float = 0.0  #: the hand-over's part, overlapping with compute
 
 

@@ -134,7 +134,7 @@ class _Prefill:
     async def _saved(self, generation: Generation) -> None:
         """Wait until the blocks are in the store, or it is clear that they will not be."""
         try:
-            await asyncio.wait_for(generation.transferred.wait(), SAVE_TIMEOUT_S)
+            await asyncio.wait_for(generation.saved.wait(), SAVE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
 
@@ -148,6 +148,10 @@ class _Prefill:
     def _report(self) -> StageReport:
         generation = self._generation
         records = generation.transfers.get("save", [])
+        # A prefix that earlier prompts have left in the store.
+        loaded = generation.transfers.get("load", [])
+        prefix_blocks = min((r["blocks"] + r["missing"] for r in loaded), default=0)
+        lost = any(r["missing"] for r in loaded)
         prompt = generation.request.prompt_token_ids or ()
         return StageReport(
             stage="prefill",
@@ -160,6 +164,9 @@ class _Prefill:
             # Each rank writes its part of every block.
             kv_blocks_written=min((r["blocks"] for r in records), default=0),
             kv_bytes_written=sum(r["bytes"] for r in records),
+            kv_blocks_loaded=0 if lost else prefix_blocks,
+            kv_bytes_loaded=sum(r["bytes"] for r in loaded),
+            kv_blocks_recomputed=prefix_blocks if lost else 0,
             kv_seconds=max((r["seconds"] for r in records), default=0.0),
         )
 

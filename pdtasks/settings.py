@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     flower_port: int = Field(default=5555, ge=0, le=65535)
 
     kv_ttl_s: int = Field(default=3600, gt=0)  #: seconds an unused KV block lives
+    #: Blocks that each engine rank moves at once: connections, and blocks of (pinned) host memory.
+    kv_connections: int | None = Field(default=None, gt=0)  #: None: see `kv/connector.py`
+    #: Seconds for the blocks of one engine step; then recompute.
+    kv_timeout_s: float = Field(default=10.0, gt=0)
+    #: Tokens from which a prefix that the store has is loaded and not computed.
+    kv_min_prefix_tokens: int | None = Field(default=None, ge=0)  #: None: see `kv/connector.py`
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
     worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone

@@ -204,7 +204,7 @@ class Worker:
         async def wait() -> None:
             if generation.entered_engine:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(generation.transferred.wait(), _ABORTED_SAVE_S)
+                    await asyncio.wait_for(generation.saved.wait(), _ABORTED_SAVE_S)
             self.engine.forget(generation)
             self.discard(generation.request_id)
 

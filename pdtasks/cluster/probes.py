@@ -110,7 +110,9 @@ def valkey_answers(url: str) -> bool:
     """Does the server at `url` take our password and answer PING?"""
     try:
         with valkey.Valkey.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+            url.removeprefix("cluster+"),
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
         ) as server:
             return bool(server.ping())
     except (valkey.ValkeyError, OSError):

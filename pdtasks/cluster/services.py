@@ -153,6 +153,14 @@ class Services:
             if isinstance(service, ValkeyServer) and service.temporary is not None
         ]
 
+    def operator_urls(self) -> dict[str, str]:
+        """By role, URLs with more rights than those in the settings."""
+        return {
+            role: service.operator_url
+            for role, service in self._private
+            if isinstance(service, ValkeyServer) and service.operator_url != service.url
+        }
+
     def _processes(self, which: slice) -> list[tuple[str, Process]]:
         return [
             (role, process)

@@ -3,7 +3,9 @@
 `<home>/stack.json` is written by the supervisor at each change and removed at a clean stop.  It
 holds the processes (with start times, for a pid alone may name another process by now), the URLs
 and the `PDTASKS_*` variables that let a worker started by hand join.  URLs contain passwords, so
-only the owner can read the file, and `redact` takes them out of everything that is shown.
+only the owner can read the file, and `redact` takes them out of everything that is shown.  URLs
+with more rights than the stack itself needs (`operator_urls`) are in the file and nowhere else: no
+child gets them, and `status` does not show them.
 
 A lock held by the supervisor decides whether a stack runs; the kernel frees it when the supervisor
 dies.  What such a stack left behind is ended by the next `up` (`clean_stale`).
@@ -75,6 +77,7 @@ class Stack:
     state: StackState = "starting"
     env: dict[str, str] = field(default_factory=dict)
     urls: dict[str, str] = field(default_factory=dict)
+    operator_urls: dict[str, str] = field(default_factory=dict)  #: by role; for a person
     services: tuple[Member, ...] = ()
     #: Processes and folders outside home that belong to a service but are none (epmd, sockets).
     helpers: tuple[Member, ...] = ()
@@ -158,6 +161,7 @@ class StackRecord:
         state: StackState,
         env: Mapping[str, str],
         urls: Mapping[str, str],
+        operator_urls: Mapping[str, str],
         services: Iterable[Member],
         helpers: Iterable[Member],
         folders: Iterable[Path],
@@ -168,6 +172,7 @@ class StackRecord:
             state=state,
             env=dict(env),
             urls=dict(urls),
+            operator_urls=dict(operator_urls),
             services=tuple(services),
             helpers=tuple(helpers),
             folders=tuple(map(str, folders)),
@@ -245,9 +250,9 @@ class StackLock:
             self._file = None
 
 
-# user:password@, where the password may hold anything but "@" and "/"; also ?password=…
+# user:password@, where the password may hold anything but "@" and "/"; also ?password=… (ssl_ too)
 _PASSWORD = re.compile(r"(?P<start>[a-z][a-z0-9+.-]*://[^:/@\s]*:)[^@/\s]+(?=@)", re.IGNORECASE)
-_QUERY_PASSWORD = re.compile(r"(?P<start>[?&]password=)[^&\s]+", re.IGNORECASE)
+_QUERY_PASSWORD = re.compile(r"(?P<start>[?&](?:ssl_)?password=)[^&\s]+", re.IGNORECASE)
 
 
 def redact(text: str) -> str:

@@ -243,6 +243,7 @@ class Supervisor:
             state=self._state,
             env=self.settings.to_env(),
             urls=children.stack_urls(self.settings, flower=self._size.flower),
+            operator_urls=self._services.operator_urls(),
             services=[*self._services.members(), *self._parts.members()],
             helpers=self._services.helpers(),
             folders=[*own, *self._services.folders()],

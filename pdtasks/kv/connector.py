@@ -10,7 +10,7 @@ means something else, hence the other names.  Between them travels, with every e
 Writing, in the engine that computes a prompt::
 
     step n     forward pass computes a chunk of the prompt
-               wait_for_save: its finished blocks are copied out and sent by threads
+               wait_for_save: threads begin to copy out and send its finished blocks
     last step  the request finishes with its first token; the handle leaves with that token
     polling    the engine keeps the blocks and asks until the save is done: finished_sending
 
@@ -23,15 +23,28 @@ Reading, in the engine that continues::
     get_transfer_results      finished_recving, or failed_recving: vLLM recomputes the prompt
                               (`kv_load_failure_policy="recompute"`)
 
-Options in `kv_connector_extra_config`: `urls` (default: environment PDTASKS_KV_URLS, comma
-separated, so that passwords stay out of vLLM's logged configuration), `ttl_s`, `threads`,
-`exit_with_pid` (the engine's processes end when this process is gone).
+Sharing, in the engine that computes a prompt which begins like an earlier one: a probe asks the
+store for the blocks while the request waits, then reading goes as above for that part of it.
+
+Options in `kv_connector_extra_config`:
+
+==================  ============================================================================
+urls                kv servers (default: environment PDTASKS_KV_URLS, comma separated, so that
+                    passwords stay out of vLLM's logged configuration)
+ttl_s               seconds that a block lives without being used (3600)
+connections         blocks that move at once in each rank: connections, and blocks of host
+                    memory, pinned on CUDA (4; on CUDA 8)
+timeout_s           seconds that the blocks of one engine step may take; then: recompute (10)
+min_prefix_tokens   a shared prefix that is shorter is computed, not loaded (128; on CUDA 512)
+exit_with_pid       the engine's processes end when this process is gone
+==================  ============================================================================
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +54,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
-    SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from pdtasks.kv.identity import fingerprint
 from pdtasks.kv.lookup import BlockLookup
 from pdtasks.kv.pages import BlockPages
 from pdtasks.kv.plan import TransferPlan, TransferStats
+from pdtasks.kv.probe import PROBE_TIMEOUT_S, PrefixProbe
 from pdtasks.kv.store import BlockStore
 from pdtasks.kv.transfer import BlockTransfer
 
@@ -59,17 +74,26 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-#: Seconds that a block lives without being used, unless `ttl_s` says otherwise.
-DEFAULT_TTL_S = 3600
-DEFAULT_THREADS = 4
+#: Defaults of the options above.
+TTL_S = 3600
+CONNECTIONS = {"cpu": 4, "cuda": 8}
+TIMEOUT_S = 10.0
+MIN_PREFIX_TOKENS = {"cpu": 128, "cuda": 512}
+#: Longest time that one of the engine's threads keeps the others from running, seconds.
+SWITCH_INTERVAL_S = 1e-4
 #: Seconds between two looks at the process to end with.
 _WATCH_INTERVAL_S = 0.5
 
 
-class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
-    """Hands prompt KV from one vLLM engine to another through Valkey."""
+class ValkeyConnector(KVConnectorBase_V1):
+    """Hands prompt KV from one vLLM engine to another through Valkey.
+
+    It does not declare `SupportsHMA`, so vLLM gives layers with a sliding window, in models that
+    have full attention too, blocks for the whole prompt: all layers of a block are one value.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -77,7 +101,10 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         _require_supported(vllm_config, kv_cache_config)
         option = self._kv_transfer_config.get_from_extra_config
-        ttl_s = int(option("ttl_s", DEFAULT_TTL_S))
+        device = "cuda" if current_platform.is_cuda() else "cpu"
+        urls = option("urls", None) or os.environ.get("PDTASKS_KV_URLS", "").split(",")
+        urls = [url for url in urls if url]
+        ttl_s = int(option("ttl_s", TTL_S))
         digest = fingerprint(vllm_config, kv_cache_config).digest()
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._lookup: BlockLookup | None = None
@@ -90,18 +117,28 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
                 block_size=vllm_config.cache_config.block_size,
                 tp_size=tp_size,
                 ttl_s=ttl_s,
+                probe=PrefixProbe(BlockStore(urls, ttl_s=ttl_s, timeout_s=PROBE_TIMEOUT_S)),
+                min_prefix_tokens=int(option("min_prefix_tokens", MIN_PREFIX_TOKENS[device])),
             )
         else:
-            threads = int(option("threads", DEFAULT_THREADS))
-            urls = option("urls", None) or os.environ.get("PDTASKS_KV_URLS", "").split(",")
-            store = BlockStore([u for u in urls if u], ttl_s=ttl_s, max_connections=threads)
+            timeout_s = float(option("timeout_s", TIMEOUT_S))
+            # The engine's own thread is busy with Python; threads that have moved a block would
+            # wait 5 ms each time to go on with the next.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             self._transfer = BlockTransfer(
-                store,
+                BlockStore(urls, ttl_s=ttl_s, timeout_s=timeout_s),
                 fingerprint=digest,
                 rank=get_tensor_model_parallel_rank(),
                 world=tp_size,
-                num_threads=threads,
+                num_threads=int(option("connections", CONNECTIONS[device])),
+                timeout_s=timeout_s,
             )
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Ask for all layers of a block beside each other, where the attention backend can."""
+        # One copy for a block instead of one for each layer. CPU attention knows one layout.
+        return "BLHNC" if current_platform.is_cuda() else None
 
     # -- scheduler side ------------------------------------------------------------------------
 
@@ -114,7 +151,7 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         assert self._lookup is not None
         num_tokens = self._lookup.num_loadable_tokens(request, num_computed_tokens)
-        return num_tokens, num_tokens > 0
+        return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -126,8 +163,12 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._lookup is not None
         return self._lookup.build_plan(scheduler_output)
 
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        assert self._lookup is not None
+        self._lookup.take_output(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._lookup is not None
         return self._lookup.finish(request)
@@ -137,6 +178,11 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         assert self._transfer is not None
         self._transfer.attach(BlockPages(kv_caches, self._kv_cache_config))
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert self._transfer is not None
+        assert isinstance(kv_connector_metadata, TransferPlan)
+        self._transfer.give_up(kv_connector_metadata.preempted)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         assert self._transfer is not None
@@ -164,6 +210,8 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
         return TransferStats(data)
 
     def shutdown(self) -> None:
+        if self._lookup is not None:
+            self._lookup.close()
         if self._transfer is not None:
             self._transfer.close()
 
@@ -174,13 +222,22 @@ class ValkeyConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _require_supported(config: VllmConfig, kv_config: KVCacheConfig) -> None:
-    if len(kv_config.kv_cache_groups) != 1:
-        raise ValueError(
-            "pdtasks hands over models with one kind of attention layer; this one has "
-            f"{len(kv_config.kv_cache_groups)} KV cache groups (sliding window or hybrid)"
-        )
+    """Raises ValueError for engines whose blocks cannot be handed over as they lie there."""
     if config.parallel_config.pipeline_parallel_size != 1:
         raise ValueError("pdtasks does not support pipeline parallelism: use tensor parallelism")
+    specs = {
+        type(spec).__name__: isinstance(spec, FullAttentionSpec)
+        for group in kv_config.kv_cache_groups
+        for spec in getattr(
+            group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}
+        ).values()
+    }
+    if len(kv_config.kv_cache_groups) != 1 or not all(specs.values()):
+        kinds = ", ".join(sorted(specs))
+        raise ValueError(
+            "pdtasks hands over models whose layers keep the whole prompt in one KV cache group; "
+            f"this one has {len(kv_config.kv_cache_groups)} group(s) of {kinds}"
+        )
 
 
 def _exit_with(pid: int) -> None:

@@ -22,6 +22,8 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int  #: prompt tokens whose KV is stored
     block_size: int  #: tokens in a block
     hashes: tuple[bytes, ...]  #: content hash of each full block, first block first
+    #: Says what the partial last block contains: its name says only whose it is.
+    tail_digest: str = ""
     tp_size: int = 1  #: ranks that each wrote their part of a block
     expires_at: float = 0.0  #: UNIX seconds after which the blocks may be gone
 
@@ -41,9 +43,14 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
             return block_key(self.fingerprint, rank, self.hashes[index])
         return tail_key(self.transfer_id, rank)
 
+    def content(self, index: int, rank: int) -> str:
+        """What seals block `index`: another content, another seal, also under the same name."""
+        key = self.key(index, rank)
+        return key if index < len(self.hashes) else f"{key}:{self.tail_digest}"
+
     def to_wire(self) -> dict[str, Any]:
-        """Plain values for vLLM's `kv_transfer_params`."""
-        return msgspec.to_builtins(self, builtin_types=(bytes,))  # type: ignore[no-any-return]
+        """Plain values for vLLM's `kv_transfer_params`, fit for JSON."""
+        return msgspec.to_builtins(self)  # type: ignore[no-any-return]
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> KVHandle:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import astuple, dataclass
 
-#: Version of the stored bytes. History: 1 - header, then all layers of one block.
-FORMAT_VERSION = 1
+#: Version of the stored bytes. History: 1 - header, then all layers of one block; 2 - the checksum
+#: is seeded with the name.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

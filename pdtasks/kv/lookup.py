@@ -1,64 +1,95 @@
 """Which blocks does a request write or read? (vLLM's scheduler side)
 
 Runs in the engine core's scheduling loop: it does no I/O.  A request says what it wants in
-`kv_transfer_params` (`pdtasks.kv.params`).
+`kv_transfer_params` (`pdtasks.kv.params`):
+
+* `save`: the prompt's blocks are written, the partial last one too, and the handle given out;
+* `load`: the blocks of a handle are read, all or nothing;
+* neither, as under plain `vllm serve`: the prompt's full blocks are written for whoever comes next.
+
+Prompts of the first and third kind begin with what the store has of them already, where that is
+long enough to be worth it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
+from pdtasks.kv.probe import PrefixProbe
 from pdtasks.kv.resume import advance_grammar, carry_over
 
 logger = init_logger(__name__)
 
 
+@dataclass(eq=False)
 class _Saving:
     """A prompt on its way out."""
 
-    def __init__(self, request: Request, transfer_id: str) -> None:
-        self.request = request
-        self.transfer_id = transfer_id
-        self.num_saved = 0  # blocks already planned
+    request: Request
+    transfer_id: str | None  #: None: only full blocks, for whoever comes next
+    num_saved: int = 0  #: blocks already planned
+    last: bool = False  #: all of them
 
 
 class BlockLookup:
     """Decides what is saved and loaded, and plans it step by step."""
 
-    def __init__(self, *, fingerprint: str, block_size: int, tp_size: int, ttl_s: int) -> None:
+    def __init__(
+        self,
+        *,
+        fingerprint: str,
+        block_size: int,
+        tp_size: int,
+        ttl_s: int,
+        probe: PrefixProbe,
+        min_prefix_tokens: int,
+    ) -> None:
+        """Args:
+        min_prefix_tokens: a shorter prefix is computed, not loaded, even if the store has it.
+        """
         self._fingerprint = fingerprint
         self._block_size = block_size
         self._tp_size = tp_size
         self._ttl_s = ttl_s
+        self._probe = probe
+        self._min_prefix_tokens = min_prefix_tokens
         self._saving: dict[str, _Saving] = {}
         self._handles: dict[str, KVHandle] = {}  # still to be loaded
+        self._loading: set[str] = set()  # planned, not yet reported as received
         self._loads: list[BlockLoad] = []  # for the next step
-        self._held: set[str] = set()  # finished since the last step, save still under way
+        self._finished: dict[str, bool] = {}  # since the last step, with saves under way
 
     def on_new_request(self, request: Request) -> None:
         """Take note of what `request` wants."""
         wants = params.ours(request.kv_transfer_params)
         carry_over(request)
-        if transfer_id := wants.get("save"):
-            self._saving[request.request_id] = _Saving(request, transfer_id)
         if wire := wants.get("load"):
-            try:
-                handle = KVHandle.from_wire(wire)
-            except msgspec.ValidationError:
-                logger.warning("unreadable KV handle of %s: recomputing", request.request_id)
-                return
-            if self._readable(handle, request):
-                self._handles[request.request_id] = handle
+            self._take_handle(request, wire)
+        elif "load" not in wants:
+            self._saving[request.request_id] = _Saving(request, wants.get("save"))
+            self._look_for_prefix(request)
+
+    def _take_handle(self, request: Request, wire: dict[str, Any]) -> None:
+        try:
+            handle = KVHandle.from_wire(wire)
+        except msgspec.ValidationError:
+            logger.warning("unreadable KV handle of %s: recomputing", request.request_id)
+            return
+        if self._readable(handle, request):
+            self._handles[request.request_id] = handle
 
     def _readable(self, handle: KVHandle, request: Request) -> bool:
         if handle.fingerprint != self._fingerprint:
@@ -72,11 +103,38 @@ class BlockLookup:
             return False
         return handle.expires_at > time.time() and handle.num_tokens <= request.num_prompt_tokens
 
-    def num_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens that the store can supply beyond those computed here; plans nothing."""
+    def _look_for_prefix(self, request: Request) -> None:
+        # The last token is always computed: its output is the next token.
+        num_blocks = (request.num_prompt_tokens - 1) // self._block_size
+        if request.skip_reading_prefix_cache or not self._worth_it(num_blocks * self._block_size):
+            return
+        handle = self._handle(request, "", num_blocks)
+        ranks = range(self._tp_size)
+        self._probe.start(
+            request.request_id, [[handle.key(i, rank) for rank in ranks] for i in range(num_blocks)]
+        )
+
+    def _worth_it(self, num_tokens: int) -> bool:
+        return num_tokens >= max(1, self._min_prefix_tokens)
+
+    def num_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens that the store can supply beyond those computed here; plans nothing.
+
+        None: that is not known yet.
+        """
         advance_grammar(request)
-        handle = self._handles.get(request.request_id)
-        return max(0, handle.num_tokens - num_computed_tokens) if handle else 0
+        request_id = request.request_id
+        handle = self._handles.get(request_id)
+        if handle is not None:
+            return max(0, handle.num_tokens - num_computed_tokens)
+        num_blocks = self._probe.take(request_id)
+        if num_blocks is None:
+            return None
+        num_tokens = num_blocks * self._block_size - num_computed_tokens
+        if not self._worth_it(num_tokens):
+            return 0
+        self._handles[request_id] = self._handle(request, "", num_blocks)
+        return num_tokens
 
     def plan_load(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> None:
         """Load `num_tokens` into the newly allocated `blocks` in the next step."""
@@ -87,6 +145,7 @@ class BlockLookup:
         (all_ids,) = blocks.get_block_ids()
         (new_ids,) = blocks.get_unhashed_block_ids_all_groups()
         first = len(all_ids) - len(new_ids)  # the blocks before are local prefix hits
+        self._loading.add(request.request_id)
         self._loads.append(
             BlockLoad(
                 request_id=request.request_id,
@@ -96,13 +155,22 @@ class BlockLookup:
             )
         )
 
+    def take_output(self, output: KVConnectorOutput) -> None:
+        """Learn what the worker side has received."""
+        self._loading -= output.finished_recving or set()
+
     def build_plan(self, step: SchedulerOutput) -> TransferPlan:
         """Everything that the worker side has to do with this step."""
-        plan = TransferPlan(loads=self._loads, held=self._held)
-        self._loads, self._held = [], set()
+        plan = TransferPlan(
+            loads=self._loads, finished=self._finished, preempted=step.preempted_req_ids or set()
+        )
+        self._loads, self._finished = [], {}
+        for request_id in plan.preempted:
+            if saving := self._saving.get(request_id):
+                saving.num_saved, saving.last = 0, False
         for request_id, num_scheduled in step.num_scheduled_tokens.items():
             saving = self._saving.get(request_id)
-            if saving is not None:
+            if saving is not None and not saving.last:
                 save = self._plan_save(saving, num_scheduled, step)
                 if save is not None:
                     plan.saves.append(save)
@@ -114,40 +182,50 @@ class BlockLookup:
         request = saving.request
         num_prompt = request.num_prompt_tokens
         num_computed = min(request.num_computed_tokens + num_scheduled, num_prompt)
-        last = num_computed == num_prompt
-        # The partial block leaves with the last chunk; before that it is not complete.
-        num_blocks = (
-            -(-num_computed // self._block_size) if last else num_computed // self._block_size
-        )
+        saving.last = num_computed == num_prompt
+        # A partial block leaves with the last chunk, if it belongs to a hand-over.
+        num_blocks = num_computed // self._block_size
+        if saving.last and saving.transfer_id is not None:
+            num_blocks = -(-num_computed // self._block_size)
         state = step.kv_connector_block_state
         assert state is not None
         all_ids = state.get_block_ids(request.request_id)
         assert all_ids is not None
         block_ids = all_ids[0][saving.num_saved : num_blocks]
-        if last:
-            del self._saving[request.request_id]
-        if not block_ids:
+        if not block_ids and not (saving.last and saving.num_saved):
             return None
         first, saving.num_saved = saving.num_saved, num_blocks
         return BlockSave(
             request_id=request.request_id,
-            handle=self._handle(request, saving.transfer_id),
+            handle=self._handle(request, saving.transfer_id or ""),
             first=first,
             block_ids=block_ids,
-            last=last,
+            last=saving.last,
         )
 
-    def _handle(self, request: Request, transfer_id: str) -> KVHandle:
-        num_full = request.num_prompt_tokens // self._block_size
+    def _handle(
+        self, request: Request, transfer_id: str, num_blocks: int | None = None
+    ) -> KVHandle:
+        """Of the whole prompt, or of its first `num_blocks` full blocks."""
+        num_tokens = request.num_prompt_tokens
+        if num_blocks is not None:
+            num_tokens = num_blocks * self._block_size
+        num_full = num_tokens // self._block_size
+        hashes = tuple(bytes(h) for h in request.block_hashes[:num_full])
         return KVHandle(
             fingerprint=self._fingerprint,
             transfer_id=transfer_id,
-            num_tokens=request.num_prompt_tokens,
+            num_tokens=num_tokens,
             block_size=self._block_size,
-            hashes=tuple(bytes(h) for h in request.block_hashes[:num_full]),
+            hashes=hashes,
+            tail_digest=_tail_digest(request, hashes, num_full * self._block_size),
             tp_size=self._tp_size,
             expires_at=time.time() + self._ttl_s,
         )
+
+    def close(self) -> None:
+        """End the probe's thread and connections."""
+        self._probe.close()
 
     def finish(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Forget `request`.
@@ -155,14 +233,29 @@ class BlockLookup:
         Returns whether its blocks must stay until the worker side reports the save as done, and
         the handle for whoever continues.
         """
-        self._handles.pop(request.request_id, None)
-        unfinished = self._saving.pop(request.request_id, None)
-        transfer_id = params.ours(request.kv_transfer_params).get("save")
-        finished = request.status in (
+        request_id = request.request_id
+        self._handles.pop(request_id, None)
+        self._probe.forget(request_id)
+        saving = self._saving.pop(request_id, None)
+        if request_id in self._loading:
+            # vLLM keeps the blocks until the load is reported; nothing was saved yet.
+            self._loading.discard(request_id)
+            return False, None
+        if saving is None or not saving.num_saved:
+            return False, None
+        wanted = saving.last and request.status in (
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,
         )
-        if not transfer_id or unfinished is not None or not finished:
-            return False, None
-        self._held.add(request.request_id)
-        return True, params.saved(self._handle(request, transfer_id).to_wire())
+        self._finished[request_id] = wanted
+        if not wanted or saving.transfer_id is None:
+            return True, None
+        return True, params.saved(self._handle(request, saving.transfer_id).to_wire())
+
+
+def _tail_digest(request: Request, hashes: tuple[bytes, ...], begin: int) -> str:
+    """Of what vLLM would hash, were the block from token `begin` to the prompt's end full."""
+    lora = request.lora_request.lora_name if request.lora_request else None
+    tail = (request.prompt_token_ids or [])[begin : request.num_prompt_tokens]
+    content = (hashes[-1:], tail, request.cache_salt, lora)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:32]

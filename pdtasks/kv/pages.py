@@ -1,9 +1,15 @@
-"""How do blocks lie in vLLM's paged cache?
+"""How do blocks lie in vLLM's paged cache, and how do they get from there to host memory?
 
 vLLM 0.32 keeps the caches of all layers in a few storages and says in `KVCacheTensor` how block
 and layer follow each other there.  Seen as bytes each storage is `[regions, num_blocks,
 region_bytes]`, whatever the layout: one region for each layer when the layer is outermost, one for
 all layers when the block is.  Block *b* is the concatenation of row *b* of every region.
+
+Theory of operation on CUDA
+---------------------------
+Kernels of the forward pass run on vLLM's own stream, later than Python says so.  `mark` records a
+point there; a `Staging` copies on a stream of its own after that point, between the cache and a
+buffer in pinned memory, and returns when the copy is done.  vLLM's stream never waits for it.
 """
 
 from __future__ import annotations
@@ -11,9 +17,12 @@ from __future__ import annotations
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+#: A point in the engine's work; None on CPU, where work is done when Python says so.
+Mark = torch.cuda.Event | None
+
 
 class BlockPages:
-    """Byte view of one rank's cache. Not thread safe for the same block; blocks are independent."""
+    """Byte view of one rank's cache."""
 
     def __init__(self, caches: dict[str, torch.Tensor], config: KVCacheConfig) -> None:
         """Args:
@@ -21,7 +30,7 @@ class BlockPages:
         config: vLLM's description of the storages behind them.
         """
         num_blocks = config.num_blocks
-        self._regions: list[torch.Tensor] = []  # each (num_blocks, region_bytes), int8
+        self.regions: list[torch.Tensor] = []  # each (num_blocks, region_bytes), int8
         seen: set[int] = set()
         for spec in config.kv_cache_tensors:
             cache = caches[next(name for name in spec.layers if name in caches)]
@@ -35,24 +44,57 @@ class BlockPages:
                 # Layers that share a cache appear twice; their bytes travel once.
                 if region.data_ptr() not in seen:
                     seen.add(region.data_ptr())
-                    self._regions.append(region)
-        self.block_bytes = sum(region.shape[1] for region in self._regions)
+                    self.regions.append(region)
+        self.block_bytes = sum(region.shape[1] for region in self.regions)
+        self.device = self.regions[0].device
 
-    def gather(self, block_id: int, into: torch.Tensor) -> None:
-        """Copy block `block_id` into `into`, shape (block_bytes,), int8, host memory."""
-        offset = 0
-        for region in self._regions:
-            size = region.shape[1]
-            into[offset : offset + size].copy_(region[block_id])
-            offset += size
+    def mark(self) -> Mark:
+        """The point up to which the engine's work is queued now. Called in the engine's thread."""
+        if self.device.type != "cuda":
+            return None
+        # Blocking: whoever waits for it sleeps; a prompt may take 100 ms to compute.
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
-    def scatter(self, block_id: int, source: torch.Tensor) -> None:
-        """Copy `source`, shape (block_bytes,), int8, host memory, over block `block_id`."""
-        offset = 0
-        for region in self._regions:
-            size = region.shape[1]
-            region[block_id].copy_(source[offset : offset + size])
-            offset += size
+
+class Staging:
+    """Host memory for one block, and the copies between it and the cache. For one thread.
+
+    On CUDA the memory is pinned, and copies use a stream of their own.
+    """
+
+    def __init__(self, pages: BlockPages) -> None:
+        self._pages = pages
+        cuda = pages.device.type == "cuda"
+        self._buffer = torch.empty(pages.block_bytes, dtype=torch.int8, pin_memory=cuda)
+        self._stream = torch.cuda.Stream(pages.device) if cuda else None
+        #: The block's bytes, all regions one after the other.
+        self.payload = memoryview(self._buffer.numpy().data).cast("B")
+
+    def gather(self, block_id: int, after: Mark) -> None:
+        """Copy block `block_id`, complete at `after`, into `payload`."""
+        self._copy(block_id, after, out_of_cache=True)
+
+    def scatter(self, block_id: int, after: Mark) -> None:
+        """Copy `payload` over block `block_id`, which is free to be written at `after`."""
+        self._copy(block_id, after, out_of_cache=False)
+
+    def _copy(self, block_id: int, after: Mark, *, out_of_cache: bool) -> None:
+        if after is not None:
+            after.synchronize()
+        with torch.cuda.stream(self._stream):  # does nothing where there is none
+            offset = 0
+            for region in self._pages.regions:
+                row = region[block_id]
+                part = self._buffer[offset : offset + row.numel()]
+                offset += row.numel()
+                if out_of_cache:
+                    part.copy_(row, non_blocking=True)
+                else:
+                    row.copy_(part, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def block_bytes(config: KVCacheConfig) -> int:

@@ -23,7 +23,7 @@ class BlockSave:
     handle: KVHandle
     first: int  #: index in the prompt of the first block
     block_ids: list[int]  #: where the blocks lie in the engine's cache
-    last: bool  #: nothing more of this prompt follows
+    last: bool  #: nothing more of this request follows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,10 @@ class TransferPlan(KVConnectorMetadata):
 
     saves: list[BlockSave] = field(default_factory=list)
     loads: list[BlockLoad] = field(default_factory=list)
-    held: set[str] = field(default_factory=set)  #: finished; their blocks stay until saved
+    #: Finished requests whose blocks stay until they are saved; False: nobody wants them saved.
+    finished: dict[str, bool] = field(default_factory=dict)
+    #: Requests whose blocks vLLM takes away before this step.
+    preempted: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,62 +1,105 @@
 """How do blocks get from the engine's cache to the store and back? (vLLM's worker side)
 
-Saves: the blocks of a step are copied to host memory right after the forward pass, so the cache may
-be reused at once; threads seal and send the copies.  Loads: threads fetch, check and scatter the
-blocks between engine steps.  A block that is missing, late or damaged fails the load of its
-request; the engine then computes the prompt itself.
+Theory of operation
+-------------------
+The engine's thread only says what is to be done; it never copies and never waits for the network.
+A fixed number of threads do it, each with memory for one block (`Staging`) and a connection, so
+neither memory nor bytes under way can grow, however slow the store is:
+
+    save    ask the store which blocks it has, and for each of the others:
+            copy out of the cache -> checksum -> send
+    load    for each block: receive -> check -> copy into the cache
+
+The engine keeps the blocks of a finished request until their saves are done, so a slow store
+costs the hand-over time and the engine some room in its cache, until the deadline.  Blocks that
+vLLM takes away earlier, from a preempted request, are given up before they are overwritten
+(`give_up`): bytes of another request must never be stored under their name.
+
+A block that is missing, late or damaged fails the load of its request; the engine then computes
+the prompt itself.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
-from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, seal, unseal
-from pdtasks.kv.pages import BlockPages
+from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, seal
+from pdtasks.kv.pages import BlockPages, Mark, Staging
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan, TransferRecord, TransferStats
-from pdtasks.kv.store import BlockStore, StoreError
+from pdtasks.kv.store import BlockStore, StoreError, UnexpectedValue
 
 logger = init_logger(__name__)
 
-# What a client library hands out is read-only; it is only ever read from.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+class _Late(Exception):
+    """The deadline of a transfer has passed before its turn came."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tally:
     """What has been moved for one request so far."""
 
+    request_id: str
+    op: str
     started: float = field(default_factory=time.monotonic)
     open: int = 0  # blocks on their way
+    copying: int = 0  # blocks that a thread is copying out of the cache
     blocks: int = 0
     bytes: int = 0
     missing: int = 0
     error: str = ""
     sealed: bool = False  # no further blocks will be added
-    abandoned: bool = False  # the request was aborted: nobody waits for it
+    cancelled: bool = False  # nobody wants the rest
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block's way."""
+
+    key: str
+    content: str  #: what its checksum is seeded with
+    shared: bool  #: named by content: what is in the store is this block
+    block_id: int
+    after: Mark
+    deadline: float
 
 
 class BlockTransfer:
     """Carries out `TransferPlan`s for one rank."""
 
     def __init__(
-        self, store: BlockStore, *, fingerprint: str, rank: int, world: int, num_threads: int
+        self,
+        store: BlockStore,
+        *,
+        fingerprint: str,
+        rank: int,
+        world: int,
+        num_threads: int,
+        timeout_s: float,
     ) -> None:
+        """Args:
+        num_threads: blocks that move at once; each takes a block of host memory (pinned on CUDA)
+            and a connection.
+        timeout_s: seconds that the blocks of one step may take.
+        """
         self._store = store
         self._fingerprint = fingerprint
         self._rank = rank
         self._world = world
-        self._pages: BlockPages | None = None
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-transfer")
+        self._num_threads = num_threads
+        self._timeout_s = timeout_s
+        self._own = threading.local()
+        self._pages: BlockPages
+        self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # guards everything below
+        self._copied = threading.Condition(self._lock)
         self._saves: dict[str, _Tally] = {}
         self._loads: dict[str, _Tally] = {}
         self._sent: set[str] = set()  # saved, not yet reported
@@ -68,101 +111,159 @@ class BlockTransfer:
     def attach(self, pages: BlockPages) -> None:
         """Tell where the cache lies; called once before any transfer."""
         self._pages = pages
+        # All memory is taken now: a host that lacks it says so at the start.
+        stagings = [Staging(pages) for _ in range(self._num_threads)]
+
+        def equip() -> None:
+            self._own.staging = stagings.pop()
+            self._own.header = memoryview(bytearray(HEADER_BYTES))
+
+        self._threads = ThreadPoolExecutor(self._num_threads, "kv-transfer", initializer=equip)
+
+    def _blocks_of(
+        self, move: BlockSave | BlockLoad, after: Mark, deadline: float
+    ) -> Iterable[_Block]:
+        handle = move.handle
+        for index, block_id in enumerate(move.block_ids, start=move.first):
+            yield _Block(
+                key=handle.key(index, self._rank),
+                content=handle.content(index, self._rank),
+                shared=index < len(handle.hashes),
+                block_id=block_id,
+                after=after,
+                deadline=deadline,
+            )
+
+    def _submit(self, job: Callable[..., None], *arguments: object) -> None:
+        assert self._threads is not None, "attach comes first"
+        self._threads.submit(job, *arguments)
 
     # -- saves ---------------------------------------------------------------------------------
 
     def start_saves(self, plan: TransferPlan) -> None:
-        """Copy the step's finished blocks out of the cache and start sending them."""
+        """Start sending the blocks that the step completes. Called in the engine's thread."""
         with self._lock:
-            self._held |= plan.held
+            for request_id, wanted in plan.finished.items():
+                self._held.add(request_id)
+                tally = self._saves.get(request_id)
+                if tally is not None and not wanted:
+                    tally.cancelled = tally.sealed = True
+                    self._end_save_if_done(tally)
+        if not plan.saves:
+            return
+        after = self._pages.mark()
+        deadline = time.monotonic() + self._timeout_s
         for save in plan.saves:
             with self._lock:
-                tally = self._saves.setdefault(save.request_id, _Tally())
+                tally = self._saves.get(save.request_id)
+                if tally is None:
+                    tally = self._saves[save.request_id] = _Tally(save.request_id, "save")
                 tally.open += len(save.block_ids)
                 tally.sealed = save.last
-            for offset, block_id in enumerate(save.block_ids):
-                value = self._copy_out(block_id)
-                key = save.handle.key(save.first + offset, self._rank)
-                future = self._threads.submit(self._send, tally, key, value)
-                future.add_done_callback(partial(self._save_done, save))
+                self._end_save_if_done(tally)  # the last one may bring no further block
+            blocks = list(self._blocks_of(save, after, deadline))
+            if blocks:
+                self._submit(self._send_missing, tally, blocks)
 
-    def _copy_out(self, block_id: int) -> torch.Tensor:
-        assert self._pages is not None
-        value = torch.empty(HEADER_BYTES + self._pages.block_bytes, dtype=torch.int8)
-        self._pages.gather(block_id, value[HEADER_BYTES:])
-        return value
+    def _send_missing(self, tally: _Tally, blocks: list[_Block]) -> None:
+        """Send those of `blocks` that the store does not have."""
+        try:
+            shared = [block.key for block in blocks if block.shared]
+            present = dict(zip(shared, self._store.touch(shared), strict=True))
+        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+            for _ in blocks:
+                self._block_saved(tally, None, exc)
+            return
+        for block in blocks:
+            if present.get(block.key):
+                self._block_saved(tally, 0)
+            else:
+                self._submit(self._send, tally, block)
 
-    def _send(self, tally: _Tally, key: str, value: torch.Tensor) -> int | None:
-        """Returns the bytes that crossed the wire, 0 when the block was there already.
+    def _send(self, tally: _Tally, block: _Block) -> None:
+        try:
+            sent = self._copy_and_send(tally, block)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+            self._block_saved(tally, None, exc)
+        else:
+            self._block_saved(tally, sent)
 
-        None: not sent, because another block of the prompt was refused; decode will recompute it.
-        """
-        if tally.error:
-            return None
-        if self._store.touch(key):
-            return 0
-        view = memoryview(value.numpy().data).cast("B")
-        seal(view, self._fingerprint)
-        self._store.put(key, view)
-        return len(view)
-
-    def _save_done(self, save: BlockSave, future: Future[int | None]) -> None:
+    def _copy_and_send(self, tally: _Tally, block: _Block) -> int | None:
+        """Returns the bytes sent; None when it is pointless."""
+        staging: Staging = self._own.staging
         with self._lock:
-            tally = self._saves[save.request_id]
+            # One block of the prompt was refused: decode will recompute all of it.
+            if tally.cancelled or tally.error:
+                return None
+            tally.copying += 1
+        try:
+            _keep(block.deadline)
+            staging.gather(block.block_id, block.after)
+        finally:
+            with self._lock:
+                tally.copying -= 1
+                self._copied.notify_all()
+        header = seal(block.content, staging.payload, self._fingerprint)
+        self._store.put(block.key, [memoryview(header), staging.payload], block.deadline)
+        return len(header) + len(staging.payload)
+
+    def _block_saved(self, tally: _Tally, sent: int | None, error: Exception | None = None) -> None:
+        with self._lock:
             tally.open -= 1
-            error = future.exception()
-            sent = None if error is not None else future.result()
             if error is not None:
                 tally.error = tally.error or _describe(error)
             if sent is not None:
                 tally.blocks += 1
                 tally.bytes += sent
-            self._finish_save(save.request_id, tally)
+            self._end_save_if_done(tally)
 
-    def _finish_save(self, request_id: str, tally: _Tally) -> None:
-        if tally.sealed and tally.open == 0:
-            del self._saves[request_id]
-            if not tally.abandoned:
-                self._sent.add(request_id)
-            self._record(request_id, "save", tally)
+    def _end_save_if_done(self, tally: _Tally) -> None:
+        # A tally that was given up is in the list no more: its blocks belong to others now.
+        if tally.sealed and tally.open == 0 and self._saves.get(tally.request_id) is tally:
+            del self._saves[tally.request_id]
+            self._sent.add(tally.request_id)
+            self._record(tally)
+
+    def give_up(self, request_ids: Collection[str]) -> None:
+        """vLLM takes the blocks of these requests away; returns when nobody reads them any more.
+
+        Waits for copies within the host, never for the network.
+        """
+        with self._lock:
+            tallies = [self._saves.pop(r) for r in request_ids if r in self._saves]
+            for tally in tallies:
+                tally.cancelled = True
+            self._sent.difference_update(request_ids)  # saved already: will be saved again
+            self._copied.wait_for(lambda: not any(tally.copying for tally in tallies))
 
     # -- loads ---------------------------------------------------------------------------------
 
     def start_loads(self, plan: TransferPlan) -> None:
-        """Start fetching the blocks of the step's new requests."""
+        """Start fetching the blocks of the step's new requests. Called in the engine's thread."""
+        if not plan.loads:
+            return
+        after = self._pages.mark()
+        deadline = time.monotonic() + self._timeout_s
         for load in plan.loads:
-            tally = _Tally(open=len(load.block_ids), sealed=True)
+            tally = _Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
             with self._lock:
                 self._loads[load.request_id] = tally
-            for offset, block_id in enumerate(load.block_ids):
-                key = load.handle.key(load.first + offset, self._rank)
-                future = self._threads.submit(self._fetch, tally, key, block_id)
-                future.add_done_callback(partial(self._load_done, load))
+            for block in self._blocks_of(load, after, deadline):
+                self._submit(self._fetch, tally, block)
 
-    def _fetch(self, tally: _Tally, key: str, block_id: int) -> int | None:
-        """Returns the bytes received, or None when the store lacks the block or it is damaged."""
-        assert self._pages is not None
-        if tally.missing:
-            return None  # the prompt will be recomputed: the other blocks are of no use
-        value = self._store.get(key)
-        if value is None:
-            return None
+    def _fetch(self, tally: _Tally, block: _Block) -> None:
+        error: Exception | None = None
+        received: int | None = None
         try:
-            payload = unseal(value, self._fingerprint, self._pages.block_bytes)
-        except CorruptBlock as exc:
-            logger.warning("KV block %s is not usable: %s", key, exc)
+            received = self._receive_and_copy(tally, block)
+        except (CorruptBlock, UnexpectedValue) as exc:
+            logger.warning("KV block %s is not usable: %s", block.key, exc)
             # Prefill would take it for a good one and never write it again.
-            self._store.delete([key])
-            return None
-        self._pages.scatter(block_id, torch.frombuffer(payload, dtype=torch.int8))
-        return len(value)
-
-    def _load_done(self, load: BlockLoad, future: Future[int | None]) -> None:
+            error = self._forget(block.key)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
+            error = exc
         with self._lock:
-            tally = self._loads[load.request_id]
             tally.open -= 1
-            error = future.exception()
-            received = None if error is not None else future.result()
             if error is not None:
                 tally.error = tally.error or _describe(error)
             if received is None:
@@ -171,19 +272,43 @@ class BlockTransfer:
                 tally.blocks += 1
                 tally.bytes += received
             if tally.open == 0:
-                del self._loads[load.request_id]
-                self._received.add(load.request_id)
+                del self._loads[tally.request_id]
+                self._received.add(tally.request_id)
                 if tally.missing:
-                    self._failed.add(load.request_id)
-                self._record(load.request_id, "load", tally)
+                    self._failed.add(tally.request_id)
+                self._record(tally)
+
+    def _receive_and_copy(self, tally: _Tally, block: _Block) -> int | None:
+        """Returns the bytes received, or None when the store lacks the block.
+
+        Raises CorruptBlock and UnexpectedValue.
+        """
+        # One block is missing: the prompt will be recomputed, the others are of no use.
+        if tally.missing or tally.cancelled:
+            return None
+        _keep(block.deadline)
+        staging: Staging = self._own.staging
+        header: memoryview = self._own.header
+        if not self._store.get(block.key, [header, staging.payload], block.deadline):
+            return None
+        check(header, block.content, staging.payload, self._fingerprint)
+        staging.scatter(block.block_id, block.after)
+        return len(header) + len(staging.payload)
+
+    def _forget(self, key: str) -> Exception | None:
+        try:
+            self._store.delete([key])
+        except StoreError as exc:
+            return exc
+        return None
 
     # -- reports -------------------------------------------------------------------------------
 
-    def _record(self, request_id: str, op: str, tally: _Tally) -> None:
+    def _record(self, tally: _Tally) -> None:
         self._records.append(
             TransferRecord(
-                request_id=request_id,
-                op=op,
+                request_id=tally.request_id,
+                op=tally.op,
                 rank=self._rank,
                 world=self._world,
                 blocks=tally.blocks,
@@ -194,19 +319,14 @@ class BlockTransfer:
             )
         )
         if tally.error:
-            logger.warning("KV %s of %s: %s", op, request_id, tally.error)
+            logger.warning("KV %s of %s: %s", tally.op, tally.request_id, tally.error)
 
     def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
-        """What is done since the last call; each request is reported exactly once.
-
-        A request that was aborted is never reported as sent: the scheduler knows it no more.
-        """
+        """What is done since the last call; each request is reported exactly once."""
         with self._lock:
-            for request_id in finished_request_ids - self._held:
-                self._sent.discard(request_id)
-                if tally := self._saves.get(request_id):
-                    tally.abandoned = tally.sealed = True
-                    self._finish_save(request_id, tally)
+            for request_id in finished_request_ids:
+                if tally := self._loads.get(request_id):
+                    tally.cancelled = True
             sent = self._held & self._sent
             self._held -= sent
             self._sent -= sent
@@ -221,11 +341,21 @@ class BlockTransfer:
         return TransferStats({"records": [asdict(r) for r in records]}) if records else None
 
     def close(self) -> None:
-        """Wait for transfers under way, then close the connections."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Wait for transfers under way, then close the connections and free the memory."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._threads = None  # it has the memory of threads that never started
+        self._own = threading.local()
         self._store.close()
 
 
-def _describe(error: BaseException) -> str:
+def _keep(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise _Late
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, _Late):
+        return "store: too slow: the deadline passed before all blocks had moved"
     kind = "store" if isinstance(error, StoreError) else "transfer"
     return f"{kind}: {type(error).__name__}: {error}"[:200]

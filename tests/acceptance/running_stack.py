@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,11 @@ class Stack:
         env: dict[str, str] = json.loads((self.home / "stack.json").read_text())["env"]
         return env[f"PDTASKS_{name.upper()}"]
 
+    def operator_url(self, role: str) -> str:
+        """The URL with all rights that no worker has."""
+        urls: dict[str, str] = json.loads((self.home / "stack.json").read_text())["operator_urls"]
+        return urls[role]
+
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.api_url, timeout=120)
 
@@ -79,7 +85,7 @@ class Stack:
 
     @cached_property
     def kv(self) -> valkey.Valkey:
-        return valkey.Valkey.from_url(self.private("kv_urls"))
+        return valkey.Valkey.from_url(self.operator_url("kv"))
 
     def worker_pids(self, role: str) -> list[int]:
         return [w["pid"] for w in self.status()["workers"] if w["role"] == role]
@@ -96,6 +102,35 @@ class Stack:
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+
+    @contextmanager
+    def joined_by(self, role: str, folder: Path, changes: dict[str, str]) -> Iterator[int]:
+        """A worker other@…, started by hand in `folder`, is there in between; yields its pid."""
+        log = (folder / "worker.log").open("w")
+        worker = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "celery", "-A", "pdtasks", "worker", "-Q", role),
+                *("-P", "threads", "-c", "2", "-n", "other@%h"),
+            ],
+            env=self.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            start_new_session=True,
+        )
+        try:
+
+            def it_has_joined() -> bool:
+                assert worker.poll() is None, (folder / "worker.log").read_text()[-3000:]
+                workers = self.status()["workers"]
+                return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
+
+            wait_until(it_has_joined, 120)
+            yield worker.pid
+        finally:
+            worker.terminate()
+            worker.wait(timeout=60)
+            log.close()
 
     def logs(self) -> str:
         return "".join(p.read_text(errors="replace") for p in (self.home / "logs").glob("*.log"))
@@ -118,3 +153,35 @@ def ask(client: httpx.Client, prompt: str, request_id: str, **fields: Any) -> di
     report = client.get(f"/pdtasks/requests/chatcmpl-{request_id}").json()
     body["stages"] = report["sequences"][0]
     return body
+
+
+def answers_by(
+    stack: Stack, role: str, pid: int, send: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What the worker `pid`, called other@…, answers while the others of its `role` are stopped.
+
+    `send` is called with 1 and 2: the broker may hand one job to a stopped worker, which keeps it
+    until it wakes.
+    """
+    others = [other for other in stack.worker_pids(role) if other != pid]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(2) as background:
+            answers = [background.submit(send, n) for n in (1, 2)]
+
+            def one_is_answered() -> bool:
+                return any(answer.done() for answer in answers)
+
+            try:
+                wait_until(one_is_answered, 60)
+            finally:
+                for other in others:
+                    os.kill(other, signal.SIGCONT)
+            done = [answer.result(timeout=60) for answer in answers]
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+    by_pid = [d for d in done if d["stages"][role]["worker"].startswith("other@")]
+    assert by_pid, "the stopped workers have taken both"
+    return by_pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -61,14 +62,25 @@ except InvalidRequest as exc:
 def test_no_password_is_in_logs_or_command_lines(stack: Stack) -> None:
     import psutil
 
-    secrets = {
-        stack.private(name).partition("://:")[2].partition("@")[0]
-        for name in ("bus_url", "kv_urls")
-    }
-    secrets |= {stack.private("broker_url").partition("pdtasks:")[2].partition("@")[0]}
+    urls = [stack.private(name) for name in ("broker_url", "bus_url", "kv_urls")]
+    urls.append(stack.operator_url("kv"))
+    secrets = {url.rpartition("@")[0].rpartition(":")[2] for url in urls}
     commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
-    assert len(secrets) == 3
+    assert len(secrets) == 4
     assert all(len(secret) > 15 for secret in secrets)
     for secret in secrets:
         assert secret not in stack.logs()
         assert not [c for c in commands if secret in c]
+
+
+def test_the_operators_password_is_not_in_a_childs_environment(stack: Stack) -> None:
+    import psutil
+
+    secret = stack.operator_url("kv").rpartition("@")[0].rpartition(":")[2]
+    content = json.loads((stack.home / "stack.json").read_text())
+    pids = [member["pid"] for member in (*content["services"], *content["helpers"])]
+
+    assert pids
+    for pid in pids:
+        assert secret not in str(psutil.Process(pid).environ())
+    assert "operator" not in json.dumps(stack.status())

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -18,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pdtasks.models import resolve_model
 from pdtasks.settings import load_settings
-from tests.acceptance.running_stack import MODEL, Stack, ask, wait_until
+from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask, wait_until
 
 #: A token that no text of these tests contains.
 _UNUSED_TOKEN = 3
@@ -53,6 +48,33 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
     assert lost["choices"][0]["message"] == again["choices"][0]["message"]
 
 
+def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.Client) -> None:
+    prompt = "D. Tell me about the tides. " * 24
+    before = set(stack.kv.scan_iter())
+
+    # When bytes flip in the live server between the stages
+    with ThreadPoolExecutor(1) as background:
+        with stack.paused("decode"):
+            answer = background.submit(ask, client, prompt, "flip-0", max_tokens=16)
+
+            def the_whole_prompt_is_written() -> bool:
+                new = set(stack.kv.scan_iter()) - before
+                return any(key.startswith(b"pd:kv:tail:") for key in new) and len(new) > 1
+
+            wait_until(the_whole_prompt_is_written)
+            for key in set(stack.kv.scan_iter()) - before:
+                value = bytearray(cast("bytes", stack.kv.get(key)))
+                value[len(value) // 2] ^= 0x10
+                stack.kv.set(key, bytes(value), keepttl=True)
+        damaged = answer.result(timeout=60)
+
+    # Then the prompt was recomputed and the damaged blocks are gone, so the next one is whole again
+    assert damaged["stages"]["decode"]["kv_blocks_loaded"] == 0
+    assert damaged["stages"]["decode"]["kv_blocks_recomputed"] > 1
+    again = ask(client, prompt, "flip-1", max_tokens=16)
+    assert again["choices"][0]["message"] == damaged["choices"][0]["message"]
+
+
 @pytest.mark.parametrize("difference", ["layout", "model"])
 def test_a_decode_worker_of_another_fingerprint_recomputes(
     difference: str, stack: Stack, client: httpx.Client, tmp_path: Path
@@ -66,34 +88,13 @@ def test_a_decode_worker_of_another_fingerprint_recomputes(
         changes = {"PDTASKS_ENGINE_ARGS": '{"block_size": 32}'}
     else:
         changes = {"PDTASKS_MODEL": str(_fine_tune(tmp_path)), "PDTASKS_SERVED_MODEL_NAME": MODEL}
-    with _decode_worker(stack, changes, tmp_path) as pid:
-        others = [other for other in stack.worker_pids("decode") if other != pid]
-
-        # When only it takes jobs
-        for other in others:
-            os.kill(other, signal.SIGSTOP)
-        try:
-            # The broker may still hand a job to the stopped worker, which keeps it until it wakes.
-            with ThreadPoolExecutor(2) as background:
-                answers = [
-                    background.submit(ask, client, prompt, f"{difference}-{n}", max_tokens=12)
-                    for n in (1, 2)
-                ]
-
-                def one_is_answered() -> bool:
-                    return any(a.done() for a in answers)
-
-                wait_until(one_is_answered, 60)
-                for other in others:
-                    os.kill(other, signal.SIGCONT)
-                done = [a.result(timeout=60) for a in answers]
-        finally:
-            for other in others:
-                os.kill(other, signal.SIGCONT)
+    with stack.joined_by("decode", tmp_path, changes) as pid:
+        # When it takes a job
+        foreign = answers_by(
+            stack, "decode", pid, lambda n: ask(client, prompt, f"{difference}-{n}", max_tokens=12)
+        )
 
     # Then it has recomputed the prompt, and the answer is the same
-    foreign = [d for d in done if d["stages"]["decode"]["worker"].startswith("other@")]
-    assert foreign
     for body in foreign:
         assert body["choices"][0]["message"] == expected["choices"][0]["message"]
         assert body["stages"]["decode"]["kv_blocks_loaded"] == 0
@@ -112,31 +113,3 @@ def _fine_tune(folder: Path) -> Path:
     save_file(tensors, weights, metadata={"format": "pt"})
     assert weights.stat().st_size == next(original.glob("*.safetensors")).stat().st_size
     return changed
-
-
-@contextmanager
-def _decode_worker(stack: Stack, changes: dict[str, str], folder: Path) -> Iterator[int]:
-    """A decode worker that joins the stack under the name other@…; yields its pid."""
-    log = (folder / "worker.log").open("w")
-    celery = [sys.executable, "-m", "celery", "-A", "pdtasks", "worker"]
-    worker = subprocess.Popen(
-        [*celery, "-Q", "decode", "-P", "threads", "-c", "2", "-n", "other@%h"],
-        env=stack.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        start_new_session=True,
-    )
-    try:
-
-        def it_has_joined() -> bool:
-            assert worker.poll() is None, (folder / "worker.log").read_text()[-3000:]
-            workers = stack.status()["workers"]
-            return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
-
-        wait_until(it_has_joined, 120)
-        yield worker.pid
-    finally:
-        worker.terminate()
-        worker.wait(timeout=60)
-        log.close()

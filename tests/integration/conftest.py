@@ -62,7 +62,7 @@ class Services:
 
     @property
     def kv(self) -> valkey.Valkey:
-        return valkey.Valkey.from_url(self.kv_server.url)
+        return valkey.Valkey.from_url(self.kv_server.operator_url)
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
                 del self._running[request_id]
                 if transfer_id := self._ours(request).get("save"):
                     # The partial block of a prompt, for real: somebody has to delete it.
-                    self._store.put(tail_key(transfer_id, 0), memoryview(b"partial block"))
+                    self._store.put(tail_key(transfer_id, 0), [memoryview(b"partial block")])
                     handle = KVHandle(
                         fingerprint="stub",
                         transfer_id=transfer_id,

@@ -21,10 +21,15 @@ import valkey
 
 from pdtasks.cluster import rabbitmq as rabbitmq_module
 from pdtasks.cluster import valkey as valkey_module
+from pdtasks.cluster.children import stack_urls
+from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import broker_accepts, free_ports, valkey_answers
 from pdtasks.cluster.process import StartFailed, identify
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
+from pdtasks.cluster.services import Services
 from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.kv.keys import block_key, tail_key
+from pdtasks.settings import make_settings
 
 _LOOPBACK = {"127.0.0.1", "::1"}
 
@@ -72,6 +77,11 @@ def _password(url: str) -> str:
     return url.partition("://")[2].rpartition("@")[0].partition(":")[2]
 
 
+def _without_user(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
 def _command_lines() -> str:
     lines = []
     for process in psutil.process_iter():
@@ -116,7 +126,7 @@ def test_no_command_line_on_the_host_shows_a_password(
     lines = _command_lines()
 
     assert "beam.smp" in lines
-    for url in (node.url, kv.url, bus.url):
+    for url in (node.url, kv.url, kv.operator_url, bus.url):
         assert len(_password(url)) >= 32
         assert _password(url) not in lines
 
@@ -273,12 +283,137 @@ def test_servers_refuse_a_wrong_password_and_none_at_all(
     for url in (kv.url, bus.url):
         assert valkey_answers(url)
         assert not valkey_answers(url.replace(_password(url), "wrong"))
-        assert not valkey_answers(url.replace(f":{_password(url)}@", ""))
+        assert not valkey_answers(_without_user(url))
+
+
+def test_what_the_store_does_the_workers_user_may(kv: ValkeyServer) -> None:
+    for key in (block_key("0123456789abcdef", 0, b"hash"), tail_key("transfer", 0)):
+        with valkey.Valkey.from_url(kv.url) as worker:
+            assert worker.set(key, b"block", ex=60)
+            assert worker.get(key) == b"block"
+            with worker.pipeline(transaction=False) as batch:
+                batch.expire(key, 30).unlink(key).delete(key)
+                assert batch.execute() == [True, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "FLUSHALL",
+        "FLUSHDB",
+        "CONFIG GET *",
+        "CONFIG SET maxmemory 1",
+        "KEYS *",
+        "SCAN 0",
+        "RANDOMKEY",
+        "DBSIZE",
+        "INFO",
+        "MONITOR",
+        "SHUTDOWN",
+        "CLIENT LIST",
+        "ACL LIST",
+        "ACL SETUSER pdtasks +@all",
+        "EVAL return(1) 0",
+        "SELECT 1",
+        "SUBSCRIBE channel",
+        "PUBLISH channel message",
+        "GET elsewhere",
+        "SET elsewhere value",
+        "EXPIRE elsewhere 1",
+        "UNLINK pd:kv:block elsewhere",
+        "DEL pd:kvelsewhere",
+        "GET pd:reply:stream",
+    ],
+)
+def test_nothing_else_may_the_workers_user_do(kv: ValkeyServer, command: str) -> None:
+    with (
+        valkey.Valkey.from_url(kv.url) as worker,
+        pytest.raises(valkey.exceptions.NoPermissionError),
+    ):
+        worker.execute_command(*command.split())
+
+
+def test_the_manual_shows_the_same_rights_for_ones_own_server() -> None:
+    manual = Path(__file__).parents[2] / "docs" / "kv-security.md"
+
+    assert f"{valkey_module._WORKER_RIGHTS}\n" in manual.read_text()
+
+
+def test_a_worker_that_connects_is_refused_nothing(kv: ValkeyServer) -> None:
+    # A refusal that valkey-py swallows still takes a place in the server's list of refusals.
+    with valkey.Valkey.from_url(kv.operator_url) as operator:
+        operator.acl_log_reset()
+        with valkey.Valkey.from_url(kv.url) as worker:
+            assert worker.ping()
+
+        assert operator.acl_log() == []
+
+
+def test_the_default_user_of_kv_is_off(kv: ValkeyServer) -> None:
+    place = kv.url.rpartition("@")[2]
+    for user in ("", "default@", "default:@", f":{_password(kv.url)}@"):
+        with (
+            valkey.Valkey.from_url(f"unix://{user}{place}") as nobody,
+            pytest.raises(valkey.AuthenticationError),
+        ):
+            nobody.ping()
+
+
+def test_the_operator_sees_what_a_worker_may_not(kv: ValkeyServer) -> None:
+    assert _password(kv.operator_url) != _password(kv.url)
+    with (
+        valkey.Valkey.from_url(kv.url) as worker,
+        valkey.Valkey.from_url(kv.operator_url) as operator,
+    ):
+        worker.set("pd:kv:seen", b"x")
+        assert b"pd:kv:seen" in set(operator.scan_iter())
+        operator.flushall()
+        assert worker.get("pd:kv:seen") is None
+
+
+def test_the_settings_of_a_stack_hold_the_workers_user_and_not_the_operator(
+    directory: Path,
+) -> None:
+    # Given a stack that starts its own kv server only
+    settings = make_settings(
+        home=directory / "stack", broker_url="amqp://elsewhere", bus_url="valkey://elsewhere"
+    )
+    services = Services(Console(), lambda: None)
+    try:
+        # When
+        settings = services.start(settings)
+
+        # Then what every child gets is one thing, and the operator's URL another
+        operator_urls = services.operator_urls()
+        assert set(operator_urls) == {"kv"}
+        assert valkey_answers(operator_urls["kv"])
+        environment = json.dumps(settings.to_env())
+        assert "unix://pdtasks:" in environment
+        assert _password(operator_urls["kv"]) not in environment
+        assert "operator" not in json.dumps(stack_urls(settings, flower=True))
+    finally:
+        services.close()
+
+
+def test_passwords_of_kv_change_with_each_start_and_are_in_no_file(directory: Path) -> None:
+    folder = directory / "secrets"
+    server = ValkeyServer(folder, "kv")
+    seen: set[str] = set()
+    for _ in range(2):
+        with server:
+            seen |= {_password(server.url), _password(server.operator_url)}
+            # Given a refusal, of which the log might tell
+            assert not valkey_answers(_without_user(server.url))
+
+    assert len(seen) == 4
+    texts = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+    assert texts
+    assert not any(password in text for password in seen for text in texts)
 
 
 def test_kv_evicts_and_the_bus_does_not(kv: ValkeyServer, bus: ValkeyServer) -> None:
     def options(server: ValkeyServer) -> dict[str, str]:
-        with valkey.Valkey.from_url(server.url, decode_responses=True) as client:
+        with valkey.Valkey.from_url(server.operator_url, decode_responses=True) as client:
             found: dict[str, str] = client.config_get("*")
             return found
 
@@ -295,9 +430,9 @@ def test_kv_evicts_and_the_bus_does_not(kv: ValkeyServer, bus: ValkeyServer) -> 
 def test_kv_takes_values_as_big_as_a_block(kv: ValkeyServer) -> None:
     block = os.urandom(8 << 20)
     with valkey.Valkey.from_url(kv.url) as client:
-        client.set("block", block)
-        assert client.get("block") == block
-        client.delete("block")
+        client.set("pd:kv:block", block)
+        assert client.get("pd:kv:block") == block
+        client.delete("pd:kv:block")
 
 
 def test_a_home_too_deep_for_a_socket_gets_a_short_private_one(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_a_cuda_host_gets_the_cuda_build(checkout: Checkout) -> None:
     assert status == 0
     installed = [note for note in checkout.notes() if " install " in note]
     assert len(installed) == 1
-    assert installed[0].endswith(f"-e {checkout.folder}[cuda,model,dev]")
+    assert installed[0].endswith(f"-e {checkout.folder}[cuda,model,dev,bench]")
 
 
 def test_the_tests_run_after_linters_and_types_with_their_arguments(checkout: Checkout) -> None:
@@ -341,7 +341,9 @@ def test_the_lock_satisfies_pyproject() -> None:
     extras = project["optional-dependencies"]
     pins = locked()
 
-    wanted = project["dependencies"] + extras["cpu"] + extras["model"] + extras["dev"]
+    wanted = project["dependencies"]
+    for extra in ("cpu", "model", "dev", "bench"):
+        wanted = wanted + extras[extra]
 
     for line in wanted:
         requirement = Requirement(line)

@@ -222,9 +222,9 @@ def test_a_transfer_is_complete_when_all_ranks_have_reported() -> None:
         record = {"request_id": "a#1", "op": "save", "world": 2, "blocks": 3}
 
         bench.engine._take_records([record, {**record, "request_id": "gone#1"}])
-        assert not generation.transferred.is_set()
+        assert not generation.saved.is_set()
         bench.engine._take_records([record])
-        assert generation.transferred.is_set()
+        assert generation.saved.is_set()
 
         bench.core.step(an_output([7], "a#1", FinishReason.STOP))
         await task

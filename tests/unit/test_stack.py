@@ -81,6 +81,7 @@ def test_a_stack_reads_back_as_it_was_written(tmp_path: Path) -> None:
         state="ready",
         env={"PDTASKS_BUS_URL": "valkey://:pw@127.0.0.1:1/0"},
         urls={"bus": "valkey://:pw@127.0.0.1:1/0"},
+        operator_urls={"kv": "unix://operator:pw@/run/kv.sock?db=0"},
         helpers=(Member("epmd", "broker", 9, 10, "/log"),),
         folders=("/tmp/x",),
     )
@@ -319,8 +320,9 @@ def test_an_exit_is_described_in_words() -> None:
     [
         ("amqp://user:pa:ss@host:5672/vhost", "amqp://user:***@host:5672/vhost"),
         ("valkey://:pw@127.0.0.1:1/0", "valkey://:***@127.0.0.1:1/0"),
-        ("unix://:pw@/run/kv.sock?db=0", "unix://:***@/run/kv.sock?db=0"),
+        ("unix://u:pw@/run/kv.sock?db=0", "unix://u:***@/run/kv.sock?db=0"),
         ("unix:///run/kv.sock?db=0&password=pw", "unix:///run/kv.sock?db=0&password=***"),
+        ("valkeys://u:a@h:1/0?ssl_password=b", "valkeys://u:***@h:1/0?ssl_password=***"),
         ("valkey://:a@h:1,valkey://:b@h:2", "valkey://:***@h:1,valkey://:***@h:2"),
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("amqp://host:5672//", "amqp://host:5672//"),

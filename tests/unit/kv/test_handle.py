@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import msgspec
@@ -17,13 +18,16 @@ from pdtasks.kv.keys import block_key, tail_key
 FP = "0123456789abcdef"
 
 
-def a_handle(num_tokens: int = 40, block_size: int = 16, tp_size: int = 1) -> KVHandle:
+def a_handle(
+    num_tokens: int = 40, block_size: int = 16, tp_size: int = 1, tail_digest: str = "d1"
+) -> KVHandle:
     return KVHandle(
         fingerprint=FP,
         transfer_id="t1",
         num_tokens=num_tokens,
         block_size=block_size,
         hashes=tuple(bytes([i]) * 32 for i in range(num_tokens // block_size)),
+        tail_digest=tail_digest,
         tp_size=tp_size,
         expires_at=1e9,
     )
@@ -57,6 +61,20 @@ def test_full_blocks_are_named_by_content_and_the_last_by_the_transfer() -> None
     assert handle.key(0, rank=1) != handle.key(0, rank=0)
 
 
+def test_a_full_blocks_name_says_what_it_contains_and_a_partial_ones_does_not() -> None:
+    one, other = a_handle(40), a_handle(40, tail_digest="d2")
+
+    for index in (0, 1):
+        assert one.content(index, 0) == other.content(index, 0) == one.key(index, 0)
+    assert one.key(2, 0) == other.key(2, 0)
+    assert one.content(2, 0) != other.content(2, 0)
+    assert len({one.content(index, rank) for index in range(3) for rank in range(2)}) == 6
+
+
+def test_it_is_fit_for_json() -> None:
+    assert KVHandle.from_wire(json.loads(json.dumps(a_handle().to_wire()))) == a_handle()
+
+
 @given(
     st.builds(
         KVHandle,
@@ -65,6 +83,7 @@ def test_full_blocks_are_named_by_content_and_the_last_by_the_transfer() -> None
         num_tokens=st.integers(0, 1 << 40),
         block_size=st.integers(1, 4096),
         hashes=st.lists(st.binary(max_size=40), max_size=5).map(tuple),
+        tail_digest=st.text(),
         tp_size=st.integers(1, 64),
         expires_at=st.floats(allow_nan=False),
     )

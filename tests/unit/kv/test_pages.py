@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-from pdtasks.kv.pages import BlockPages, block_bytes
+from pdtasks.kv.pages import BlockPages, Mark, Staging, block_bytes
 
 PAGE = 24  # bytes of one layer's part of a block
 NUM_BLOCKS = 5
@@ -59,6 +60,18 @@ def caches(config: KVCacheConfig, storage: torch.Tensor) -> dict[str, torch.Tens
     return views
 
 
+def gathered(pages: BlockPages, block_id: int) -> torch.Tensor:
+    """The bytes of a block as they leave."""
+    staging = Staging(pages)
+    staging.gather(block_id, pages.mark())
+    return torch.tensor(list(staging.payload), dtype=torch.uint8)
+
+
+def pages_of(views: dict[str, torch.Tensor], names: Sequence[str], block_id: int) -> torch.Tensor:
+    """What these bytes should be."""
+    return torch.cat([views[name][block_id].view(torch.uint8) for name in names])
+
+
 @pytest.fixture(params=[layer_outermost, block_outermost])
 def cache(request: pytest.FixtureRequest) -> tuple[KVCacheConfig, torch.Tensor]:
     made: tuple[KVCacheConfig, torch.Tensor] = request.param()
@@ -71,11 +84,18 @@ def test_a_block_is_the_pages_of_all_its_layers(cache: tuple[KVCacheConfig, torc
     pages = BlockPages(views, config)
     assert pages.block_bytes == block_bytes(config) == len(LAYERS) * PAGE
 
-    block = torch.empty(pages.block_bytes, dtype=torch.int8)
-    pages.gather(3, block)
+    assert torch.equal(gathered(pages, 3), pages_of(views, LAYERS, 3))
 
-    expected = torch.cat([views[name][3] for name in LAYERS]).view(torch.int8)
-    assert torch.equal(block, expected)
+
+def test_the_regions_are_views_of_the_cache(cache: tuple[KVCacheConfig, torch.Tensor]) -> None:
+    config, storage = cache
+    pages = BlockPages(caches(config, storage), config)
+
+    storage.zero_()
+
+    assert all(region.shape[0] == NUM_BLOCKS for region in pages.regions)
+    assert sum(region.numel() for region in pages.regions) == storage.numel()
+    assert not any(region.any() for region in pages.regions)
 
 
 def test_a_block_moves_to_another_engine_and_nothing_else_changes(
@@ -87,9 +107,10 @@ def test_a_block_moves_to_another_engine_and_nothing_else_changes(
     target = caches(config, target_storage)
     writer, reader = BlockPages(source, config), BlockPages(target, config)
 
-    block = torch.empty(writer.block_bytes, dtype=torch.int8)
-    writer.gather(1, block)
-    reader.scatter(4, block)  # another engine has other free blocks
+    sent, received = Staging(writer), Staging(reader)
+    sent.gather(1, writer.mark())
+    received.payload[:] = sent.payload
+    received.scatter(4, reader.mark())  # another engine has other free blocks
 
     for name in LAYERS:
         assert torch.equal(target[name][4].view(torch.int8), source[name][1].view(torch.int8))
@@ -103,10 +124,7 @@ def test_both_layouts_of_the_same_cache_make_the_same_bytes() -> None:
         views = caches(config, storage)
         for index, name in enumerate(LAYERS):
             views[name].view(torch.int8).fill_(index + 1)
-        pages = BlockPages(views, config)
-        block = torch.empty(pages.block_bytes, dtype=torch.int8)
-        pages.gather(2, block)
-        blocks.append(block)
+        blocks.append(gathered(BlockPages(views, config), 2))
 
     assert torch.equal(*blocks)
 
@@ -118,11 +136,8 @@ def test_several_storages_are_gathered_one_after_the_other() -> None:
     views = caches(first, one) | caches(second, other)
     pages = BlockPages(views, config)
 
-    block = torch.empty(pages.block_bytes, dtype=torch.int8)
-    pages.gather(0, block)
-
     assert pages.block_bytes == block_bytes(config) == 3 * PAGE
-    assert torch.equal(block, torch.cat([views[n][0] for n in "abc"]).view(torch.int8))
+    assert torch.equal(gathered(pages, 0), pages_of(views, "abc", 0))
 
 
 def test_layers_with_one_storage_at_different_offsets_are_kept_apart() -> None:
@@ -136,10 +151,7 @@ def test_layers_with_one_storage_at_different_offsets_are_kept_apart() -> None:
     views = caches(config, storage)
     pages = BlockPages(views, config)
 
-    block = torch.empty(pages.block_bytes, dtype=torch.int8)
-    pages.gather(2, block)
-
-    assert torch.equal(block, torch.cat([views[n][2] for n in "abc"]).view(torch.int8))
+    assert torch.equal(gathered(pages, 2), pages_of(views, "abc", 2))
 
 
 def test_layers_that_share_a_cache_travel_once() -> None:
@@ -155,4 +167,53 @@ def test_layers_that_share_a_cache_travel_once() -> None:
     views = caches(config, storage)
     views["b"] = views["a"]
 
-    assert BlockPages(views, shared).block_bytes == PAGE
+    pages = BlockPages(views, shared)
+
+    assert len(pages.regions) == 1
+    assert pages.block_bytes == PAGE
+
+
+def test_a_staging_holds_one_block_whatever_happens_to_the_cache(
+    cache: tuple[KVCacheConfig, torch.Tensor],
+) -> None:
+    config, storage = cache
+    views = caches(config, storage)
+    pages = BlockPages(views, config)
+    staging = Staging(pages)
+    staging.gather(2, pages.mark())
+    before = pages_of(views, LAYERS, 2).tolist()
+
+    storage.fill_(7)
+
+    assert len(staging.payload) == pages.block_bytes
+    assert list(staging.payload) == before
+    assert staging.payload.contiguous, "it is sent as it is"
+    assert staging.payload.format == "B"
+
+
+class FakeEvent:
+    """A point in the engine's work that is reached when somebody waits for it."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+
+    def synchronize(self) -> None:
+        self._work()
+
+
+def test_a_copy_waits_for_the_engines_work(cache: tuple[KVCacheConfig, torch.Tensor]) -> None:
+    # As on CUDA, where Python says "computed" before the kernels have run.
+    config, storage = cache
+    pages = BlockPages(caches(config, storage), config)
+    computed = FakeEvent(lambda: storage.fill_(5))
+    staging = Staging(pages)
+
+    staging.gather(1, cast("Mark", computed))
+
+    assert set(staging.payload) == {5}
+
+
+def test_on_a_cpu_work_is_done_when_python_says_so() -> None:
+    config, storage = layer_outermost()
+
+    assert BlockPages(caches(config, storage), config).mark() is None

@@ -30,11 +30,22 @@ def test_a_plan_reaches_the_worker_ranks_unchanged() -> None:
     step.kv_connector_metadata = TransferPlan(
         saves=[BlockSave(request_id="a", handle=handle, first=0, block_ids=[4, 5], last=True)],
         loads=[BlockLoad(request_id="b", handle=handle, first=1, block_ids=[6])],
-        held={"c"},
+        finished={"c": True, "d": False},
+        preempted={"e"},
     )
 
     # vLLM pickles it for the ranks of a multi-process executor.
     assert pickle.loads(pickle.dumps(step)).kv_connector_metadata == step.kv_connector_metadata
+
+
+def test_plans_share_nothing() -> None:
+    one, other = TransferPlan(), TransferPlan()
+
+    one.finished["a"] = True
+    one.preempted.add("b")
+    one.saves.clear()
+
+    assert other == TransferPlan(saves=[], loads=[], finished={}, preempted=set())
 
 
 def test_statistics_of_several_ranks_add_up() -> None:

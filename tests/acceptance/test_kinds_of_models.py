@@ -1,0 +1,117 @@
+"""Which kinds of attention can be handed over? Tiny models with random weights, real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdtasks.cluster.valkey import ValkeyServer
+from tests.acceptance.tiny_model import PROMPT_TOKENS
+
+_SHAPE: dict[str, Any] = {
+    "torch_dtype": "bfloat16",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_WINDOW = 128  # tokens, less than the prompt
+LLAMA = _SHAPE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+SLIDING_AND_FULL = _SHAPE | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "sliding_window": _WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+SLIDING_ONLY = _SHAPE | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": _WINDOW,
+}
+MLA = _SHAPE | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    # The one size of a latent that vLLM's CPU backend knows: 512 and 64.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "q_lora_rank": None,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 4,  # no layer has experts
+    "n_routed_experts": 2,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 1,
+    "moe_layer_freq": 1,
+    "moe_intermediate_size": 64,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture(scope="module")
+def kv_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    with ValkeyServer(tmp_path_factory.mktemp("kv"), "kv") as server:
+        yield server
+
+
+def _hand_over(
+    config: dict[str, Any], ranks: int, server: ValkeyServer, folder: Path
+) -> tuple[dict[str, Any] | None, str]:
+    """What the program found, None if its engine did not start; and what it has printed."""
+    out = folder / "out.json"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("tiny_model.py")), str(out)],
+        input=json.dumps({"config": config, "ranks": ranks}),
+        env=os.environ
+        | {
+            "PDTASKS_KV_URLS": server.url,
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+        },
+        text=True,
+        check=False,
+        timeout=200,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return json.loads(out.read_text()) if done.returncode == 0 else None, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [(LLAMA, 2), (SLIDING_AND_FULL, 1), (MLA, 1)],
+    ids=["tensor parallelism 2", "sliding window and full attention", "MLA"],
+)
+def test_a_prompt_is_handed_over_to_the_last_bit(
+    config: dict[str, Any], ranks: int, kv_server: ValkeyServer, tmp_path: Path
+) -> None:
+    found, printed = _hand_over(config, ranks, kv_server, tmp_path)
+
+    assert found is not None, printed[-3000:]
+    assert found["handed_over"] == found["alone"]
+    assert found["loaded_tokens"] == PROMPT_TOKENS
+
+
+def test_layers_that_forget_the_prompt_are_refused_in_one_sentence(
+    kv_server: ValkeyServer, tmp_path: Path
+) -> None:
+    found, printed = _hand_over(SLIDING_ONLY, 1, kv_server, tmp_path)
+
+    assert found is None
+    assert "pdtasks hands over models whose layers keep the whole prompt" in printed

