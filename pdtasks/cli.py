@@ -6,6 +6,7 @@ Thin on purpose: every verb imports what it needs when it runs, so that `--help`
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,11 @@ def kv(
     )
 
 
+def _keep_vllm_quiet() -> None:
+    # It would log 60 lines for each engine between the figures; read when vLLM is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 _DEVICE = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -226,6 +232,7 @@ def handover(
 
     Without --shape it is the embedded model.
     """
+    _keep_vllm_quiet()
     from pdtasks.bench.handover import run_handover, to_json
     from pdtasks.settings import make_settings
 
@@ -241,6 +248,44 @@ def handover(
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(0 if row.same_tokens and not row.recomputed else 1)
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", help="Random weights in the shape of llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", type=int, multiple=True, default=(128, 256, 512, 1024), show_default=True)
+@click.option("--prompts", default=5, show_default=True, help="The median counts.")
+@click.option("--engine-args", default="{}", help="Further vLLM engine arguments, as JSON.")
+def prefix(
+    *,
+    json_file: Path | None,
+    device: str | None,
+    engine_args: str,
+    tokens: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """Compare computing a shared prefix with loading it, by time to the first token. Needs vLLM.
+
+    The shortest prefix that is cheaper to load belongs into PDTASKS_KV_MIN_PREFIX_TOKENS.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.prefix import run_prefix, to_json
+    from pdtasks.settings import make_settings
+
+    rows = []
+    click.echo("prefix, tokens   computed, ms   loaded, ms")
+    for row in run_prefix(
+        device=device or make_settings().device,
+        tokens=list(tokens),
+        engine_args=json.loads(engine_args),
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    ):
+        rows.append(row)
+        click.echo(f"{row.prefix_tokens:>14} {row.computed_ms:>14.1f} {row.loaded_ms:>12.1f}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

