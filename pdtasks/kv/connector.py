@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 #: Defaults of the options above.
@@ -162,10 +161,6 @@ class ValkeyConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._lookup is not None
         return self._lookup.build_plan(scheduler_output)
-
-    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        assert self._lookup is not None
-        self._lookup.take_output(connector_output)
 
     def request_finished(
         self, request: Request, block_ids: list[int]

@@ -22,7 +22,6 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pdtasks.kv import params
@@ -68,7 +67,6 @@ class BlockLookup:
         self._min_prefix_tokens = min_prefix_tokens
         self._saving: dict[str, _Saving] = {}
         self._handles: dict[str, KVHandle] = {}  # still to be loaded
-        self._loading: set[str] = set()  # planned, not yet reported as received
         self._loads: list[BlockLoad] = []  # for the next step
         self._finished: dict[str, bool] = {}  # since the last step, with saves under way
 
@@ -101,7 +99,15 @@ class BlockLookup:
                 self._fingerprint,
             )
             return False
-        return handle.expires_at > time.time() and handle.num_tokens <= request.num_prompt_tokens
+        # A handle for other tokens would bring their KV, and one that promises more than it names
+        # would leave blocks as somebody else has left them.
+        ours = self._handle(request, handle.transfer_id)
+        if msgspec.structs.replace(handle, expires_at=ours.expires_at) != ours:
+            logger.warning(
+                "the KV handle of %s is not for its prompt: recomputing", request.request_id
+            )
+            return False
+        return handle.expires_at > time.time()
 
     def _look_for_prefix(self, request: Request) -> None:
         # The last token is always computed: its output is the next token.
@@ -145,7 +151,6 @@ class BlockLookup:
         (all_ids,) = blocks.get_block_ids()
         (new_ids,) = blocks.get_unhashed_block_ids_all_groups()
         first = len(all_ids) - len(new_ids)  # the blocks before are local prefix hits
-        self._loading.add(request.request_id)
         self._loads.append(
             BlockLoad(
                 request_id=request.request_id,
@@ -154,10 +159,6 @@ class BlockLookup:
                 block_ids=new_ids[: handle.num_blocks - first],
             )
         )
-
-    def take_output(self, output: KVConnectorOutput) -> None:
-        """Learn what the worker side has received."""
-        self._loading -= output.finished_recving or set()
 
     def build_plan(self, step: SchedulerOutput) -> TransferPlan:
         """Everything that the worker side has to do with this step."""
@@ -237,12 +238,8 @@ class BlockLookup:
         self._handles.pop(request_id, None)
         self._probe.forget(request_id)
         saving = self._saving.pop(request_id, None)
-        if request_id in self._loading:
-            # vLLM keeps the blocks until the load is reported; nothing was saved yet.
-            self._loading.discard(request_id)
-            return False, None
         if saving is None or not saving.num_saved:
-            return False, None
+            return False, None  # of a load under way vLLM keeps the blocks by itself
         wanted = saving.last and request.status in (
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,

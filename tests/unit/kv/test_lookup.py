@@ -20,11 +20,10 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
-from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pdtasks.kv.handle import KVHandle
-from pdtasks.kv.lookup import BlockLookup
+from pdtasks.kv.lookup import BlockLookup, _tail_digest
 from pdtasks.kv.params import ours
 from pdtasks.kv.plan import TransferPlan
 
@@ -51,12 +50,15 @@ def a_request(
 
 
 def a_handle(num_tokens: int = 40, **fields: Any) -> KVHandle:
+    request = a_request(num_tokens)
+    hashes = tuple(bytes(h) for h in request.block_hashes)
     values: dict[str, Any] = {
         "fingerprint": FP,
         "transfer_id": "t1",
         "num_tokens": num_tokens,
         "block_size": BLOCK,
-        "hashes": tuple(bytes(h) for h in a_request(num_tokens).block_hashes),
+        "hashes": hashes,
+        "tail_digest": _tail_digest(request, hashes, len(hashes) * BLOCK),
         "expires_at": time.time() + 60,
     }
     return KVHandle(**values | fields)
@@ -133,10 +135,6 @@ class FakeScheduler:
         for request, num_tokens in scheduled.items():
             request.num_computed_tokens += num_tokens
         return plan
-
-    def received(self, request: Request) -> None:
-        """The worker side says that a load has ended, well or not."""
-        self.lookup.take_output(KVConnectorOutput(finished_recving={request.request_id}))
 
 
 def saves_of(*plans: TransferPlan) -> list[list[tuple[int, list[int], bool]]]:
@@ -577,7 +575,6 @@ def test_a_prefix_that_the_store_has_is_loaded(
     # from where they were looked for
     assert [[load.handle.key(i, 0)] for i in range(3)] == probe.asked["r"][:3]
     # and the whole prompt is still saved; the worker side finds out what is there already.
-    scheduler.received(request)
     request.num_computed_tokens = 48
     (save,) = scheduler.step({request: 22}).saves
     assert (save.first, save.last) == (0, True)
@@ -669,7 +666,6 @@ def test_a_prefix_that_could_not_be_loaded_is_not_tried_again(
     assert tokens == 64
     lookup.plan_load(request, blocks_of([5, 6, 7, 8]), tokens)
     scheduler.step()
-    scheduler.received(request)
 
     # When it considers the request once more
     assert lookup.num_loadable_tokens(request, 0) == 0
@@ -694,7 +690,6 @@ def test_a_request_aborted_while_it_loads_is_left_to_vllm(
 
     assert lookup.finish(request) == (False, None)
 
-    scheduler.received(request)
     assert scheduler.step().finished == {}
 
 
