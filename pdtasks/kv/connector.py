@@ -118,6 +118,8 @@ class ValkeyConnector(KVConnectorBase_V1):
                 ttl_s=ttl_s,
                 probe=PrefixProbe(BlockStore(urls, ttl_s=ttl_s, timeout_s=PROBE_TIMEOUT_S)),
                 min_prefix_tokens=int(option("min_prefix_tokens", MIN_PREFIX_TOKENS[device])),
+                vocabulary=vllm_config.model_config.get_vocab_size(),
+                max_tokens=vllm_config.model_config.max_model_len,
             )
         else:
             timeout_s = float(option("timeout_s", TIMEOUT_S))
@@ -204,6 +206,10 @@ class ValkeyConnector(KVConnectorBase_V1):
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
         return TransferStats(data)
 
+    def reset_cache(self) -> bool:
+        """False: what other engines may read stays. New weights need a new engine."""
+        return False
+
     def shutdown(self) -> None:
         if self._lookup is not None:
             self._lookup.close()
@@ -218,8 +224,15 @@ class ValkeyConnector(KVConnectorBase_V1):
 
 def _require_supported(config: VllmConfig, kv_config: KVCacheConfig) -> None:
     """Raises ValueError for engines whose blocks cannot be handed over as they lie there."""
-    if config.parallel_config.pipeline_parallel_size != 1:
-        raise ValueError("pdtasks does not support pipeline parallelism: use tensor parallelism")
+    parallel = config.parallel_config
+    if (
+        parallel.pipeline_parallel_size != 1
+        or parallel.decode_context_parallel_size != 1
+        or parallel.prefill_context_parallel_size != 1
+    ):
+        raise ValueError(
+            "pdtasks does not support pipeline or context parallelism: use tensor parallelism"
+        )
     specs = {
         type(spec).__name__: isinstance(spec, FullAttentionSpec)
         for group in kv_config.kv_cache_groups

@@ -10,10 +10,13 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
+import torch
 import vllm
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from pdtasks.kv.keys import Fingerprint
@@ -31,41 +34,82 @@ def fingerprint(config: VllmConfig, kv_config: KVCacheConfig) -> Fingerprint:
     """Describe the engine that `config` and `kv_config` make."""
     model = config.model_config
     return Fingerprint(
-        model=model_digest(model.model, model.revision, config.load_config.load_format),
+        model=model_digest(
+            model.model,
+            model.revision or getattr(model.hf_config, "_commit_hash", None),
+            config.load_config.load_format,
+            {
+                # As the engine uses it: `hf_overrides` change keys as much as weights do.
+                "config": _plain(model.hf_config.to_dict()),
+                "quantization": model.quantization,
+            },
+        ),
         dtype=str(model.dtype).removeprefix("torch."),
         kv_dtype=str(config.cache_config.cache_dtype),
         block_size=config.cache_config.block_size,
         block_bytes=block_bytes(kv_config),
         layout=str(kv_config.kv_cache_layout),
+        packing=_packing(config),
         num_layers=sum(len(group.layer_names) for group in kv_config.kv_cache_groups),
         tp_size=config.parallel_config.tensor_parallel_size,
         vllm_version=vllm.__version__,
     )
 
 
-def model_digest(name: str, revision: str | None, load_format: str) -> str:
+def _packing(config: VllmConfig) -> str:
+    """CPU attention packs keys and values as the host's instruction set likes them."""
+    if not current_platform.is_cpu():
+        return str(current_platform.device_type)
+    model = config.model_config
+    isa = _get_attn_isa(
+        cast("torch.dtype", model.dtype),
+        config.cache_config.block_size,
+        model.get_head_size(),
+        config.cache_config.cache_dtype,
+    )
+    return f"cpu {isa}"
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration without what differs between hosts."""
+    return {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def model_digest(
+    name: str, revision: str | None, load_format: str, used_as: dict[str, Any] | None = None
+) -> str:
     """Tell models apart by content where the files are at hand, else by name and revision.
 
     A fine-tune has its base model's configuration and often its folder's name, and may have left
     most layers alone, so each tensor is sampled: a few KiB at its beginning and in its middle.
+
+    Args:
+        used_as: further facts that the KV depends on.
     """
     digest = hashlib.sha256(load_format.encode())
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
+    digest.update(json.dumps(used_as, sort_keys=True, default=str).encode())
+    path = Path(name)
+    files = [path] if path.is_file() else []
+    if (path / "config.json").is_file():
+        digest.update((path / "config.json").read_bytes())
+        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    elif not files:
         digest.update(json.dumps([name, revision]).encode())
-        return digest.hexdigest()[:16]
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for offset in _tensor_offsets(file) if path.suffix == ".safetensors" else ():
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-            for sample in range(_SAMPLES):
-                file.seek(size * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
+    for file in files:
+        _sample(file, digest)
     return digest.hexdigest()[:16]
+
+
+def _sample(path: Path, digest: hashlib._Hash) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}".encode())
+    with path.open("rb") as file:
+        offsets = [size * sample // _SAMPLES for sample in range(_SAMPLES)]
+        if path.suffix == ".safetensors":
+            offsets += _tensor_offsets(file)
+        for offset in offsets:
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
 
 
 def _tensor_offsets(file: BinaryIO) -> Iterator[int]:

@@ -34,6 +34,7 @@ class Fingerprint:
     block_size: int  #: tokens in a block
     block_bytes: int  #: bytes of a block, all layers, one rank
     layout: str  #: vLLM's physical order, e.g. ``LBHNC``
+    packing: str  #: how the attention kernels order the numbers inside a block, e.g. ``cpu amx``
     num_layers: int
     tp_size: int
     vllm_version: str

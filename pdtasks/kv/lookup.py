@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -55,9 +56,13 @@ class BlockLookup:
         ttl_s: int,
         probe: PrefixProbe,
         min_prefix_tokens: int,
+        vocabulary: int,
+        max_tokens: int,
     ) -> None:
         """Args:
         min_prefix_tokens: a shorter prefix is computed, not loaded, even if the store has it.
+        vocabulary: number of token ids.
+        max_tokens: the engine's context.
         """
         self._fingerprint = fingerprint
         self._block_size = block_size
@@ -65,6 +70,8 @@ class BlockLookup:
         self._ttl_s = ttl_s
         self._probe = probe
         self._min_prefix_tokens = min_prefix_tokens
+        self._vocabulary = vocabulary
+        self._max_tokens = max_tokens
         self._saving: dict[str, _Saving] = {}
         self._handles: dict[str, KVHandle] = {}  # still to be loaded
         self._loads: list[BlockLoad] = []  # for the next step
@@ -72,6 +79,7 @@ class BlockLookup:
 
     def on_new_request(self, request: Request) -> None:
         """Take note of what `request` wants."""
+        self._drop_nonsense(request)
         wants = params.ours(request.kv_transfer_params)
         carry_over(request)
         if wire := wants.get("load"):
@@ -79,6 +87,21 @@ class BlockLookup:
         elif "load" not in wants:
             self._saving[request.request_id] = _Saving(request, wants.get("save"))
             self._look_for_prefix(request)
+
+    def _drop_nonsense(self, request: Request) -> None:
+        wire = request.kv_transfer_params
+        try:
+            params.check(
+                wire,
+                num_prompt=request.num_prompt_tokens,
+                vocabulary=self._vocabulary,
+                max_tokens=self._max_tokens,
+            )
+        except ValueError as exc:
+            logger.warning("kv_transfer_params of %s: %s: ignored", request.request_id, exc)
+            # In place: the same object goes on to the worker side.
+            assert wire is not None
+            wire.clear()
 
     def _take_handle(self, request: Request, wire: dict[str, Any]) -> None:
         try:
@@ -252,7 +275,8 @@ class BlockLookup:
 
 def _tail_digest(request: Request, hashes: tuple[bytes, ...], begin: int) -> str:
     """Of what vLLM would hash, were the block from token `begin` to the prompt's end full."""
-    lora = request.lora_request.lora_name if request.lora_request else None
-    tail = (request.prompt_token_ids or [])[begin : request.num_prompt_tokens]
-    content = (hashes[-1:], tail, request.cache_salt, lora)
+    end = request.num_prompt_tokens
+    tail = (request.prompt_token_ids or [])[begin:end]
+    extra, _ = generate_block_hash_extra_keys(request, begin, end, 0)
+    content = (hashes[-1:], tail, extra, request.cache_salt)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:32]

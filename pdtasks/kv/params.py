@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 _KEY = "pdtasks"
+_LONGEST_NAME = 512  # characters
 
 Params = dict[str, Any]
 
@@ -33,4 +34,30 @@ def saved(handle: dict[str, Any]) -> Params:
 
 def ours(params: Params | None) -> dict[str, Any]:
     """Our part of `params`; empty for a request that is none of ours."""
-    return (params or {}).get(_KEY) or {}
+    found = (params or {}).get(_KEY)
+    return found if isinstance(found, dict) else {}
+
+
+def check(params: Params | None, *, num_prompt: int, vocabulary: int, max_tokens: int) -> None:
+    """Raises ValueError for what an engine could not survive.
+
+    Under plain `vllm serve` a client may have written it.
+
+    Args:
+        num_prompt: tokens of the prompt.
+        vocabulary: token ids are below this.
+        max_tokens: the engine's context.
+    """
+    if params is None or _KEY not in params:
+        return
+    wants = params[_KEY]
+    if not isinstance(wants, dict):
+        raise ValueError("no map")  # noqa: TRY004 - a wrong value, from a client
+    name = wants.get("save")
+    if name is not None and not (isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME):
+        raise ValueError("save: no name")
+    tokens = wants.get("resume") or []
+    if not isinstance(tokens, list) or num_prompt + len(tokens) >= max_tokens:
+        raise ValueError("resume: no list that fits into the context")
+    if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+        raise ValueError("resume: no token ids")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from vllm.logger import init_logger
 
@@ -20,6 +21,20 @@ logger = init_logger(__name__)
 PROBE_TIMEOUT_S = 0.25
 #: Seconds without probes after one that failed: a store that is away delays few requests.
 _REST_S = 5.0
+#: Blocks that one round trip asks for.
+_AT_ONCE = 256
+
+
+@dataclass(eq=False)
+class _Question:
+    """What is known of one prompt's beginning."""
+
+    blocks: Sequence[Sequence[str]]
+    deadline: float
+    found: int = 0  #: leading blocks that the store has, so far
+    begun: bool = False
+    done: bool = False
+    wanted: bool = True
 
 
 class PrefixProbe:
@@ -31,7 +46,7 @@ class PrefixProbe:
         """
         self._store = store
         self._thread = ThreadPoolExecutor(1, "kv-probe")
-        self._asked: dict[str, tuple[Future[int], float]] = {}
+        self._asked: dict[str, _Question] = {}
         self._resume_at = 0.0
 
     def start(self, request_id: str, blocks: Sequence[Sequence[str]]) -> None:
@@ -40,45 +55,48 @@ class PrefixProbe:
         Those found get a new TTL.
         """
         if blocks and time.monotonic() >= self._resume_at:
-            deadline = time.monotonic() + PROBE_TIMEOUT_S
-            self._asked[request_id] = (self._thread.submit(self._count, blocks), deadline)
+            question = _Question(blocks, time.monotonic() + PROBE_TIMEOUT_S)
+            self._asked[request_id] = question
+            self._thread.submit(self._answer, question)
 
     def take(self, request_id: str) -> int | None:
         """Leading blocks that the store has; None while that is unknown.
 
-        The answer is given once; afterwards, and for a prompt that was not asked for, it is 0.
+        When time is up it is what has been found until then.  The answer is given once;
+        afterwards, and for a prompt that was not asked for, it is 0.
         """
-        asked = self._asked.get(request_id)
-        if asked is None:
+        question = self._asked.get(request_id)
+        if question is None:
             return 0
-        future, deadline = asked
-        if not future.done() and time.monotonic() < deadline:
+        if not question.done and time.monotonic() < question.deadline:
             return None
-        del self._asked[request_id]
-        if not future.done():
-            future.cancel()
+        self.forget(request_id)
+        if question.begun and not question.done and not question.found:
             self._rest("no answer in time")
-            return 0
-        return future.result()
+        return question.found
 
     def forget(self, request_id: str) -> None:
         """Nobody will take the answer."""
-        if asked := self._asked.pop(request_id, None):
-            asked[0].cancel()
+        if question := self._asked.pop(request_id, None):
+            question.wanted = False
 
-    def _count(self, blocks: Sequence[Sequence[str]]) -> int:
+    def _answer(self, question: _Question) -> None:
+        question.begun = True
         try:
             # Most prompts share nothing: one name tells that.
-            if not self._found(blocks[:1]):
-                return 0
-            return 1 + self._found(blocks[1:])
-        except Exception as exc:  # noqa: BLE001 - in the scheduler it would end the engine
+            size, blocks = 1, question.blocks
+            while question.wanted and question.found < len(blocks):
+                some = blocks[question.found : question.found + size]
+                there = self._count(some)
+                question.found += there
+                if there < len(some):
+                    break
+                size = _AT_ONCE
+        except Exception as exc:  # noqa: BLE001 - no answer is an answer
             self._rest(type(exc).__name__)
-            return 0
+        question.done = True
 
-    def _found(self, blocks: Sequence[Sequence[str]]) -> int:
-        if not blocks:
-            return 0
+    def _count(self, blocks: Sequence[Sequence[str]]) -> int:
         ranks = len(blocks[0])
         there = self._store.touch([name for names in blocks for name in names])
         whole = [all(there[i : i + ranks]) for i in range(0, len(there), ranks)]

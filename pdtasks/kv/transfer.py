@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
@@ -115,6 +116,8 @@ class BlockTransfer:
         stagings = [Staging(pages) for _ in range(self._num_threads)]
 
         def equip() -> None:
+            if pages.device.type == "cuda":
+                torch.cuda.set_device(pages.device)
             self._own.staging = stagings.pop()
             self._own.header = memoryview(bytearray(HEADER_BYTES))
 
@@ -146,7 +149,9 @@ class BlockTransfer:
             for request_id, wanted in plan.finished.items():
                 self._held.add(request_id)
                 tally = self._saves.get(request_id)
-                if tally is not None and not wanted:
+                if tally is None:
+                    self._sent.add(request_id)  # also when its blocks were given up
+                elif not wanted:
                     tally.cancelled = tally.sealed = True
                     self._end_save_if_done(tally)
         if not plan.saves:
@@ -168,6 +173,8 @@ class BlockTransfer:
     def _send_missing(self, tally: _Tally, blocks: list[_Block]) -> None:
         """Send those of `blocks` that the store does not have."""
         try:
+            # Behind a store that hangs each of these would hang as long.
+            _keep(blocks[0].deadline)
             shared = [block.key for block in blocks if block.shared]
             present = dict(zip(shared, self._store.touch(shared), strict=True))
         except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute

@@ -7,6 +7,7 @@ which the kernel reads from and writes to the caller's buffer.
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import struct
@@ -165,7 +166,7 @@ class _PlainSocket(_Deadline):
             # buffers the kernel takes better care itself.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
         self._sock = sock
-        self._limited_to = 0.0
+        self._limited_to = math.inf
 
     def _limit(self) -> None:
         # Before each call, as the limit is one call's: a peer that trickles makes many.

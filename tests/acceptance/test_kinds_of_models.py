@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +78,28 @@ def _hand_over(
 ) -> tuple[dict[str, Any] | None, str]:
     """What the program found, None if its engine did not start; and what it has printed."""
     out = folder / "out.json"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("tiny_model.py")), str(out)],
-        input=json.dumps({"config": config, "ranks": ranks}),
         env=os.environ
         | {
             "PDTASKS_KV_URLS": server.url,
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
         },
         text=True,
-        check=False,
-        timeout=200,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    return json.loads(out.read_text()) if done.returncode == 0 else None, done.stdout
+        start_new_session=True,
+    ) as program:
+        try:
+            printed, _ = program.communicate(
+                json.dumps({"config": config, "ranks": ranks}), timeout=200
+            )
+        finally:
+            # vLLM's processes are in the group.
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    return json.loads(out.read_text()) if program.returncode == 0 else None, printed
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
 
             def prefill_has_written_every_block() -> bool:
                 new = set(stack.kv.scan_iter()) - before
-                return bool(len(new) == whole["stages"]["prefill"]["kv_blocks_written"])
+                return bool(len(new) >= whole["stages"]["prefill"]["kv_blocks_written"])
 
             wait_until(prefill_has_written_every_block)
             stack.kv.flushall()

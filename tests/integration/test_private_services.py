@@ -376,7 +376,10 @@ def test_the_settings_of_a_stack_hold_the_workers_user_and_not_the_operator(
 ) -> None:
     # Given a stack that starts its own kv server only
     settings = make_settings(
-        home=directory / "stack", broker_url="amqp://elsewhere", bus_url="valkey://elsewhere"
+        home=directory / "stack",
+        broker_url="amqp://elsewhere",
+        bus_url="valkey://elsewhere",
+        kv_urls=(),  # whatever other tests have put into the environment
     )
     services = Services(Console(), lambda: None)
     try:

@@ -18,6 +18,7 @@ ENGINE = Fingerprint(
     block_size=16,
     block_bytes=4096,
     layout="LBHNC",
+    packing="cpu vec",
     num_layers=30,
     tp_size=1,
     vllm_version="0.32.0",

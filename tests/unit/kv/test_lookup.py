@@ -162,6 +162,8 @@ def a_lookup(probe: FakeProbe, **options: Any) -> BlockLookup:
         "ttl_s": 60,
         "probe": probe,
         "min_prefix_tokens": 2 * BLOCK,
+        "vocabulary": 1000,
+        "max_tokens": 1000,
     }
     return BlockLookup(**values | options)
 
