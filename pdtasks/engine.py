@@ -181,7 +181,8 @@ class Engine:
         left = asyncio.all_tasks(self.loop)
         for task in left:
             task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        if left:  # one that does not end must not keep the worker from ending
+            self.loop.run_until_complete(asyncio.wait(left, timeout=1))
 
     async def _boot(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
