@@ -219,7 +219,9 @@ def test_an_error_of_the_store_is_zero_and_probes_rest_for_a_while(
     assert answer(probe, "t") == 3
 
 
-def test_an_error_halfway_leaves_what_was_found_before(probe: PrefixProbe, store: MemoryStore) -> None:
+def test_an_error_halfway_leaves_what_was_found_before(
+    probe: PrefixProbe, store: MemoryStore
+) -> None:
     fill(store, names(3))
     store.broken.add("p2:0")
 
