@@ -35,6 +35,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from pdtasks.bus import BUS_ERRORS, connect_async
+from pdtasks.cancelling import end
 from pdtasks.engine import ENGINE_VERSION
 from pdtasks.errors import (
     BrokerUnavailable,
@@ -124,9 +125,8 @@ class PipelineCore(EngineCoreClient):
 
     async def close(self) -> None:
         """Stop listening; workers drop what is left."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._publications, return_exceptions=True)
+        await end(self._tasks)
+        await asyncio.gather(*self._publications, return_exceptions=True)
         await self._stream.close()
         await self._bus.aclose()
         self._publishing.submit(self._publisher.close)

@@ -27,6 +27,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
+from pdtasks.cancelling import end
 from pdtasks.errors import EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 
@@ -178,11 +179,8 @@ class Engine:
         ready.set_result(None)
         self._pumping = self.loop.create_task(self._pump())
         self.loop.run_forever()
-        left = asyncio.all_tasks(self.loop)
-        for task in left:
-            task.cancel()
-        if left:  # one that does not end must not keep the worker from ending
-            self.loop.run_until_complete(asyncio.wait(left, timeout=1))
+        # One that does not end must not keep the worker from ending.
+        self.loop.run_until_complete(end(asyncio.all_tasks(self.loop), within_s=1))
 
     async def _boot(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

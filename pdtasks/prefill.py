@@ -134,7 +134,8 @@ class _Prefill:
     async def _saved(self, generation: Generation) -> None:
         """Wait until the blocks are in the store, or it is clear that they will not be."""
         try:
-            await asyncio.wait_for(generation.saved.wait(), SAVE_TIMEOUT_S)
+            async with asyncio.timeout(SAVE_TIMEOUT_S):
+                await generation.saved.wait()
         except TimeoutError:
             logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
 

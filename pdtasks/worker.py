@@ -204,7 +204,8 @@ class Worker:
         async def wait() -> None:
             if generation.entered_engine:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(generation.saved.wait(), _ABORTED_SAVE_S)
+                    async with asyncio.timeout(_ABORTED_SAVE_S):
+                        await generation.saved.wait()
             self.engine.forget(generation)
             self.discard(generation.request_id)
 

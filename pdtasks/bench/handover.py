@@ -255,7 +255,8 @@ class Run:
         )
         await engine.generate(self.generation)
         if saved:
-            await asyncio.wait_for(self.generation.saved.wait(), 60)
+            async with asyncio.timeout(60):
+                await self.generation.saved.wait()
             self.saved_after = time.perf_counter() - started
         engine.forget(self.generation)
 
