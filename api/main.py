@@ -5,6 +5,7 @@ No weights and no GPU in this process: the model's configuration and tokenizer s
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,8 +15,10 @@ import msgspec
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
-from pdtasks.bus import BUS_ERRORS
+from pdtasks.bus import BUS_ERRORS, connect_async
+from pdtasks.cancelling import end
 from pdtasks.errors import NoWorker
+from pdtasks.jobs import JobStore
 from pdtasks.models import resolve_model
 from pdtasks.settings import Settings
 
@@ -32,6 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from api import jobs
     from pdtasks.engine import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
@@ -47,20 +51,21 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = build_app(arguments, ("generate",), config.model_config)
     app.include_router(router)
+    app.include_router(jobs.router)
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-        from pdtasks.client import PipelineLLM
+        from api.recording import RecordingLLM
 
-        client = PipelineLLM(config, settings)
+        client = RecordingLLM(config, settings)
         await client.engine_core.open()
         app.state.pdtasks_client = client
         try:
             await init_app_state(client, app.state, arguments, ("generate",))
-            async with vllm_lifespan(app):
+            async with vllm_lifespan(app), _running_jobs(app, settings):
                 yield
         finally:
             await client.engine_core.close()
@@ -68,6 +73,24 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.router.lifespan_context = lifespan
     return app
+
+
+@asynccontextmanager
+async def _running_jobs(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+    """Run jobs in this process."""
+    from api.jobs import Jobs
+    from api.runner import JobRunner
+
+    bus = connect_async(settings)
+    store = JobStore(bus, ttl_s=settings.result_ttl_s)
+    runner = JobRunner(app, store, concurrency=settings.job_concurrency)
+    app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
+    running = asyncio.create_task(runner.run())
+    try:
+        yield
+    finally:
+        await end([running])
+        await bus.aclose()
 
 
 @router.get("/ready")

@@ -14,8 +14,10 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -71,12 +73,28 @@ _OUTPUTS = Counter(
 )
 
 
+#: Called with stage and worker when a worker begins a stage of a request made in this context.
+StageWatch = Callable[[str, str], None]
+_stage_watch: ContextVar[StageWatch | None] = ContextVar("stage_watch", default=None)
+
+
+@contextmanager
+def stage_watcher(watch: StageWatch) -> Iterator[None]:
+    """Have `watch` called for the requests that are made in this context."""
+    before = _stage_watch.set(watch)
+    try:
+        yield
+    finally:
+        _stage_watch.reset(before)
+
+
 @dataclass
 class _Open:
     """A request whose answer is not finished."""
 
     request: EngineCoreRequest
     deadline: float  # UNIX seconds
+    stage_watch: StageWatch | None = None
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
 
@@ -147,7 +165,8 @@ class PipelineCore(EngineCoreClient):
         """
         now = time.time()
         deadline = now + self._settings.request_timeout_s
-        self._open[request.request_id] = _Open(request, deadline)
+        watch = _stage_watch.get()
+        self._open[request.request_id] = _Open(request, deadline, watch)
         job = PrefillJob(
             request_id=request.request_id,
             engine=ENGINE_VERSION,
@@ -155,6 +174,7 @@ class PipelineCore(EngineCoreClient):
             request=encode_request(request),
             submitted_at=now,
             deadline=deadline,
+            tells_start=watch is not None,
         )
         publishing = asyncio.create_task(self._publish(job))
         self._publications.add(publishing)
@@ -242,6 +262,9 @@ class PipelineCore(EngineCoreClient):
         for request_id, reports in reply.reports.items():
             if entry := self._open.get(request_id):
                 self._remember(entry.request, reports)
+        for request_id in reply.started:
+            if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
+                entry.stage_watch(reply.stage, reply.worker)
         for request_id, failure in reply.failures.items():
             await self._give_up(request_id, failure.to_error())
         if reply.outputs and reply.engine == ENGINE_VERSION:

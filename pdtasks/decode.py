@@ -60,6 +60,8 @@ class _Decode:
     async def _run(self) -> Answer | None:
         job = self._job
         self._here.check_origin(job.engine, job.model)
+        if job.tells_start:
+            self._here.publish_start(self._reply_to, job.request_id)
         request = decode_request(job.request)
         if job.detokenise:
             self._detokeniser = self._here.text.detokeniser(request)

@@ -67,6 +67,7 @@ class PrefillJob(Message, frozen=True, kw_only=True):
     text: TextRequest | None = None
     submitted_at: float  #: UNIX seconds
     deadline: float  #: UNIX seconds
+    tells_start: bool = False  #: the asker wants to know who begins a stage, and when
 
 
 class DecodeJob(Message, frozen=True, kw_only=True):
@@ -84,6 +85,7 @@ class DecodeJob(Message, frozen=True, kw_only=True):
     prefilled_at: float
     first_token_at: float
     deadline: float
+    tells_start: bool = False
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,7 @@ class StepReply(Message, frozen=True, kw_only=True):
     positions: tuple[int, ...] = ()  #: index of each output's first token in its answer
     reports: dict[str, tuple[StageReport, ...]] = {}  #: requests that are finished now
     failures: dict[str, Failure] = {}  #: requests that have failed
+    started: tuple[str, ...] = ()  #: requests that this worker begins
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,6 +71,8 @@ class _Prefill:
         self.has_run = True
         job = self._job
         self._here.require_wanted(job.request_id)
+        if job.tells_start:
+            self._here.publish_start(self._reply_to, job.request_id)
         original = await self._request(self._here.text)
         wire = job.request if job.request is not None else encode_request(original)
         request = decode_request(wire)
@@ -110,6 +112,7 @@ class _Prefill:
             prefilled_at=time.time(),
             first_token_at=self._first_token_at,
             deadline=job.deadline,
+            tells_start=job.tells_start,
         )
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:

@@ -79,6 +79,7 @@ class Settings(BaseSettings):
     #: Tokens from which a prefix that the store has is loaded and not computed.
     kv_min_prefix_tokens: int | None = Field(default=None, ge=0)  #: None: see `kv/connector.py`
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
+    job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
     worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone
     #: Seconds that running requests get at a stop.  A stopping Celery worker sends no heartbeats:

@@ -241,10 +241,7 @@ class Worker:
             outputs = EngineCoreOutputs(outputs=[o for _, _, o in items], timestamp=timestamp)
             self._replies.put(
                 stream,
-                StepReply(
-                    worker=self.name,
-                    stage=self.role,
-                    engine=ENGINE_VERSION,
+                self._reply(
                     outputs=bytes(cast("bytes", self._encoder.encode(outputs)[0])),
                     positions=tuple(position for _, position, _ in items),
                     reports={
@@ -259,13 +256,16 @@ class Worker:
         """Tell the asker that there will be no answer. Callable from any thread."""
         if stream is None or not is_reply_stream(stream):
             return
-        reply = StepReply(
-            worker=self.name,
-            stage=self.role,
-            engine=ENGINE_VERSION,
-            failures={request_id: Failure.of(error)},
-        )
+        reply = self._reply(failures={request_id: Failure.of(error)})
         self.engine.loop.call_soon_threadsafe(self._replies.put, stream, reply)
+
+    def publish_start(self, stream: str | None, request_id: str) -> None:
+        """Tell the asker who does the stage that begins now. On the engine's loop."""
+        if stream is not None:
+            self._replies.put(stream, self._reply(started=(request_id,)))
+
+    def _reply(self, **content: Any) -> StepReply:
+        return StepReply(worker=self.name, stage=self.role, engine=ENGINE_VERSION, **content)
 
     def wait_for_replies(self) -> None:
         """Return when the bus has what was published so far, or does not take it in time."""

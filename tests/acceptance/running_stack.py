@@ -90,10 +90,15 @@ class Stack:
     def worker_pids(self, role: str) -> list[int]:
         return [w["pid"] for w in self.status()["workers"] if w["role"] == role]
 
+    def service_pids(self, role: str) -> list[int]:
+        """Processes that are no workers, as "api"."""
+        services = json.loads((self.home / "stack.json").read_text())["services"]
+        return [s["pid"] for s in services if s["role"] == role]
+
     @contextmanager
     def paused(self, role: str) -> Iterator[None]:
-        """The workers of `role` take no jobs in between."""
-        pids = self.worker_pids(role)
+        """The processes of `role` stand still in between: its workers take no jobs."""
+        pids = self.worker_pids(role) or self.service_pids(role)
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)

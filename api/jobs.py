@@ -1,0 +1,227 @@
+"""The routes of jobs: submit, ask, read along, cancel, from any API process.
+
+A job is a chat or completion request that does not need its connection: `pdtasks.jobs` keeps it on
+the bus, `api.runner` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, HTTPException, Query, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from api.runner import ROUTES, JobRunner
+from pdtasks.bus import BUS_ERRORS
+from pdtasks.jobs import Job, JobStore, KeyReused
+
+router = APIRouter(prefix="/v1/jobs")
+
+#: Seconds that a reader's connection waits in the bus; a comment keeps it alive after each.
+_BLOCK_S = 1.0
+_KEEP_ALIVE_S = 15.0
+#: Chosen by the caller, kept as a digest.
+_MAX_KEY_LENGTH = 255
+
+
+class Jobs:
+    """What the routes need, in the app's state."""
+
+    def __init__(self, store: JobStore, runner: JobRunner, *, timeout_s: float) -> None:
+        """`timeout_s`: of a job that names none, and the longest that one may name."""
+        self.store = store
+        self.runner = runner
+        self.timeout_s = timeout_s
+
+
+def _jobs(request: Request) -> Jobs:
+    found: Jobs = request.app.state.pdtasks_jobs
+    return found
+
+
+@router.post("", status_code=202)
+async def submit(
+    request: Request,
+    idempotency_key: Annotated[str | None, Header(max_length=_MAX_KEY_LENGTH)] = None,
+) -> JSONResponse:
+    """Take the body of a chat or completion request; it is answered later."""
+    body = await _read_body(request)
+    jobs = _jobs(request)
+    timeout_s = _take_timeout(body, jobs.timeout_s)
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    _check(path, body)
+    try:
+        job = await jobs.store.create(
+            path,
+            body,
+            timeout_s=timeout_s,
+            seed=random.getrandbits(32),
+            idempotency_key=idempotency_key,
+        )
+    except KeyReused as exc:
+        raise HTTPException(
+            409, "this Idempotency-Key came before with another body: use a new key"
+        ) from exc
+    except BUS_ERRORS as exc:
+        raise _bus_is_away(exc) from exc
+    jobs.runner.wake()
+    return JSONResponse(_shown(job), 202, headers={"Location": f"/v1/jobs/{job.id}"})
+
+
+@router.get("")
+async def list_jobs(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """Jobs, newest first; results are left out."""
+    try:
+        found = await _jobs(request).store.newest(limit=limit, after=after)
+    except BUS_ERRORS as exc:
+        raise _bus_is_away(exc) from exc
+    if found is None:
+        raise HTTPException(404, f"there is no job {after!r} to begin behind (any more)")
+    page, has_more = found
+    data = [_shown(job) | {"result": None} for job in page]
+    return {"object": "list", "data": data, "has_more": has_more}
+
+
+@router.get("/{job_id}")
+async def get_job(job_id: str, request: Request) -> dict[str, Any]:
+    """State and, when it has succeeded, the result."""
+    return _shown(await _find(request, job_id))
+
+
+@router.get("/{job_id}/events")
+async def events(
+    job_id: str,
+    request: Request,
+    last_event_id: Annotated[str | None, Header(pattern=r"^\d+-\d+$")] = None,
+) -> StreamingResponse:
+    """The chunks as server-sent events, from the beginning or behind `Last-Event-ID`."""
+    job = await _find(request, job_id)
+    follow = _follow(_jobs(request).store, job.id, last_event_id or "0")
+    return StreamingResponse(follow, media_type="text/event-stream")
+
+
+@router.delete("/{job_id}")
+async def cancel(job_id: str, request: Request) -> dict[str, Any]:
+    """End a job; one that has ended stays as it is."""
+    job = await _find(request, job_id)
+    store = _jobs(request).store
+    try:
+        if not job.ended:
+            await store.cancel(job.id)
+            async with asyncio.timeout(5):
+                while not job.ended:
+                    await asyncio.sleep(0.05)  # its runner hears of it within a second
+                    job = await store.get(job.id) or job
+    except TimeoutError:
+        pass  # the runner is gone; its successor will end the job
+    except BUS_ERRORS as exc:
+        raise _bus_is_away(exc) from exc
+    return _shown(job)
+
+
+async def _read_body(request: Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError as exc:
+        raise HTTPException(400, "the body is not JSON") from exc
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    # Names of KV belong to the workers: a client's could be those of somebody else's prompt.
+    for name in ("kv_transfer_params", "vllm_xargs"):
+        body.pop(name, None)
+    return body
+
+
+def _take_timeout(body: dict[str, Any], longest_s: float) -> float:
+    timeout = body.pop("timeout", longest_s)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise HTTPException(400, "timeout must be a number of seconds above 0")
+    return min(float(timeout), longest_s)
+
+
+def _check(path: str, body: dict[str, Any]) -> None:
+    if ("messages" in body) == ("prompt" in body):
+        raise HTTPException(400, "give either messages, for a chat, or a prompt")
+    if body.get("use_beam_search"):
+        raise HTTPException(400, "jobs cannot use beam search")
+    try:
+        ROUTES[path].request.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise HTTPException(400, f"{where}: {first['msg']}") from exc
+
+
+async def _find(request: Request, job_id: str) -> Job:
+    try:
+        job = await _jobs(request).store.get(job_id)
+    except BUS_ERRORS as exc:
+        raise _bus_is_away(exc) from exc
+    if job is None:
+        raise HTTPException(404, f"there is no job {job_id!r} (any more)")
+    return job
+
+
+def _bus_is_away(exc: BaseException) -> HTTPException:
+    return HTTPException(503, f"the bus does not answer: {type(exc).__name__}")
+
+
+async def _follow(store: JobStore, job_id: str, last: str) -> AsyncIterator[str]:
+    silent_s = 0.0
+    while True:
+        try:
+            found = await store.events(job_id, after=last, block_s=_BLOCK_S)
+            # A reader that begins behind the end, or whose job has expired meanwhile.
+            ended = not found and ((job := await store.get(job_id)) is None or job.ended)
+        except BUS_ERRORS:
+            return  # the reader comes again with its Last-Event-ID
+        if ended and not await _has_more(store, job_id, last):
+            yield "data: [DONE]\n\n"
+            return
+        silent_s = 0.0 if found else silent_s + _BLOCK_S
+        if silent_s >= _KEEP_ALIVE_S:
+            silent_s = 0.0
+            yield ": waiting\n\n"
+        for event in found:
+            last = event.id
+            if event.data is None:
+                yield f"id: {event.id}\ndata: [DONE]\n\n"
+                return
+            yield f"id: {event.id}\ndata: {event.data}\n\n"
+
+
+async def _has_more(store: JobStore, job_id: str, last: str) -> bool:
+    """It may have ended between the two questions."""
+    return bool(await store.events(job_id, after=last, block_s=0.001, limit=1))
+
+
+def _shown(job: Job) -> dict[str, Any]:
+    last = job.stages[-1] if job.stages else None
+    deliveries = max((sum(s.stage == n.stage for s in job.stages) for n in job.stages), default=0)
+    return {
+        "id": job.id,
+        "object": "job",
+        "endpoint": job.path,
+        "model": job.body.get("model"),
+        "state": job.state,
+        "stage": last.stage if last else None,
+        "worker": last.worker if last else None,
+        "attempts": max(job.attempts, deliveries),
+        "created_at": job.created_at,
+        "started_at": job.stages[0].at if job.stages else None,
+        "first_token_at": job.first_token_at,
+        "finished_at": job.finished_at,
+        "deadline": job.deadline,
+        "expires_at": job.finished_at + job.ttl_s if job.finished_at else None,
+        "stages": [vars(start) for start in job.stages],
+        "result": job.result,
+        "error": job.error,
+    }

@@ -1,0 +1,78 @@
+"""How does one run of a request give both a stream and a whole answer?
+
+vLLM formats an answer either as chunks or as one body.  A job needs both: chunks to read along,
+and the body as its result.  So its outputs are recorded while the chunks are made (`Tape`), and
+played to vLLM's formatter of whole answers afterwards: neither computed twice nor formatted by us.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.outputs import RequestOutput
+
+from pdtasks.client import PipelineLLM
+
+
+class Tape:
+    """The outputs of one API request, by the engine request's id."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self._outputs: dict[str, RequestOutput] = {}
+
+    async def record(
+        self, request_id: str, outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Pass `outputs` (deltas) on and keep them."""
+        async for output in outputs:
+            self._keep(request_id, output)
+            yield output
+
+    def _keep(self, request_id: str, delta: RequestOutput) -> None:
+        own = copy.copy(delta)  # whoever reads the delta may still do so while ours grows
+        own.outputs = [copy.copy(completion) for completion in delta.outputs]
+        for completion in own.outputs:
+            completion.token_ids = list(completion.token_ids)
+            if completion.logprobs is not None:
+                completion.logprobs = copy.copy(completion.logprobs)
+        if request_id in self._outputs:
+            self._outputs[request_id].add(own, aggregate=True)
+        else:
+            self._outputs[request_id] = own
+
+    async def play(self, request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        """The whole answer as one output."""
+        whole = self._outputs[request_id]
+        whole.outputs.sort(key=lambda completion: completion.index)
+        yield whole
+
+
+_tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
+
+
+@contextmanager
+def using(tape: Tape) -> Iterator[None]:
+    """Record what is generated in this context; when `tape` is full, play it instead."""
+    before = _tape.set(tape)
+    try:
+        yield
+    finally:
+        _tape.reset(before)
+
+
+class RecordingLLM(PipelineLLM):
+    """A `PipelineLLM` that obeys `using`; costs the other requests nothing for each token."""
+
+    def generate(  # a plain function that returns the generator
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        tape = _tape.get()
+        if tape is not None and tape.is_full:
+            return tape.play(request_id)
+        outputs = super().generate(prompt, sampling_params, request_id, **options)
+        return outputs if tape is None else tape.record(request_id, outputs)
