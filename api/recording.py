@@ -68,6 +68,12 @@ def using(tape: Tape) -> Iterator[None]:
 class RecordingLLM(PipelineLLM):
     """A `PipelineLLM` that obeys `using`; costs the other requests nothing for each token."""
 
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """What is only played needs no worker."""
+        tape = _tape.get()
+        if tape is None or not tape.is_full:
+            super().check_admission(n, request_id)
+
     def generate(  # a plain function that returns the generator
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:

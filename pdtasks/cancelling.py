@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-_AGAIN_S = 0.05
+#: Seconds until the next try; a task that heard the first one may clean up meanwhile.
+_AGAIN_S = 0.3
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], within_s: float = float("inf")) -> None:

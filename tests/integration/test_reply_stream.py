@@ -252,7 +252,7 @@ def test_a_reader_ends_at_whatever_moment_it_is_cancelled(bus_url: str) -> None:
 
     async def test() -> None:
         client = connect_async(Settings(bus_url=bus_url))
-        for turns in range(200):
+        for turns in range(60):
             stream = ReplyStream(client, _nothing)
             await stream.open()
             reader = asyncio.create_task(_drain(stream))

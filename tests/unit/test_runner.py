@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.runner import RESTART, JobRunner
+from pdtasks.cancelling import end
 from pdtasks.jobs import Event, Job, JobStore
 
 
@@ -44,6 +45,7 @@ class MemoryStore:
     def __init__(self, published: list[dict[str, Any]], attempts: int) -> None:
         self.published = published
         self.ended: dict[str, Any] | None = None
+        self.released = False
         self._job: Job | None = Job(
             id="job-1",
             path="/v1/completions",
@@ -70,6 +72,9 @@ class MemoryStore:
 
     async def renew(self, job: Job) -> str:
         return "held"
+
+    async def release(self, job: Job) -> None:
+        self.released = True
 
     async def finish(self, job: Job, state: str, **fields: Any) -> bool:
         self.ended = {"state": state, **fields}
@@ -122,3 +127,25 @@ def test_a_third_run_goes_on_behind_the_restart() -> None:
     store = run(["xy"], published, attempts=3)
 
     assert store.published == [*published, a_chunk("y")]
+
+
+def test_a_runner_that_stops_leaves_its_job_to_others() -> None:
+    class HangingHandler(StubHandler):
+        async def _stream(self) -> AsyncGenerator[str, None]:
+            yield f"data: {json.dumps(a_chunk('a'))}\n\n"
+            await asyncio.Event().wait()
+
+    store = MemoryStore([], attempts=1)
+    app = FastAPI()
+    app.state.openai_serving_completion = HangingHandler([])
+
+    async def main() -> None:
+        runner = JobRunner(app, cast("JobStore", store), concurrency=1)
+        running = asyncio.create_task(runner.run())
+        async with asyncio.timeout(10):
+            while not store.published:  # noqa: ASYNC110 - the stub has no event
+                await asyncio.sleep(0.01)
+        await end([running])
+
+    asyncio.run(main())
+    assert (store.released, store.ended) == (True, None)
