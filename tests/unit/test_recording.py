@@ -17,7 +17,7 @@ def a_delta(text: str, *token_ids: int, index: int = 0, prompt: bool = False) ->
         text=text,
         token_ids=list(token_ids),
         cumulative_logprob=None,
-        logprobs=[{token: None} for token in token_ids],  # type: ignore[dict-item, misc]
+        logprobs=[{token: None} for token in token_ids],  # type: ignore[dict-item]
     )
     return RequestOutput(
         request_id="r",
