@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pdtasks.kv.wire import rest_after
+
 PUT, GET = b"P", b"G"
 #: PUT or GET, and the value's length.
 REQUEST = struct.Struct("<cQ")
@@ -118,7 +120,7 @@ def _answer(connection: socket.socket) -> None:
 def send_all(sock: socket.socket, views: list[memoryview]) -> None:
     """Send all of `views`: one system call, unless a signal comes in between."""
     while views:
-        views = _after(views, sock.sendmsg(views))
+        views = rest_after(views, sock.sendmsg(views))
 
 
 def receive_all(sock: socket.socket, views: list[memoryview]) -> None:
@@ -127,16 +129,7 @@ def receive_all(sock: socket.socket, views: list[memoryview]) -> None:
         count = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
         if count == 0:
             raise ConnectionResetError("the other end has gone")
-        views = _after(views, count)
-
-
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    rest = []
-    for view in views:
-        if count < len(view):
-            rest.append(view[count:])
-        count = max(0, count - len(view))
-    return rest
+        views = rest_after(views, count)
 
 
 def _in_thread(work: Callable[[socket.socket], None], sock: socket.socket) -> None:

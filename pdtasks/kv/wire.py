@@ -90,14 +90,14 @@ class BlockConnection:
             self._socket.send([memoryview(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key))])
             received = 0
             while received < len(line):
-                received += self._socket.receive_some(_after(views, received))
+                received += self._socket.receive_some(rest_after(views, received))
                 if not expected.startswith(line[:received]):
                     # Another answer; what came beyond `line` lies at the beginning of the parts.
                     answer = self._line(b"".join(_first(views, min(received, _MAX_LINE))))
                     if answer in _NULL:
                         return False
                     return self._refused(answer)
-            self._socket.receive(_after(views, received))
+            self._socket.receive(rest_after(views, received))
         except OSError as exc:
             raise self._lost(exc) from exc
         if end != b"\r\n":
@@ -182,7 +182,7 @@ class _PlainSocket(_Deadline):
         sent, total = 0, sum(map(len, views))
         while sent < total:
             self._limit()
-            sent += self._sock.sendmsg(_first(_after(views, sent), _SENT_AT_ONCE))
+            sent += self._sock.sendmsg(_first(rest_after(views, sent), _SENT_AT_ONCE))
 
     def receive_some(self, views: Sequence[memoryview]) -> int:
         self._limit()
@@ -192,7 +192,7 @@ class _PlainSocket(_Deadline):
         received, total = 0, sum(map(len, views))
         while received < total:
             self._limit()
-            rest = _after(views, received)
+            rest = rest_after(views, received)
             received += _some(self._sock.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0])
 
 
@@ -234,7 +234,7 @@ def _first(views: Sequence[memoryview], count: int) -> list[memoryview]:
     return first
 
 
-def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+def rest_after(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """`views` without their first `count` bytes."""
     rest = []
     for view in views:
