@@ -21,6 +21,8 @@ quote a prompt or an answer, for they reach logs, Celery events and Flower.
 
 from __future__ import annotations
 
+import traceback
+
 
 class PdtasksError(Exception):
     """Something failed inside pdtasks."""
@@ -103,3 +105,14 @@ def from_code(code: str, message: str) -> PdtasksError:
     if isinstance(kind, type) and issubclass(kind, PdtasksError):
         return kind(message)
     return PdtasksError(message)
+
+
+def where(exc: BaseException) -> str:
+    """What may be logged of an unforeseen error: its kind, and where it came from.
+
+    Never its text, nor that of its causes: they may quote a prompt.
+    """
+    frames = "".join(traceback.format_tb(exc.__traceback__))
+    cause = exc.__cause__ or exc.__context__
+    because = "" if cause is None else f" because of {type(cause).__name__}"
+    return f"{type(exc).__name__}{because} at\n{frames}"

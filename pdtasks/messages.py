@@ -137,7 +137,9 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     role: str  #: ``"prefill"`` or ``"decode"``
     host: str
     pid: int
-    state: str  #: ``"starting"``, ``"ready"`` or ``"draining"``
+    #: ``"starting"``, ``"ready"``, ``"stalled"`` (alive, but takes no jobs) or ``"draining"``
+    state: str
+    reason: str = ""  #: why it is not ready, or what is wrong although it is; for people
     active: int = 0  #: requests in its engine
     kv_usage: float = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
