@@ -13,7 +13,7 @@ _settings = load_settings()
 
 # -- broker ------------------------------------------------------------------------------------
 
-# Without one the worker says so and stops (pdtasks/bootsteps.py); None would mean localhost.
+# Without one the worker says so and stops (pdtasks/celery_worker.py); None would mean localhost.
 broker_url = _settings.broker_url
 broker_connection_retry_on_startup = True
 # A worker outlives any outage of the broker; the default gives up after 100 tries and exits.
@@ -21,11 +21,13 @@ broker_connection_max_retries = None
 # A closed channel (acknowledgement timeout, a name still taken) is reopened, not the worker's end.
 broker_channel_error_retry = True
 broker_heartbeat = 30
-# One connection for each thread that publishes a decode job at the same time, and some to spare.
-broker_pool_limit = _settings.max_num_seqs + 8
 broker_transport_options = {
-    # A publish that RabbitMQ has not confirmed is an error, not a lost job.
-    "confirm_publish": True,
+    # Confirms are waited for by the publisher of jobs alone (pdtasks/publishing.py): nothing that
+    # Celery itself sends may hold up a worker's main loop.
+    "confirm_publish": False,
+    # Seconds: a RabbitMQ that hangs, or reads nothing under a memory alarm, holds nobody for ever.
+    "read_timeout": 15,
+    "write_timeout": 15,
     # py-amqp's default drops a connection after 1 s of stalled network.
     "socket_settings": {socket.TCP_USER_TIMEOUT: 15_000},
 }
@@ -76,6 +78,9 @@ result_backend = _settings.result_backend_url
 result_serializer = "json"
 result_accept_content = ["json"]
 result_expires = _settings.result_ttl_s
+# Seconds; a bus that is frozen must look like one that is away. (Celery's default is 120.)
+redis_socket_timeout = 5.0
+redis_socket_connect_timeout = 2.0
 
 # -- workers ---------------------------------------------------------------------------------------
 
@@ -83,7 +88,7 @@ result_expires = _settings.result_ttl_s
 worker_pool = "threads"
 # As many jobs as the engine batches, unless -c says otherwise.
 worker_concurrency = _settings.max_num_seqs
-worker_consumer = "pdtasks.bootsteps:StageConsumer"
+worker_consumer = "pdtasks.consumer:StageConsumer"
 # Flower shows what workers do; arguments and results are blanked in the tasks.
 worker_send_task_events = True
 task_track_started = True

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 from celery import Celery, Task, states
+from kombu.utils.objects import cached_property
 
-from pdtasks.bootsteps import install, wants_result
 from pdtasks.errors import (
     EngineFailed,
     InvalidRequest,
@@ -26,17 +26,36 @@ from pdtasks.reply import is_reply_stream
 
 logger = logging.getLogger(__name__)
 
-# The stages are imported by workers alone (bootsteps.py): publishers and Flower need no vLLM.
-app = Celery("pdtasks")
+
+class StagesApp(Celery):  # type: ignore[misc]  # Celery has no types
+    """An app whose workers are ours."""
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 - Celery's name
+        """The class of this app's workers.
+
+        Imported by workers alone, and the stages with it: publishers and Flower need no vLLM.
+        """
+        return self.subclass_with_self("pdtasks.celery_worker:StageWorker", name="Worker")
+
+
+# Not the process's current app: whoever imports this to publish may have one of their own.
+app = StagesApp("pdtasks", set_as_current=False)
 app.config_from_object("configs.celeryconfig")
-install(app)
+
+
+def wants_result(chain: list[dict[str, Any]] | None) -> bool:
+    """Does a Celery client wait for the last task of `chain`?"""
+    return chain is not None and any(
+        not step["options"].get("ignore_result", False) for step in chain
+    )
 
 
 class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     """Base of prefill and decode."""
 
     abstract = True
-    Request = "pdtasks.bootsteps:StageRequest"
+    Request = "pdtasks.celery_request:StageRequest"
     #: Nothing of a result in events and logs: it holds prompt or answer.
     resultrepr_maxsize = 0
     #: Expected ends: one line in the log, no traceback.

@@ -12,17 +12,17 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import Counter
 
+from pdtasks.backoff import Backoff
 from pdtasks.errors import where
 
 logger = logging.getLogger(__name__)
 
 #: Seconds before the first new try; doubled with each failure in a row.
 _PAUSE_S = 0.5
-_PAUSE_MAX_S = 30.0
 #: Seconds of work after which the next failure is the first of a row again.
 _STEADY_S = 60.0
 
@@ -37,7 +37,7 @@ class _Entry:
 
     name: str
     failures: int = 0
-    in_a_row: int = 0
+    backoff: Backoff = field(default_factory=lambda: Backoff(first_s=_PAUSE_S))
     began: float = 0.0  # monotonic
     is_paused: bool = False
 
@@ -48,12 +48,12 @@ class _Entry:
     def fail(self, exc: Exception) -> float:
         """Note `exc`; returns the seconds until the next try."""
         if time.monotonic() - self.began > _STEADY_S:
-            self.in_a_row = 0
-        pause_s = min(_PAUSE_S * 2.0**self.in_a_row, _PAUSE_MAX_S)
+            self.backoff.succeed()
+        self.backoff.fail()
         self.failures += 1
-        self.in_a_row += 1
         self.is_paused = True
         _FAILURES.labels(self.name).inc()
+        pause_s = self.backoff.pause_s
         logger.error("%s begins again in %.1f s after %s", self.name, pause_s, where(exc))
         return pause_s
 

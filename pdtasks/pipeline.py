@@ -172,7 +172,8 @@ class Publisher:
     def _own_connection(self) -> Any:
         if self._connection is None:
             # Nobody would send heartbeats on it.
-            self._connection = app.connection_for_write(heartbeat=0)
+            options = {"confirm_publish": True}
+            self._connection = app.connection_for_write(heartbeat=0, transport_options=options)
         return self._connection
 
     def _own_producer(self) -> Any:
@@ -267,9 +268,7 @@ class Aborter:
 
     def _broadcast(self, request_ids: list[str]) -> None:
         if self._connection is None:
-            # No confirms: under a memory alarm RabbitMQ would never send them.
-            options = {"confirm_publish": False}
-            self._connection = app.connection_for_write(heartbeat=0, transport_options=options)
+            self._connection = app.connection_for_write(heartbeat=0)
         # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
         exchange = app.control.mailbox.exchange
         kombu.Producer(self._connection.default_channel, auto_declare=False).publish(

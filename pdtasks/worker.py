@@ -19,9 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
+from celery import Celery
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from pdtasks.background import Background
 from pdtasks.bus import BUS_ERRORS, connect, connect_async
 from pdtasks.engine import ENGINE_VERSION, Engine, Generation
 from pdtasks.errors import (
@@ -33,10 +35,12 @@ from pdtasks.errors import (
 )
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore, StoreError
+from pdtasks.liveness import Liveness, watch
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
 from pdtasks.models import resolve_model
 from pdtasks.presence import worker_key
 from pdtasks.reply import ReplyWriter, is_reply_stream
+from pdtasks.results import ResultStore
 from pdtasks.settings import Settings
 from pdtasks.text import TextFrontend
 
@@ -56,7 +60,7 @@ T = TypeVar("T")
 class Worker:
     """Everything that the tasks of this process share."""
 
-    def __init__(self, settings: Settings, *, name: str, role: str) -> None:
+    def __init__(self, app: Celery, settings: Settings, *, name: str, role: str) -> None:
         self.settings = settings
         self.name = name
         self.role = role
@@ -71,7 +75,10 @@ class Worker:
         self._stages_lock = threading.Lock()
         self._waiting: set[asyncio.Task[None]] = set()
         self._discarding = ThreadPoolExecutor(1, thread_name_prefix="discard")
-        self._announcer = threading.Thread(target=self._announce, name="presence", daemon=True)
+        self.background = Background()
+        self.liveness = Liveness()
+        self.results = ResultStore(app)
+        self._ended = threading.Event()
         self.engine: Engine
         self.text: TextFrontend
 
@@ -79,7 +86,8 @@ class Worker:
 
     def start(self) -> None:
         """Bring up the engine; returns when it can take requests."""
-        self._announcer.start()
+        self._announcer = self.background.thread("presence", self._announce)
+        self.background.thread("watchdog", self._watch)
         model = resolve_model(self.settings.model, self.settings.cache_dir, logger.info)
         self.engine = Engine(self.settings, model, self._publish_step, on_death=_exit_at_once)
         started = time.monotonic()
@@ -94,22 +102,32 @@ class Worker:
     def stop(self) -> None:
         """End the engine and leave the bus."""
         self.enter("stopped")
-        self._announcer.join()
+        self._announcer.join(_FLUSH_S)
         self.wait_for_replies()
         self._discarding.shutdown()
+        self.results.close()
         self.engine.stop()
+        self.background.close()
+        self._ended.set()
         with connect(self.settings) as bus, suppress(*BUS_ERRORS):
             bus.delete(worker_key(self.name))
 
     def status(self) -> WorkerStatus:
         """What this worker says of itself."""
         running = self._state in ("ready", "draining")
+        state, reason = self._state, ""
+        if state == "ready":
+            if stall := self.liveness.stall():
+                state, reason = "stalled", stall.reason
+            else:
+                reason = "; ".join(self.background.problems())
         return WorkerStatus(
             name=self.name,
             role=self.role,
             host=socket.gethostname(),
             pid=os.getpid(),
-            state=self._state,
+            state=state,
+            reason=reason,
             active=self.engine.num_running if running else 0,
             kv_usage=self.engine.kv_usage if running else 0.0,
             model=self.settings.model_name,
@@ -130,6 +148,14 @@ class Worker:
                 # A worker that works but is not seen would be a riddle: say it and go on.
                 logger.exception("the worker's status could not be announced")
             self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
+
+    def _watch(self) -> None:
+        watch(
+            self.liveness,
+            self.settings.stall_timeout_s,
+            self.settings.drain_timeout_s,
+            self._ended,
+        )
 
     def enter(self, state: str) -> None:
         """Change to `state` ("ready", "draining" or "stopped") and say so at once."""
@@ -279,6 +305,10 @@ class Worker:
 
     # -- control -------------------------------------------------------------------------------
 
+    def abort_soon(self, request_ids: Iterable[str]) -> None:
+        """`abort`, from any thread."""
+        self.engine.loop.call_soon_threadsafe(self.abort, list(request_ids))
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests, running or still on their way here. Runs on the engine's loop."""
         for request_id in request_ids:
@@ -324,9 +354,9 @@ def _exit_at_once() -> None:
 _current: list[Worker] = []
 
 
-def start(settings: Settings, *, name: str, role: str) -> None:
-    """Make this process a worker."""
-    here = Worker(settings, name=name, role=role)
+def start(app: Celery, settings: Settings, *, name: str, role: str) -> None:
+    """Make this process a worker of `app`."""
+    here = Worker(app, settings, name=name, role=role)
     here.start()
     _current.append(here)
 

@@ -12,11 +12,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import kombu
+import psutil
 import pytest
 import valkey
 
@@ -213,6 +217,28 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         nursery.close()
 
 
+@contextmanager
+def cut_connections(services: Services, worker: StubWorker) -> Iterator[None]:
+    """RabbitMQ closes what the worker has open; on leaving, all of it is closed."""
+    rabbit = urlsplit(services.rabbit.url).port
+    ports = {
+        c.laddr.port
+        for c in psutil.Process(worker.pid).net_connections("tcp")
+        if c.status == psutil.CONN_ESTABLISHED and c.raddr.port == rabbit
+    }
+    with httpx.Client(base_url=services.rabbit.api_url, timeout=10) as api:
+
+        def ours() -> list[str]:
+            # RabbitMQ's list is some seconds old: wait for all of them.
+            names = [c["name"] for c in api.get("connections").json() if c["peer_port"] in ports]
+            return names if len(names) == len(ports) else []
+
+        names = wait_until(ours)
+        for name in names:
+            api.delete(f"connections/{name}", headers={"X-Reason": "test"}).raise_for_status()
+        yield
+
+
 StartWorker = Callable[..., StubWorker]
 
 
@@ -234,7 +260,10 @@ def start_worker(
         if held:
             steering.hold()
         log = tmp_path / f"{name}.{len(started)}.log"
-        settings = {f"PDTASKS_{key.upper()}": value for key, value in env.items()}
+        settings = {
+            key.upper() if key.startswith("stub_") else f"PDTASKS_{key.upper()}": value
+            for key, value in env.items()
+        }
         order = {
             "argv": [
                 *("-Q", role, "-P", "threads", "-c", "8", "-n", f"{name}@test", "-E"),

@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -30,6 +31,8 @@ import valkey.asyncio
 
 from tests.integration.steering import added_key, held_key, steering_url, steps_key
 
+#: Makes the main loop stand still for ever.
+STALL_SIGNAL = signal.SIGRTMIN
 #: A request with this prompt token kills the worker that runs it.
 POISON = 666
 MAX_MODEL_LEN = 1000
@@ -220,14 +223,27 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
 
 def run_worker(argv: list[str]) -> None:
     """Be a worker until it ends."""
+    from pdtasks import liveness
     from pdtasks.app import app
 
+    # The product's patience would make tests long.
+    after_s = os.environ.get("STUB_STALLED_AFTER_S", str(liveness.STALLED_AFTER_S))
+    vars(liveness).update(STALLED_AFTER_S=float(after_s), _SUPERVISOR_FIRST_S=0.0)
+    # The handler runs in the main thread, which waits for what nobody gives.
+    signal.signal(STALL_SIGNAL, lambda *_: _stand())
     app.worker_main(["worker", *argv])
+
+
+def _stand() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
 
 
 def _nursery() -> None:
     from celery.bin import celery, worker  # noqa: F401  # imported once, for all
 
+    import pdtasks.celery_worker
     import pdtasks.decode
     import pdtasks.prefill
     import pdtasks.worker

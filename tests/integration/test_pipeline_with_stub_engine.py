@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
-import httpx
-import psutil
 import pytest
 from celery.exceptions import TaskRevokedError
 from vllm.v1.engine import FinishReason
@@ -20,7 +18,12 @@ from pdtasks.messages import DecodeJob, read_message
 from pdtasks.pipeline import submit
 from pdtasks.presence import read_workers
 from tests.integration.asker import Asker, engine_request
-from tests.integration.conftest import Services, StartWorker, StubWorker, wait_until
+from tests.integration.conftest import (
+    Services,
+    StartWorker,
+    cut_connections,
+    wait_until,
+)
 
 ANSWER = [100, 101, 102, 103]
 
@@ -399,25 +402,6 @@ def test_a_cold_stop_gives_the_jobs_back_at_once(start_worker: StartWorker, aske
     start_worker("prefill", 2)
     wait_until(asker.finished)
     assert asker.tokens() == [100]
-
-
-@contextmanager
-def cut_connections(services: Services, worker: StubWorker) -> Iterator[None]:
-    """RabbitMQ closes what the worker has open; on leaving, all of it is closed."""
-    ports = {
-        c.laddr.port
-        for c in psutil.Process(worker.pid).net_connections("tcp")
-        if c.status == psutil.CONN_ESTABLISHED
-    }
-    with httpx.Client(base_url=services.rabbit.api_url, timeout=10) as api:
-
-        def ours() -> list[str]:
-            return [c["name"] for c in api.get("connections").json() if c["peer_port"] in ports]
-
-        names = wait_until(ours)
-        for name in names:
-            api.delete(f"connections/{name}", headers={"X-Reason": "test"}).raise_for_status()
-        yield
 
 
 def test_a_lost_connection_does_not_run_a_request_twice(

@@ -82,8 +82,12 @@ def test_a_worker_outlives_an_outage_of_the_broker(config: dict[str, Any]) -> No
     assert config["broker_channel_error_retry"] is True
 
 
-def test_a_publish_is_confirmed(config: dict[str, Any]) -> None:
-    assert config["broker_transport_options"]["confirm_publish"] is True
+def test_what_celery_itself_sends_waits_for_rabbitmq_within_bounds(config: dict[str, Any]) -> None:
+    options = config["broker_transport_options"]
+    assert options["confirm_publish"] is False
+    assert 0 < options["read_timeout"] <= 30
+    assert 0 < options["write_timeout"] <= 30
+    assert 0 < config["redis_socket_timeout"] <= 10
 
 
 def test_waiting_tasks_send_no_event_with_their_arguments(config: dict[str, Any]) -> None:
