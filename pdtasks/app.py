@@ -69,6 +69,7 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
 
     def end_chain(self, answer: Answer | None) -> None:
         """End the request in this stage; a waiting Celery client gets `answer` as the result."""
+        # Without a chain Celery has nothing to send on: a stage sends the next one's job itself.
         rest, self.request.chain = self.request.chain, None
         if answer is not None and wants_result(rest):
             self.backend.store_result(

@@ -176,7 +176,7 @@ class EventSender:
             if self._own is None:
                 # Nobody would send heartbeats on it, or wait for confirms.
                 self._own = self._app.connection_for_write(heartbeat=0)
-                self._own.ensure_connection(max_retries=1, timeout=5)
+                self._own.ensure_connection(max_retries=1, interval_start=0, timeout=5)
             exchange = get_exchange(self._own, name=self._app.conf.event_exchange)
             kombu.Producer(self._own.default_channel, auto_declare=False).publish(
                 events if key == "task.multi" else events[0],

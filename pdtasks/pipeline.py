@@ -16,17 +16,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import kombu
-from amqp.exceptions import AMQPError, MessageNacked
+from amqp.exceptions import AMQPError
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from pdtasks.app import app
-from pdtasks.errors import BrokerUnavailable, InvalidRequest, QueueFull
-from pdtasks.messages import PrefillJob, TextRequest
+from pdtasks.background import Background
+from pdtasks.errors import BrokerUnavailable, InvalidRequest
+from pdtasks.messages import DecodeJob, Message, PrefillJob, TextRequest
 from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
+from pdtasks.publishing import ConfirmedSender, Publish
 from pdtasks.settings import load_settings
 
 logger = logging.getLogger(__name__)
@@ -90,14 +93,7 @@ def submit(
     return AsyncResult(job.request_id, app=app)
 
 
-def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
-    """Send `job` to stage 1, stage 2 chained to it.
-
-    Args:
-        reply_to: the reply stream that gets the tokens; None when the result is waited for.
-
-    Raises QueueFull when RabbitMQ refuses it, BrokerUnavailable when it does not confirm it.
-    """
+def _first_stage(job: PrefillJob, reply_to: str | None) -> Publish:
     # A plain dict, not a Celery signature: `chain()` costs five times as much and freezes
     # `reply_to` by itself.
     decode: dict[str, Any] = {
@@ -111,87 +107,81 @@ def publish(job: PrefillJob, *, producer: Any, reply_to: str | None) -> None:
             "queue": DECODE,
             "reply_to": reply_to,
             "ignore_result": reply_to is not None,
-            # Celery would put the arguments, the prompt, into events and logs.
-            "argsrepr": "-",
-            "kwargsrepr": "-",
         },
     }
-    try:
-        app.send_task(
-            PREFILL_TASK,
-            args=(job.to_wire(),),
-            task_id=prefill_task_id(job.request_id),
-            queue=PREFILL,
-            chain=[decode],
-            reply_to=reply_to,
-            ignore_result=True,
-            argsrepr="-",
-            kwargsrepr="-",
-            producer=producer,
-            # A refused message would otherwise cost a reconnect and be tried again.
-            retry=False,
-            confirm_timeout=CONFIRM_TIMEOUT_S,
-        )
-    except (AMQPError, OperationalError, OSError) as exc:
-        if _is_refusal(exc):
-            raise QueueFull("the prefill queue is full: try again later") from exc
-        raise BrokerUnavailable(
-            f"RabbitMQ did not take the request ({type(exc).__name__}): is it running?"
-        ) from exc
+    return _task_message(
+        PREFILL_TASK,
+        job,
+        queue=PREFILL,
+        task_id=prefill_task_id(job.request_id),
+        chain=[decode],
+        reply_to=reply_to,
+        ignore_result=True,
+    )
 
 
-def _is_refusal(error: Exception) -> bool:
-    return any(isinstance(e, MessageNacked) for e in (error, error.__cause__))
+def next_stage(
+    job: DecodeJob, chain: Sequence[dict[str, Any]], *, parent_id: str, root_id: str | None
+) -> Publish:
+    """The message that hands `job` to the next stage of `chain`, as Celery's chain would.
+
+    A chain's next task is its last one (Celery's order). Celery would send it through a pool whose
+    connections wait for RabbitMQ's confirm without a bound.
+    """
+    *rest, step = chain
+    return _task_message(
+        step["task"], job, chain=rest, parent_id=parent_id, root_id=root_id, **step["options"]
+    )
 
 
-def _is_late(error: BaseException | None) -> bool:
-    return error is not None and any(isinstance(e, TimeoutError) for e in (error, error.__cause__))
+def _task_message(name: str, job: Message, *, queue: str, task_id: str, **options: Any) -> Publish:
+    # Not `send_task`: for a result it would have this process listen on the bus.
+    message = app.amqp.create_task_message(
+        task_id,
+        name,
+        args=(job.to_wire(),),
+        # Celery would put the arguments, the prompt, into events and logs.
+        argsrepr="-",
+        kwargsrepr="-",
+        **options,
+    )
+
+    def publish(producer: kombu.Producer) -> None:
+        app.amqp.send_task_message(producer, name, message, queue=queue, retry=False)
+
+    return publish
 
 
 class Publisher:
-    """A connection of one's own, for a thread. Not thread safe.
+    """Sends requests into the pipeline. For any thread."""
 
-    Celery's pool will not do: a connection whose publish was not confirmed in time is closed there
-    with a handshake, for which a hung broker lets it wait for ever.
-    """
+    def __init__(self, background: Background | None = None) -> None:
+        self._sender = ConfirmedSender(app, background or Background())
 
-    def __init__(self) -> None:
-        self._connection: Any = None
-        self._producer: Any = None
+    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]:
+        """Have `job` sent to stage 1, stage 2 chained to it.
+
+        Args:
+            reply_to: the reply stream that gets the tokens; None when the result is waited for.
+
+        The future raises QueueFull when RabbitMQ refuses it, BrokerUnavailable when it does not
+        confirm it within `CONFIRM_TIMEOUT_S`.
+        """
+        return self._sender.send(_first_stage(job, reply_to), within_s=CONFIRM_TIMEOUT_S)
 
     def publish(self, job: PrefillJob, reply_to: str | None) -> None:
-        """`publish`, tried once more on a fresh connection when this one has gone stale."""
+        """`send`, and wait."""
+        sent = self.send(job, reply_to)
         try:
-            publish(job, producer=self._own_producer(), reply_to=reply_to)
-        except BrokerUnavailable as exc:
-            self.close()
-            if _is_late(exc.__cause__):
-                raise  # it may have arrived: said twice, it would run twice
-            publish(job, producer=self._own_producer(), reply_to=reply_to)
-
-    def _own_connection(self) -> Any:
-        if self._connection is None:
-            # Nobody would send heartbeats on it.
-            options = {"confirm_publish": True}
-            self._connection = app.connection_for_write(heartbeat=0, transport_options=options)
-        return self._connection
-
-    def _own_producer(self) -> Any:
-        if self._producer is None:
-            try:
-                connection = self._own_connection()
-                connection.ensure_connection(max_retries=1, timeout=CONFIRM_TIMEOUT_S)
-                self._producer = app.amqp.Producer(connection)
-            except (AMQPError, OperationalError, OSError) as exc:
-                self.close()
-                raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?") from exc
-        return self._producer
+            # The sender keeps the time; the rest is for one that hangs in a write.
+            sent.result(CONFIRM_TIMEOUT_S + 1)
+        except TimeoutError as exc:
+            sent.cancel()
+            raise BrokerUnavailable("RabbitMQ did not confirm the request in time") from exc
 
     def close(self) -> None:
-        """Drop the connection, without a handshake that a hung broker would never answer."""
-        if self._connection is not None:
-            self._connection.collect()
-        self._connection = self._producer = None
+        """End thread and connection; what is not confirmed in a moment has failed."""
+        self._sender.close()
 
 
 class _SharedPublisher:
@@ -203,12 +193,20 @@ class _SharedPublisher:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._publisher = Publisher()
+        self._publisher: Publisher | None = None
 
     def publish(self, job: PrefillJob, reply_to: str | None) -> None:
-        """`Publisher.publish`, one thread at a time."""
+        """`Publisher.publish`."""
         with self._lock:
-            self._publisher.publish(job, reply_to)
+            publisher = self._publisher = self._publisher or Publisher()
+        publisher.publish(job, reply_to)
+
+    def close(self) -> None:
+        """End it; the next request begins anew."""
+        with self._lock:
+            publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            publisher.close()
 
 
 _shared = _SharedPublisher()

@@ -1,7 +1,8 @@
 """Stage 1: compute the prompt, publish the first token, hand the KV to stage 2.
 
-The first token goes to the asker from the engine's step, before the hand-over is done.  The task's
-return value is the argument of the decode task, which Celery's chain sends on.
+The first token goes to the asker from the engine's step, before the hand-over is done.  The stage
+itself sends the decode task that is chained to this one (`pipeline.next_stage`): Celery would only
+begin when this task has returned, and wait for RabbitMQ without a bound.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -20,6 +23,8 @@ from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.handover import decode_request, encode_request, make_prefill, may_go_on
 from pdtasks.kv import params
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
+from pdtasks.pipeline import next_stage
+from pdtasks.publishing import Publish
 from pdtasks.text import TextFrontend
 
 logger = logging.getLogger(__name__)
@@ -29,14 +34,18 @@ SAVE_TIMEOUT_S = 20.0
 
 
 @app.task(base=StageTask, bind=True, name="pdtasks.prefill", ignore_result=True)
-def prefill(self: StageTask, wire: bytes) -> bytes | None:
-    """Run a `PrefillJob`; returns a `DecodeJob`, or None when the request ends here."""
+def prefill(self: StageTask, wire: bytes) -> None:
+    """Run a `PrefillJob`, and hand it to the next stage unless it ends here."""
     job = read_message(PrefillJob, wire)
     here = worker.current()
-    stage = _Prefill(here, job, self.reply_stream)
-    decode_job = None
+    request = self.request
+    hand_over = partial(
+        next_stage, chain=request.chain, parent_id=request.id, root_id=request.root_id
+    )
+    stage = _Prefill(here, job, self.reply_stream, hand_over)
+    answer = None
     try:
-        decode_job = here.run(self.request.id, stage.run, job.deadline)
+        answer = here.run(request.id, stage.run, job.deadline)
     except InvalidRequest as exc:
         # Not raised: the text of a task's exception goes into events and logs, and this one may
         # quote the request.
@@ -44,31 +53,31 @@ def prefill(self: StageTask, wire: bytes) -> bytes | None:
     except RequestAborted:
         if self.reply_stream is None:
             raise  # somebody may wait for the result
-    if decode_job is None or not stage.has_run:
-        # The chain ends here: finished after one token, nobody waits any more, or another delivery
-        # of the same job, which this one has joined, goes on with it.
-        self.end_chain(stage.answer)
-        return None
-    return decode_job.to_wire()
+    self.end_chain(answer)
 
 
 class _Prefill:
     """One request's way through stage 1."""
 
-    def __init__(self, here: worker.Worker, job: PrefillJob, reply_to: str | None) -> None:
+    def __init__(
+        self,
+        here: worker.Worker,
+        job: PrefillJob,
+        reply_to: str | None,
+        next_stage: Callable[[DecodeJob], Publish],
+    ) -> None:
         self._here = here
         self._job = job
         self._reply_to = reply_to
+        self._next_stage = next_stage
         self._started = time.monotonic()
         self._started_at = time.time()
         self._first_token_at = 0.0
         self._text_stop: str | None = None
         self._detokeniser: Any = None
-        self.answer: Answer | None = None  #: for a caller that waits for the result
-        self.has_run = False
 
-    async def run(self) -> DecodeJob | None:
-        self.has_run = True
+    async def run(self) -> Answer | None:
+        """Returns the answer that ends here and that somebody waits for."""
         job = self._job
         self._here.require_wanted(job.request_id)
         if job.tells_start:
@@ -90,16 +99,22 @@ class _Prefill:
             await self._here.generate(generation, lambda: (self._report(),))
             await self._saved(generation)
             self._here.require_wanted(job.request_id)
+            if self._goes_on:
+                await self._hand_over(wire, generation)
         except (asyncio.CancelledError, Exception):
             # The engine may be computing the prompt all the same, and write it when it is done.
             self._here.discard_when_saved(generation)
             raise
         self._here.engine.forget(generation)
-        if not self._goes_on:
-            self._here.discard(job.request_id)
-            self.answer = self._make_answer(original)
+        if self._goes_on:
             return None
-        return DecodeJob(
+        self._here.discard(job.request_id)
+        return self._make_answer(original)
+
+    async def _hand_over(self, wire: bytes, generation: Generation) -> None:
+        """Send the next stage's job; returns when RabbitMQ has confirmed it."""
+        job = self._job
+        next_job = DecodeJob(
             request_id=job.request_id,
             engine=ENGINE_VERSION,
             model=job.model,
@@ -114,6 +129,10 @@ class _Prefill:
             deadline=job.deadline,
             tells_start=job.tells_start,
         )
+        publish = self._next_stage(next_job)
+        within_s = max(0.0, job.deadline - time.time())
+        sent = self._here.sender.send(publish, within_s=within_s, insist=True)
+        await asyncio.wrap_future(sent)
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
         self._here.check_origin(self._job.engine, self._job.model)

@@ -39,6 +39,7 @@ from pdtasks.liveness import Liveness, watch
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
 from pdtasks.models import resolve_model
 from pdtasks.presence import worker_key
+from pdtasks.publishing import ConfirmedSender
 from pdtasks.reply import ReplyWriter, is_reply_stream
 from pdtasks.results import ResultStore
 from pdtasks.settings import Settings
@@ -78,6 +79,7 @@ class Worker:
         self.background = Background()
         self.liveness = Liveness()
         self.results = ResultStore(app)
+        self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self._ended = threading.Event()
         self.engine: Engine
         self.text: TextFrontend
@@ -105,6 +107,7 @@ class Worker:
         self._announcer.join(_FLUSH_S)
         self.wait_for_replies()
         self._discarding.shutdown()
+        self.sender.close()
         self.results.close()
         self.engine.stop()
         self.background.close()

@@ -104,7 +104,7 @@ def our_app(services: Services) -> Iterator[Any]:
         app.config_from_object("configs.celeryconfig", force=True)
         yield app
         # A process that asks keeps these for its life; here several lives follow each other.
-        pipeline._shared._publisher.close()
+        pipeline._shared.close()
         app.backend.result_consumer.stop()
         app.backend.client.connection_pool.disconnect()
         app.close()

@@ -176,7 +176,7 @@ def test_a_connection_that_broke_meanwhile_is_replaced(
     start_worker: StartWorker, publisher: Publisher, channel: Any
 ) -> None:
     publisher.publish(a_job("before"), "pd:reply:x")
-    publisher._connection.connection.transport.sock.shutdown(socket.SHUT_RDWR)
+    publisher._sender._connection.connection.transport.sock.shutdown(socket.SHUT_RDWR)
 
     publisher.publish(a_job("after"), "pd:reply:x")
 
