@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
@@ -18,7 +23,7 @@ from pdtasks.background import Background
 from pdtasks.bus import connect_async
 from pdtasks.jobs import Job, JobStore
 from pdtasks.settings import Settings
-from tests.integration.conftest import Services
+from tests.integration.conftest import ROOT, Services, wait_until
 
 NUM_JOBS = 8
 BODY = {"model": "m", "prompt": "hello", "seed": 1}
@@ -49,8 +54,8 @@ async def an_observer(settings: Settings) -> AsyncIterator[JobStore]:
         yield JobStore(bus, ttl_s=60)
 
 
-async def submit(store: JobStore) -> Job:
-    return await store.create("/v1/completions", BODY, timeout_s=60)
+async def submit(store: JobStore, **changes: Any) -> Job:
+    return await store.create("/v1/completions", BODY | changes, timeout_s=60)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -98,6 +103,57 @@ def test_the_jobs_of_an_api_that_stops_can_be_claimed_at_once(
             assert not any(job.is_given_up for job in claimed if job)
 
     asyncio.run(test())
+
+
+def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
+    settings: Settings, services: Services, tmp_path: Path
+) -> None:
+    bus = services.bus
+
+    def running() -> dict[str, float]:
+        """The ends of the leases, UNIX seconds."""
+        found = cast(
+            "list[tuple[bytes, float]]", bus.zrange("pd:jobs:running", 0, -1, withscores=True)
+        )
+        return {name.decode(): until for name, until in found}
+
+    async def submit_all() -> set[str]:
+        async with an_observer(settings) as store:
+            model = settings.model_name  # no stub here: it must be the API's
+            return {(await submit(store, model=model)).id for _ in range(NUM_JOBS)}
+
+    # Given an API process whose jobs wait for workers
+    made = asyncio.run(submit_all())
+    with an_api(services, tmp_path / "api.log") as process:
+        wait_until(lambda: running().keys() == made, timeout_s=60, what="all jobs are run")
+
+        # When it is stopped while each change of a key takes more than a second
+        bus.execute_command("CLIENT", "PAUSE", 1200, "WRITE")
+        process.terminate()
+        process.wait(timeout=20)
+
+    # Then no job waits for the end of a lease
+    log = (tmp_path / "api.log").read_text()
+    assert "Application shutdown complete" in log, log[-3000:]
+    assert running() == dict.fromkeys(made, 0.0)
+
+
+@contextmanager
+def an_api(services: Services, log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with socket.socket() as free, log_file.open("w") as log:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
+            env=os.environ | services.env | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_an_idle_runner_has_nothing_left_of_jobs_that_have_ended(
