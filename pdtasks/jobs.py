@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Mapping
@@ -21,6 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast, get_args
 
 import valkey.asyncio
+
+from pdtasks.errors import where
+
+logger = logging.getLogger(__name__)
 
 #: Seconds without a renewal after which a job is somebody else's.
 LEASE_S = 10.0
@@ -334,8 +339,18 @@ class JobStore:
         One that `is_given_up`, or `is_unwanted`, or whose deadline has passed, is only to be ended.
         `token` must be new for each claim.
         """
-        name = await self._claim(keys=[_RUNNING, _WAITING], args=[token, LEASE_S, MAX_ATTEMPTS])
-        return None if name is None else await self.get(name.decode())
+        while name := await self._claim(
+            keys=[_RUNNING, _WAITING], args=[token, LEASE_S, MAX_ATTEMPTS]
+        ):
+            job_id = name.decode()
+            try:
+                return await self.get(job_id)
+            except (KeyError, TypeError, ValueError) as exc:
+                # It would be claimed again and again, and hold up what is behind it.
+                logger.error("%s cannot be read and ends: %s", job_id, where(exc))  # noqa: TRY400
+                error = {"message": "the record of this job cannot be read", "code": 500}
+                await self._end(job_id, token, state="failed", error=error, finished_at=time.time())
+        return None
 
     async def renew(self, job: Job) -> Literal["held", "lost", "cancel"]:
         """Hold `job` for `LEASE_S` more seconds, and hear whether it is still wanted."""

@@ -351,3 +351,22 @@ def test_who_claims_a_cancelled_job_is_told(with_store: Run) -> None:
         assert (await claimed(store, "next")).is_unwanted
 
     with_store(test)
+
+
+def test_a_job_that_cannot_be_read_does_not_hold_up_the_next(
+    with_store: Run, services: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(store: JobStore) -> None:
+        odd, good = await submit(store), await submit(store)
+        services.bus.hset(f"pd:job:{odd.id}", "body", '{"canary')
+
+        assert (await claimed(store, "t")).id == good.id
+
+        assert cast("bytes", services.bus.hget(f"pd:job:{odd.id}", "state")) == b"failed"
+        assert cast("list[bytes]", services.bus.zrange("pd:jobs:running", 0, -1)) == [
+            good.id.encode()
+        ]
+        assert f"{odd.id} cannot be read and ends: JSONDecodeError" in caplog.text
+        assert "canary" not in caplog.text
+
+    with_store(test)
