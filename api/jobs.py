@@ -14,8 +14,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from vllm.exceptions import VLLMValidationError
 
-from api.runner import ROUTES, JobRunner
+from api.runner import ROUTES, STREAMED, JobRunner
 from pdtasks.bus import BUS_ERRORS
 from pdtasks.jobs import Job, JobStore, KeyReused
 
@@ -154,6 +155,9 @@ def _check(path: str, body: dict[str, Any]) -> None:
         raise HTTPException(400, "jobs cannot use beam search")
     try:
         ROUTES[path].request.model_validate(body)
+        ROUTES[path].request.model_validate(body | STREAMED)
+    except VLLMValidationError as exc:
+        raise HTTPException(400, f"not as a job, for a job is streamed: {exc}") from exc
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"

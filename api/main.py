@@ -5,7 +5,6 @@ No weights and no GPU in this process: the model's configuration and tokenizer s
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,8 +14,8 @@ import msgspec
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
+from pdtasks.background import Background
 from pdtasks.bus import BUS_ERRORS, connect_async
-from pdtasks.cancelling import end
 from pdtasks.errors import NoWorker
 from pdtasks.jobs import JobStore
 from pdtasks.models import resolve_model
@@ -65,7 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.pdtasks_client = client
         try:
             await init_app_state(client, app.state, arguments, ("generate",))
-            async with vllm_lifespan(app), _running_jobs(app, settings):
+            running_jobs = _running_jobs(app, settings, client.engine_core.background)
+            async with vllm_lifespan(app), running_jobs:
                 yield
         finally:
             await client.engine_core.close()
@@ -76,20 +76,22 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 @asynccontextmanager
-async def _running_jobs(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+async def _running_jobs(
+    app: FastAPI, settings: Settings, background: Background
+) -> AsyncIterator[None]:
     """Run jobs in this process."""
     from api.jobs import Jobs
     from api.runner import JobRunner
 
     bus = connect_async(settings)
     store = JobStore(bus, ttl_s=settings.result_ttl_s)
-    runner = JobRunner(app, store, concurrency=settings.job_concurrency)
+    runner = JobRunner(app, store, concurrency=settings.job_concurrency, background=background)
     app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
-    running = asyncio.create_task(runner.run())
+    runner.start()
     try:
         yield
     finally:
-        await end([running])
+        await runner.stop()
         await bus.aclose()
 
 

@@ -36,8 +36,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from pdtasks.background import Background
 from pdtasks.bus import BUS_ERRORS, connect_async
-from pdtasks.cancelling import end
 from pdtasks.engine import ENGINE_VERSION
 from pdtasks.errors import (
     BrokerUnavailable,
@@ -127,6 +127,7 @@ class PipelineCore(EngineCoreClient):
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._broker_away_until = 0.0  # monotonic
         self._publications: set[asyncio.Task[None]] = set()
+        self.background = Background()
         self._aborter = Aborter()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -143,7 +144,9 @@ class PipelineCore(EngineCoreClient):
 
     async def close(self) -> None:
         """Stop listening; workers drop what is left."""
-        await end(self._tasks)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*self._publications, return_exceptions=True)
         await self._stream.close()
         await self._bus.aclose()

@@ -27,7 +27,6 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from pdtasks.cancelling import end
 from pdtasks.errors import EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 
@@ -180,7 +179,10 @@ class Engine:
         self._pumping = self.loop.create_task(self._pump())
         self.loop.run_forever()
         # One that does not end must not keep the worker from ending.
-        self.loop.run_until_complete(end(asyncio.all_tasks(self.loop), within_s=1))
+        if tasks := asyncio.all_tasks(self.loop):
+            for task in tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=1))
 
     async def _boot(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

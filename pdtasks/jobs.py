@@ -14,70 +14,105 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 import valkey.asyncio
 
+from pdtasks.errors import where
+
+logger = logging.getLogger(__name__)
+
 #: Seconds without a renewal after which a job is somebody else's.
 LEASE_S = 10.0
+#: Runners that may lose one job, each with a whole run; then it fails.  One that stops and hands
+#: the job over has not lost it.
+MAX_ATTEMPTS = 3
 
-State = Literal["queued", "prefill", "decode", "succeeded", "failed", "cancelled"]
-ENDED = ("succeeded", "failed", "cancelled")
+Ended = Literal["succeeded", "failed", "cancelled"]
+State = Literal["queued", "prefill", "decode", Ended]
+ENDED: Final[tuple[Ended, ...]] = get_args(Ended)
 
 _PREFIX = "pd:job:"
 _ALL = "pd:jobs"
 _RUNNING = "pd:jobs:running"
 _WAITING = "pd:jobs:waiting"
 _IDEMPOTENCY = "pd:jobs:key:"
+#: Names of expired jobs that one submission forgets.
+_FORGOTTEN_AT_ONCE = 10
 
-_NOW = "local t = redis.call('TIME'); local now = t[1] + t[2] / 1e6 "
-#: KEYS: record, idempotency or "", all, waiting. ARGV: id, digest, ttl, field, value, …
+#: What the scripts share.  `keep`: an index lives as long as the longest of its records.
+_COMMON = (
+    f"local prefix = '{_PREFIX}' local has_ended = {{}} "
+    + " ".join(f"has_ended['{state}'] = true" for state in ENDED)
+    + """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local function keep(index, record)
+  local left = redis.call('PTTL', record)
+  redis.call('PEXPIRE', index, left, 'NX')
+  redis.call('PEXPIRE', index, left, 'GT')
+end
+"""
+)
+#: KEYS: record, idempotency or "", all, waiting. ARGV: id, digest, ttl, names to forget at most,
+#: field, value, …
 _CREATE = """
 if KEYS[2] ~= '' then
   local known = redis.call('GET', KEYS[2])
-  if known then return known end
+  -- A job that ends early expires before its key.
+  if known and redis.call('EXISTS', prefix .. string.match(known, ' (.*)')) == 1 then
+    return known
+  end
   redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3])
 end
-local t = redis.call('TIME')
-local now = t[1] + t[2] / 1e6
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('ZADD', KEYS[3], now, ARGV[1])
 redis.call('ZADD', KEYS[4], now, ARGV[1])
+keep(KEYS[3], KEYS[1])
+keep(KEYS[4], KEYS[1])
+for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, ARGV[4] - 1)) do
+  if redis.call('EXISTS', prefix .. id) == 1 then break end
+  redis.call('ZREM', KEYS[3], id)
+  redis.call('ZREM', KEYS[4], id)
+end
 return ARGV[2] .. ' ' .. ARGV[1]
 """
-#: KEYS: running, waiting. ARGV: token, lease, prefix.
-_CLAIM = (
-    _NOW
-    + """
+#: KEYS: running, waiting. ARGV: token, lease, attempts at most.
+_CLAIM = """
 while true do
   local id = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, 1)[1]
   if not id then id = redis.call('ZPOPMIN', KEYS[2])[1] end
   if not id then return nil end
-  local record = ARGV[3] .. id
+  local record = prefix .. id
   if redis.call('EXISTS', record) == 1 then
     redis.call('ZADD', KEYS[1], now + ARGV[2], id)
+    keep(KEYS[1], record)
     redis.call('HSET', record, 'token', ARGV[1])
-    redis.call('HINCRBY', record, 'attempts', 1)
+    local begun = tonumber(redis.call('HGET', record, 'attempts'))
+    local handed_over = tonumber(redis.call('HGET', record, 'handed_over') or 0)
+    if begun - handed_over < tonumber(ARGV[3]) then
+      redis.call('HINCRBY', record, 'attempts', 1)
+    else
+      redis.call('HSET', record, 'given_up', '1')
+    end
     return id
   end
   redis.call('ZREM', KEYS[1], id)
 end
 """
-)
 #: KEYS: record, running. ARGV: token, lease, id. Returns 0: lost, 1: held, 2: cancel.
-_RENEW = (
-    _NOW
-    + """
+_RENEW = """
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[3])
+keep(KEYS[2], KEYS[1])
 return redis.call('HGET', KEYS[1], 'cancel') and 2 or 1
 """
-)
 #: KEYS: record, events. ARGV: token, event or "", field, value, …
 _WRITE = """
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
@@ -90,34 +125,33 @@ end
 if #ARGV > 2 then redis.call('HSET', KEYS[1], unpack(ARGV, 3)) end
 return 1
 """
-#: KEYS: record, events, running, waiting. ARGV: token or "" for a job nobody runs, id,
+#: KEYS: record, events, running, waiting, all. ARGV: token or "" for a job nobody runs, id,
 #: ttl, field, value, …
 _FINISH = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return 0 end
 if (redis.call('HGET', KEYS[1], 'token') or '') ~= ARGV[1] then return 0 end
-if state == 'succeeded' or state == 'failed' or state == 'cancelled' then return 1 end
+if has_ended[state] then return 1 end
 redis.call('HSET', KEYS[1], 'token', '', unpack(ARGV, 4))
 redis.call('XADD', KEYS[2], '*', 'end', redis.call('HGET', KEYS[1], 'state'))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 redis.call('ZREM', KEYS[3], ARGV[2])
 redis.call('ZREM', KEYS[4], ARGV[2])
+keep(KEYS[5], KEYS[1])
 return 1
 """
-
-
 #: KEYS: record.
 _CANCEL = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancel', '1') end
 """
-
-
 #: KEYS: record, running. ARGV: token, id.
 _RELEASE = """
 if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then
   redis.call('HSET', KEYS[1], 'token', '-')
+  redis.call('HINCRBY', KEYS[1], 'handed_over', 1)
   redis.call('ZADD', KEYS[2], 0, ARGV[2])
+  keep(KEYS[2], KEYS[1])
 end
 """
 
@@ -152,6 +186,8 @@ class Job:
     stages: tuple[StageStart, ...] = ()
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    is_given_up: bool = False  #: `MAX_ATTEMPTS` runners have lost it
+    is_unwanted: bool = False  #: somebody has cancelled it
     token: str = field(default="", repr=False)
 
     @property
@@ -175,13 +211,12 @@ class JobStore:
         """`ttl_s`: seconds that a finished job can be asked for."""
         self._bus = bus
         self._ttl_s = ttl_s
-        self._create = bus.register_script(_CREATE)
-        self._claim = bus.register_script(_CLAIM)
-        self._renew = bus.register_script(_RENEW)
-        self._write = bus.register_script(_WRITE)
-        self._finish = bus.register_script(_FINISH)
-        self._cancel = bus.register_script(_CANCEL)
-        self._release = bus.register_script(_RELEASE)
+        self._create, self._claim, self._renew, self._write = (
+            bus.register_script(_COMMON + script) for script in (_CREATE, _CLAIM, _RENEW, _WRITE)
+        )
+        self._finish, self._cancel, self._release = (
+            bus.register_script(_COMMON + script) for script in (_FINISH, _CANCEL, _RELEASE)
+        )
 
     # -- callers ---------------------------------------------------------------------------------
 
@@ -222,14 +257,16 @@ class JobStore:
             key = f"{_IDEMPOTENCY}{named}"
         known = await self._create(
             keys=[_record(job_id), key, _ALL, _WAITING],
-            args=[job_id, digest, int(timeout_s + self._ttl_s), *_flat(fields)],
+            args=[
+                *(job_id, digest, int(timeout_s + self._ttl_s), _FORGOTTEN_AT_ONCE),
+                *_flat(fields),
+            ],
         )
         known_digest, known_id = known.decode().split()
         if known_digest != digest:
             raise KeyReused
         job = await self.get(known_id)
-        if job is None:  # it was, and has expired before its key
-            await self._bus.delete(key)
+        if job is None:  # it has expired between the two commands
             return await self.create(
                 path,
                 body,
@@ -299,10 +336,21 @@ class JobStore:
     async def claim(self, token: str) -> Job | None:
         """Begin to run the oldest job that nobody runs; None when there is none.
 
+        One that `is_given_up`, or `is_unwanted`, or whose deadline has passed, is only to be ended.
         `token` must be new for each claim.
         """
-        name = await self._claim(keys=[_RUNNING, _WAITING], args=[token, LEASE_S, _PREFIX])
-        return None if name is None else await self.get(name.decode())
+        while name := await self._claim(
+            keys=[_RUNNING, _WAITING], args=[token, LEASE_S, MAX_ATTEMPTS]
+        ):
+            job_id = name.decode()
+            try:
+                return await self.get(job_id)
+            except (KeyError, TypeError, ValueError) as exc:
+                # It would be claimed again and again, and hold up what is behind it.
+                logger.error("%s cannot be read and ends: %s", job_id, where(exc))  # noqa: TRY400
+                error = {"message": "the record of this job cannot be read", "code": 500}
+                await self._end(job_id, token, state="failed", error=error, finished_at=time.time())
+        return None
 
     async def renew(self, job: Job) -> Literal["held", "lost", "cancel"]:
         """Hold `job` for `LEASE_S` more seconds, and hear whether it is still wanted."""
@@ -321,17 +369,17 @@ class JobStore:
         return bool(done)
 
     async def release(self, job: Job) -> None:
-        """Leave `job` to the next that claims."""
+        """Hand `job` over to the next that claims; it counts as no lost attempt."""
         await self._release(keys=[_record(job.id), _RUNNING], args=[job.token, job.id])
 
-    async def finish(self, job: Job, state: State, **fields: Any) -> bool:
+    async def finish(self, job: Job, state: Ended, **fields: Any) -> bool:
         """End `job`. False: it is somebody else's now."""
         return await self._end(job.id, job.token, state=state, finished_at=time.time(), **fields)
 
     async def _end(self, job_id: str, token: str, **fields: Any) -> bool:
         record = _record(job_id)
         done = await self._finish(
-            keys=[record, record + ":events", _RUNNING, _WAITING],
+            keys=[record, record + ":events", _RUNNING, _WAITING, _ALL],
             args=[token, job_id, int(self._ttl_s), *_flat(fields)],
         )
         return bool(done)
@@ -370,5 +418,7 @@ def _read(job_id: str, fields: dict[str, bytes], ttl_s: float) -> Job | None:
         stages=tuple(StageStart(**start) for start in parsed("stages") or ()),
         result=parsed("result"),
         error=parsed("error"),
+        is_given_up="given_up" in text,
+        is_unwanted="cancel" in text,
         token=text.get("token", ""),
     )

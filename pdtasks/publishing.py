@@ -77,9 +77,8 @@ class ConfirmedSender:
         self._inbox: deque[_Message] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._wake_up, self._woken = socket.socketpair()
-        for end in (self._wake_up, self._woken):
-            end.setblocking(False)
+        self._wake_up: socket.socket
+        self._woken: socket.socket
         # Below: the sender's thread alone.
         self._waiting: deque[_Message] = deque()
         self._unconfirmed: dict[int, _Message] = {}
@@ -110,6 +109,9 @@ class ConfirmedSender:
                 return message.done
             self._inbox.append(message)
             if self._thread is None:
+                self._wake_up, self._woken = socket.socketpair()
+                self._wake_up.setblocking(False)
+                self._woken.setblocking(False)
                 self._thread = self._background.thread(self._name, self._run)
         self._wake()
         return message.done
@@ -119,10 +121,11 @@ class ConfirmedSender:
         with self._lock:
             self._closed = True
             thread = self._thread
+        if thread is None:
+            return
         self._wake()
-        if thread is not None:
-            thread.join(_CLOSE_S + 1)
-        if thread is None or not thread.is_alive():
+        thread.join(_CLOSE_S + 1)
+        if not thread.is_alive():
             self._wake_up.close()
             self._woken.close()
 

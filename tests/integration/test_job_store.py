@@ -10,7 +10,7 @@ import pytest
 
 from pdtasks import jobs
 from pdtasks.bus import connect_async
-from pdtasks.jobs import Job, JobStore, KeyReused
+from pdtasks.jobs import ENDED, Ended, Job, JobStore, KeyReused
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 
@@ -234,16 +234,139 @@ def test_jobs_are_listed_newest_first_page_by_page(with_store: Run, services: Se
     with_store(test)
 
 
-def test_nothing_stays_for_ever(with_store: Run, services: Services) -> None:
+def test_the_names_of_expired_jobs_are_forgotten(with_store: Run, services: Services) -> None:
     async def test(store: JobStore) -> None:
-        for key in ("a", "b"):
+        made = [await submit(store) for _ in range(15)]
+        for job in made:
+            services.bus.delete(f"pd:job:{job.id}")  # has expired
+
+        kept = [await submit(store) for _ in range(2)]
+
+        for index in (b"pd:jobs", b"pd:jobs:waiting"):
+            left = [
+                name.decode() for name in cast("list[bytes]", services.bus.zrange(index, 0, -1))
+            ]
+            assert left == [job.id for job in kept], index
+
+    with_store(test)
+
+
+def test_nothing_stays_for_ever(with_store: Run, services: Services) -> None:
+    def lives() -> dict[str, int]:
+        bus = services.bus
+        return {key.decode(): cast("int", bus.pttl(key)) for key in bus.scan_iter()}
+
+    async def test(store: JobStore) -> None:
+        for key in ("a", "b", "c"):
             await submit(store, idempotency_key=key)
         own = await claimed(store, "t")
+        await store.renew(own)
         await store.write(own, '"token"')
+        assert all(ms > 0 for ms in lives().values()), lives()
         await store.finish(own, "succeeded", result={})
+        await store.release(await claimed(store, "u"))
 
-        lives = {key: cast("int", services.bus.ttl(key)) for key in services.bus.scan_iter()}
-        indexes = {b"pd:jobs", b"pd:jobs:waiting", b"pd:jobs:running"}
-        assert all(ttl > 0 for key, ttl in lives.items() if key not in indexes), lives
+        after = lives()
+        assert {"pd:jobs", "pd:jobs:running", "pd:jobs:waiting"} < after.keys()
+        assert all(ms > 0 for ms in after.values()), after
+        # A job's names do not go before it does
+        for index in ("pd:jobs", "pd:jobs:running", "pd:jobs:waiting"):
+            members = cast("list[bytes]", services.bus.zrange(index, 0, -1))
+            assert after[index] >= max(after[f"pd:job:{name.decode()}"] for name in members) - 50
+
+    with_store(test)
+
+
+@pytest.mark.parametrize("ended", ENDED)
+def test_a_job_that_has_ended_is_in_no_queue(
+    with_store: Run, services: Services, ended: Ended
+) -> None:
+    async def test(store: JobStore) -> None:
+        for number in range(3):
+            await submit(store)
+            own = await claimed(store, f"t{number}")
+            await store.renew(own)
+            if number == 2:
+                await store.release(own)
+                own = await claimed(store, "next")
+            assert await store.finish(own, ended)
+
+        assert services.bus.zrange("pd:jobs:running", 0, -1) == []
+        assert services.bus.zrange("pd:jobs:waiting", 0, -1) == []
+        assert await store.claim("another") is None
+
+    with_store(test)
+
+
+def test_of_requests_with_one_expired_key_at_once_one_makes_the_job(
+    with_store: Run, services: Services
+) -> None:
+    async def test(store: JobStore) -> None:
+        for _ in range(20):
+            # Given a key whose job has expired before it
+            gone = await submit(store, idempotency_key="k")
+            services.bus.delete(f"pd:job:{gone.id}")
+
+            made = await asyncio.gather(*(submit(store, idempotency_key="k") for _ in range(8)))
+
+            (job_id,) = {job.id for job in made}
+            assert job_id != gone.id
+            waiting = cast("list[bytes]", services.bus.zrange("pd:jobs:waiting", 0, -1))
+            assert waiting == [job_id.encode()]
+            services.bus.flushall()
+
+    with_store(test)
+
+
+def test_a_job_that_loses_its_runners_is_given_up(
+    with_store: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(store: JobStore) -> None:
+        job = await submit(store)
+
+        # When it is handed over, which is nobody's fault, and lost again and again
+        for number in range(3):
+            await store.release(await claimed(store, f"stopped{number}"))
+        monkeypatch.setattr(jobs, "LEASE_S", 0)
+        lost = [await claimed(store, f"lost{number}") for number in range(jobs.MAX_ATTEMPTS)]
+        assert not any(own.is_given_up for own in lost)
+
+        # Then the next runner is only to end it
+        last = await claimed(store, "last")
+        assert last.is_given_up
+        assert last.attempts == 3 + jobs.MAX_ATTEMPTS
+        assert await store.finish(last, "failed", error={"code": 503})
+        assert (await seen(store, job)).state == "failed"
+        assert await store.claim("another") is None
+
+    with_store(test)
+
+
+def test_who_claims_a_cancelled_job_is_told(with_store: Run) -> None:
+    async def test(store: JobStore) -> None:
+        job = await submit(store)
+        await store.release(await claimed(store, "stopped"))
+        assert not await store.cancel(job.id)
+
+        assert (await claimed(store, "next")).is_unwanted
+
+    with_store(test)
+
+
+def test_a_job_that_cannot_be_read_does_not_hold_up_the_next(
+    with_store: Run, services: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(store: JobStore) -> None:
+        odd, good = await submit(store), await submit(store)
+        services.bus.hset(f"pd:job:{odd.id}", "body", '{"canary')
+
+        assert (await claimed(store, "t")).id == good.id
+
+        assert cast("bytes", services.bus.hget(f"pd:job:{odd.id}", "state")) == b"failed"
+        assert cast("list[bytes]", services.bus.zrange("pd:jobs:running", 0, -1)) == [
+            good.id.encode()
+        ]
+        assert f"{odd.id} cannot be read and ends: JSONDecodeError" in caplog.text
+        assert "canary" not in caplog.text
 
     with_store(test)
