@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from celery import Celery, Task, states
+from celery.exceptions import Ignore
 from kombu.utils.objects import cached_property
 
 from pdtasks.errors import (
@@ -66,6 +67,19 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
         """Where the asker reads along, if it does."""
         reply_to: str | None = self.request.reply_to
         return reply_to if is_reply_stream(reply_to) else None
+
+    def end_aborted(self) -> None:
+        """The request was dropped: raises what tells Celery how the task ended, if anything does.
+
+        Called while RequestAborted is handled.
+        """
+        from celery.worker import state
+
+        if self.request.id in state.revoked:
+            # Whoever waits was told so by `StageRequest`; a failure would take that back.
+            raise Ignore
+        if self.reply_stream is None:
+            raise  # noqa: PLE0704 - somebody may wait for the result
 
     def end_chain(self, answer: Answer | None) -> None:
         """End the request in this stage; a waiting Celery client gets `answer` as the result."""

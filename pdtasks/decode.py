@@ -32,8 +32,7 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     try:
         answer = here.run(self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline)
     except RequestAborted:
-        if self.reply_stream is None:
-            raise  # somebody may wait for the result
+        self.end_aborted()
         return None
     return None if answer is None else msgspec.to_builtins(answer)
 

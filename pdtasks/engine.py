@@ -27,7 +27,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from pdtasks.errors import EngineFailed, RequestAborted
+from pdtasks.errors import EngineFailed, RequestAborted, where
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ class Engine:
         self._on_step = on_step
         self._on_death = on_death
         self._running: dict[str, Generation] = {}
+        self._num_running = 0
         self._stopping = False
         self.kv_usage = 0.0  #: share of the KV cache's blocks that requests hold, as vLLM counts
         self.loop = asyncio.new_event_loop()
@@ -138,7 +139,13 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests whose answer is under way here."""
-        return sum(not generation.finished.done() for generation in self._running.values())
+        # A number, not a look into what the loop is changing: presence asks in another thread.
+        return self._num_running
+
+    @property
+    def num_held(self) -> int:
+        """Requests that anything is kept of: more than run only until their KV is saved."""
+        return len(self._running)
 
     # -- from other threads --------------------------------------------------------------------
 
@@ -250,12 +257,17 @@ class Engine:
                 output.request_id = generation.request_id
                 try:
                     step.append((generation, generation.take(output), output))
-                except Exception as exc:
+                except Exception as exc:  # noqa: BLE001 - see below
                     # One odd request must not take the engine, and with it all others, along.
-                    logger.exception("output of %s", generation.request_id)
+                    logger.error("output of %s: %s", generation.request_id, where(exc))  # noqa: TRY400
                     generation.end(EngineFailed(type(exc).__name__))
         if step:
-            self._on_step(step, timestamp)
+            try:
+                self._on_step(step, timestamp)
+            except Exception as exc:  # noqa: BLE001 - nor must an odd step
+                logger.error("the outputs of a step were lost: %s", where(exc))  # noqa: TRY400
+                for generation, _, _ in step:
+                    generation.end(EngineFailed("an output was lost"))
         for generation, _, _ in step:
             if generation.finish_reason is not None:
                 generation.end()
@@ -268,11 +280,13 @@ class Engine:
         """
         engine_id = generation.request.request_id
         self._running[engine_id] = generation
+        self._num_running += 1
         try:
             await self._core.add_request_async(generation.request)
             generation.entered_engine = True
             await generation.finished
         finally:
+            self._num_running -= 1
             if not generation.left_engine:
                 await self._core.abort_requests_async([engine_id])
         if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):

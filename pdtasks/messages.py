@@ -141,6 +141,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     state: str
     reason: str = ""  #: why it is not ready, or what is wrong although it is; for people
     active: int = 0  #: requests in its engine
+    held: int = 0  #: requests that it keeps anything of; 0 when it is idle, or something leaks
     kv_usage: float = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
     max_model_len: int = 0

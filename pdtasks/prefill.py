@@ -51,8 +51,7 @@ def prefill(self: StageTask, wire: bytes) -> None:
         # quote the request.
         self.refuse(job.request_id, exc)
     except RequestAborted:
-        if self.reply_stream is None:
-            raise  # somebody may wait for the result
+        self.end_aborted()
     self.end_chain(answer)
 
 

@@ -17,8 +17,15 @@ from contextlib import suppress
 from typing import Any
 
 import valkey.asyncio
-from valkey.exceptions import ResponseError
+from valkey.exceptions import (
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
 
+from pdtasks.backoff import Backoff
 from pdtasks.bus import BUS_ERRORS
 from pdtasks.errors import IncompatibleWorker
 from pdtasks.messages import StepReply, read_message
@@ -34,7 +41,13 @@ _RENEW_S = 5.0
 _BLOCK_S = 1.0
 #: Messages taken at once.
 _BATCH = 256
+#: Seconds between two tries; the second is the longest.
 _RETRY_S = 0.2
+_RETRY_MAX_S = 2.0
+#: Answers of a bus that will take the same message later.
+_REFUSED_FOR_NOW = (OutOfMemoryError, BusyLoadingError, ReadOnlyError, TryAgainError)
+
+_Entry = tuple[str, bytes]
 
 
 def is_reply_stream(reply_to: str | None) -> bool:
@@ -63,44 +76,59 @@ class ReplyWriter:
         """Send what is queued, in order, until cancelled. A bus that is away is tried again."""
         while True:
             batch = [await self._queue.get()]
-            while not self._queue.empty():
+            while not self._queue.empty() and len(batch) < _BATCH:
                 batch.append(self._queue.get_nowait())
-            await self._send(batch)
+            await self._deliver(batch)
             async with self._sent:
                 self._num_sent += len(batch)
                 self._sent.notify_all()
 
     async def flush(self) -> None:
-        """Return when the bus has all that was put before this call."""
+        """Return when the bus has all that was put before this call, or has lost its reader.
+
+        May take as long as the bus is away or out of memory: bound it.
+        """
         until = self._num_put
         async with self._sent:
             await self._sent.wait_for(lambda: self._num_sent >= until)
 
-    async def _send(self, batch: list[tuple[str, bytes]]) -> None:
-        while True:
-            pipeline = self._bus.pipeline(transaction=False)
-            for stream, wire in batch:
-                pipeline.xadd(stream, {_FIELD: wire}, nomkstream=True)
+    async def _deliver(self, batch: list[_Entry]) -> None:
+        backoff = Backoff(first_s=_RETRY_S, maximum_s=_RETRY_MAX_S)
+        left = batch
+        while left:
             try:
-                answers = await pipeline.execute(raise_on_error=False)
+                left = self._look_at(left, await self._send(left))
             except BUS_ERRORS as exc:
                 # A message may arrive twice after this; readers drop tokens they have.
                 logger.warning("bus is away, replies wait: %s", type(exc).__name__)
-                await asyncio.sleep(_RETRY_S)
-                continue
-            self._look_at(batch, answers)
-            return
+            if left:
+                backoff.fail()
+                await asyncio.sleep(backoff.pause_s)
 
-    def _look_at(self, batch: list[tuple[str, bytes]], answers: list[Any]) -> None:
-        gone = set()
-        for (stream, _), answer in zip(batch, answers, strict=True):
-            if isinstance(answer, Exception):
-                # The bus refuses this one entry (memory, say); its reader will notice the gap.
-                logger.error("the bus refused a reply: %s", answer)
+    async def _send(self, batch: list[_Entry]) -> list[Any]:
+        pipeline = self._bus.pipeline(transaction=False)
+        for stream, wire in batch:
+            pipeline.xadd(stream, {_FIELD: wire}, nomkstream=True)
+        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
+
+    def _look_at(self, batch: list[_Entry], answers: list[Any]) -> list[_Entry]:
+        """Returns what has to be sent again, in order."""
+        again, gone = [], set()
+        for entry, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, _REFUSED_FOR_NOW):
+                again.append(entry)
+            elif isinstance(answer, Exception):
+                # Under the stream's name lies something else: its owner notices as well.
+                logger.error("a reply stream takes no replies: %s", type(answer).__name__)
+                gone.add(entry[0])
             elif answer is None:
-                gone.add(stream)
+                gone.add(entry[0])
+        if again:
+            logger.error("the bus refused %d replies, which wait: is its memory full?", len(again))
         for stream in gone:
             self._on_gone(stream)
+        return again
 
 
 class ReplyStream:
@@ -137,6 +165,13 @@ class ReplyStream:
             await self.open()
             await self._on_lost()
 
+    async def _begin_again(self) -> None:
+        self._last_id = b"0"
+        with suppress(*BUS_ERRORS):
+            await self._bus.delete(self.name)
+            await self.open()
+        await self._on_lost()
+
     async def read(self) -> AsyncIterator[StepReply]:
         """Yield replies as they come, until cancelled; each is removed from the bus when taken."""
         was_away = False
@@ -148,6 +183,12 @@ class ReplyStream:
                 found = await self._bus.xread(
                     {self.name: self._last_id}, count=_BATCH, block=int(_BLOCK_S * 1000)
                 )
+            except ResponseError as exc:
+                # The bus is there and refuses: what lies under our name is not our stream.
+                logger.error("the reply stream cannot be read: %s", type(exc).__name__)  # noqa: TRY400
+                await self._begin_again()
+                await asyncio.sleep(_RETRY_S)
+                continue
             except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
                 was_away = True

@@ -12,14 +12,15 @@ import os
 import socket
 import threading
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from celery import Celery
+from prometheus_client import Counter
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackEncoder
 
@@ -32,6 +33,7 @@ from pdtasks.errors import (
     PdtasksError,
     RequestAborted,
     RequestTimeout,
+    where,
 )
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore, StoreError
@@ -55,7 +57,18 @@ _ABORTED_SAVE_S = 60.0
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
 
+_LEAKS = Counter("pdtasks_leaks", "Times that an idle worker was found to hold ended requests")
+
 T = TypeVar("T")
+
+
+@dataclass
+class _StreamStep:
+    """What one engine step has for one reply stream."""
+
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    reports: dict[str, tuple[StageReport, ...]] = field(default_factory=dict)
 
 
 class Worker:
@@ -81,6 +94,7 @@ class Worker:
         self.results = ResultStore(app)
         self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self._ended = threading.Event()
+        self._leaked_before = self._leaks_told = 0
         self.engine: Engine
         self.text: TextFrontend
 
@@ -132,11 +146,17 @@ class Worker:
             state=state,
             reason=reason,
             active=self.engine.num_running if running else 0,
+            held=self._num_held() if running else 0,
             kv_usage=self.engine.kv_usage if running else 0.0,
             model=self.settings.model_name,
             max_model_len=self.engine.config.model_config.max_model_len if running else 0,
             engine=ENGINE_VERSION,
         )
+
+    def _num_held(self) -> int:
+        # Without those whose KV the engine may still write, which are seen to (`_waiting`).
+        engine = self.engine.num_held - len(self._waiting)
+        return max(engine, len(self._stages), len(self._final_reports), 0)
 
     def _announce(self) -> None:
         bus = connect(self.settings)
@@ -150,7 +170,19 @@ class Worker:
             except Exception:
                 # A worker that works but is not seen would be a riddle: say it and go on.
                 logger.exception("the worker's status could not be announced")
+            self._look_for_leaks()
             self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
+
+    def _look_for_leaks(self) -> None:
+        """An idle worker that holds anything will hold more and more: say so, once."""
+        is_idle = self._state == "ready" and not self._stages
+        leaked = self._num_held() if is_idle else 0
+        # Twice in a row: between the two numbers a request may have begun.
+        if leaked and self._leaked_before and leaked != self._leaks_told:
+            _LEAKS.inc()
+            self._leaks_told = leaked
+            logger.warning("%d requests that have ended are still held: please report this", leaked)
+        self._leaked_before = leaked
 
     def _watch(self) -> None:
         watch(
@@ -187,8 +219,7 @@ class Worker:
         except PdtasksError:
             raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, its text stays here
-            where = "".join(traceback.format_tb(exc.__traceback__))
-            logger.error("%s failed: %s at\n%s", task_id, type(exc).__name__, where)  # noqa: TRY400
+            logger.error("%s failed: %s", task_id, where(exc))  # noqa: TRY400
             raise EngineFailed(f"the stage failed: {type(exc).__name__}") from None
         finally:
             with self._stages_lock:
@@ -261,23 +292,31 @@ class Worker:
         self, step: list[tuple[Generation, int, EngineCoreOutput]], timestamp: float
     ) -> None:
         """One message for each reply stream, however many requests are in the step."""
-        by_stream: dict[str, list[tuple[Generation, int, EngineCoreOutput]]] = {}
-        for item in step:
-            stream = item[0].reply_to
-            if stream is not None:
-                by_stream.setdefault(stream, []).append(item)
-        for stream, items in by_stream.items():
-            outputs = EngineCoreOutputs(outputs=[o for _, _, o in items], timestamp=timestamp)
+        by_stream: dict[str, _StreamStep] = {}
+        for generation, position, output in step:
+            if generation.reply_to is None:
+                continue
+            reports = None
+            if output.finish_reason is not None:
+                try:
+                    reports = self._final_reports[generation]()
+                except Exception as exc:  # noqa: BLE001 - it ends one request, not the engine
+                    logger.error("no report of %s: %s", generation.request_id, where(exc))  # noqa: TRY400
+                    generation.end(EngineFailed(f"the answer was lost: {type(exc).__name__}"))
+                    continue
+            part = by_stream.setdefault(generation.reply_to, _StreamStep())
+            part.outputs.append(output)
+            part.positions.append(position)
+            if reports is not None:
+                part.reports[generation.request_id] = reports
+        for stream, part in by_stream.items():
+            outputs = EngineCoreOutputs(outputs=part.outputs, timestamp=timestamp)
             self._replies.put(
                 stream,
                 self._reply(
                     outputs=bytes(cast("bytes", self._encoder.encode(outputs)[0])),
-                    positions=tuple(position for _, position, _ in items),
-                    reports={
-                        generation.request_id: self._final_reports[generation]()
-                        for generation, _, output in items
-                        if output.finish_reason is not None
-                    },
+                    positions=tuple(part.positions),
+                    reports=part.reports,
                 ),
             )
 

@@ -45,6 +45,8 @@ def wait_until_nothing_is_left(services: Services, *but: str) -> None:
     with suppress(AssertionError):
         wait_until(lambda: not left(), 5)
     assert left() == set()
+    # nor in a worker
+    wait_until(lambda: all(w.held == 0 for w in read_workers(services.bus)), 10)
 
 
 # -- the journey -------------------------------------------------------------------------------

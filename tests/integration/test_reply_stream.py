@@ -249,6 +249,46 @@ def test_one_entry_that_the_bus_refuses_does_not_stop_the_others(bus_url: str) -
             bench.writer.put(bench.stream.name, a_reply(4))
             await until(lambda: len(bench.read) == 3)
             assert bench.read == [1, 3, 4], "each arrives once"
+            # The worker drops what it does for whoever cannot hear it.
+            assert bench.gone == [odd]
+
+    asyncio.run(test())
+
+
+def test_a_reply_for_which_the_bus_has_no_room_is_kept_and_sent_later(
+    own_bus: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with bench_on(own_bus.url) as bench:
+            # Given a bus whose memory is full
+            bench.bus.config_set("maxmemory", 1)
+            bench.writer.put(bench.stream.name, a_reply(1))
+            flushed = asyncio.create_task(bench.writer.flush())
+            await until(lambda: "the bus refused 1 replies" in caplog.text)
+            # Then it does not count as sent: the job is not acknowledged
+            assert not flushed.done()
+
+            # When there is room again
+            bench.bus.config_set("maxmemory", 0)
+
+            await flushed
+            await until(lambda: bench.read == [1])
+            assert bench.gone == []
+
+    asyncio.run(test())
+
+
+def test_an_asker_whose_stream_is_none_any_more_hears_of_the_loss(bus_url: str) -> None:
+    async def test() -> None:
+        async with bench_on(bus_url) as bench:
+            # When somebody writes over its stream
+            bench.bus.set(bench.stream.name, "no stream at all")
+
+            await until(lambda: bench.times_lost >= 1)
+            # and the stream is one again
+            await until(lambda: bench.bus.type(bench.stream.name) == b"stream")
+            bench.writer.put(bench.stream.name, a_reply(2))
+            await until(lambda: bench.read == [2])
 
     asyncio.run(test())
 

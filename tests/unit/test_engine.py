@@ -200,6 +200,51 @@ def test_one_request_that_cannot_be_handled_does_not_take_the_others_along(
     with_bench(test)
 
 
+def test_a_step_that_cannot_be_told_fails_its_requests_and_not_the_engine() -> None:
+    async def test(bench: Bench) -> None:
+        one, other = a_generation("a"), a_generation("b")
+        tasks = [bench.run(one), bench.run(other)]
+        await asyncio.sleep(0)
+
+        def surprise(step: Step, timestamp: float) -> None:
+            raise KeyError("canary")
+
+        bench.engine._on_step = surprise
+        bench.core.step(an_output([7], "a#1"))
+        with pytest.raises(EngineFailed):
+            await tasks[0]
+
+        bench.engine._on_step = bench._on_step
+        bench.core.step(an_output([8], "b#1", FinishReason.STOP))
+        await tasks[1]
+        assert bench.deaths == 0
+        assert other.token_ids == [8]
+
+    with_bench(test)
+
+
+def test_how_much_runs_is_a_number_that_any_thread_may_ask_for() -> None:
+    async def test(bench: Bench) -> None:
+        one, other = a_generation("a"), a_generation("b")
+        tasks = [bench.run(one), bench.run(other)]
+        await asyncio.sleep(0)
+        assert (bench.engine.num_running, bench.engine.num_held) == (2, 2)
+
+        bench.core.step(an_output([7], "a#1", FinishReason.STOP))
+        await tasks[0]
+        assert bench.engine.num_running == 1
+        bench.engine.abort("b")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert bench.engine.num_running == 0
+        # Held until their stages have seen their KV to the store
+        assert bench.engine.num_held == 2
+        for generation in (one, other):
+            bench.engine.forget(generation)
+        assert bench.engine.num_held == 0
+
+    with_bench(test)
+
+
 def test_a_dead_engine_fails_all_requests_and_is_reported_once() -> None:
     async def test(bench: Bench) -> None:
         tasks = [bench.run(a_generation(name)) for name in "ab"]
