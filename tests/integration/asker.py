@@ -41,7 +41,8 @@ class Asker:
         self.bus = bus
         self.stream = f"pd:reply:{uuid.uuid4().hex}"
         self.bus.xgroup_create(self.stream, "owner", mkstream=True)
-        self._publisher = Publisher()
+        self.publisher = Publisher()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
 
     def ask(self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any) -> None:
         """Publish a request."""
@@ -54,12 +55,29 @@ class Asker:
             submitted_at=now,
             deadline=now + timeout_s,
         )
-        self._publisher.publish(job, self.stream)
+        self.publisher.publish(job, self.stream)
 
     def messages(self) -> list[StepReply]:
         """Everything that was written so far."""
         entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", self.bus.xrange(self.stream))
         return [read_message(StepReply, fields[b"m"]) for _, fields in entries]
+
+    def take_finished(self) -> set[str]:
+        """Requests whose last token has come since the last look; what was read is removed."""
+        entries = cast(
+            "list[tuple[bytes, dict[bytes, bytes]]]", self.bus.xrange(self.stream, count=1000)
+        )
+        if not entries:
+            return set()
+        self.bus.xdel(self.stream, *[entry_id for entry_id, _ in entries])
+        messages = [read_message(StepReply, fields[b"m"]) for _, fields in entries]
+        return {
+            output.request_id
+            for message in messages
+            if message.outputs
+            for output in self._decoder.decode(message.outputs).outputs
+            if output.finish_reason is not None
+        }
 
     def outputs(self) -> list[tuple[str, int, EngineCoreOutput]]:
         """(stage, position, output) in the order of arrival."""
@@ -99,5 +117,5 @@ class Asker:
 
     def close(self) -> None:
         """Close the connections."""
-        self._publisher.close()
+        self.publisher.close()
         self.bus.close()

@@ -253,7 +253,13 @@ def start_worker(
     started: list[StubWorker] = []
 
     def start(
-        role: str, number: int = 1, *, held: bool = False, wait: bool = True, **env: str
+        role: str,
+        number: int = 1,
+        *,
+        held: bool = False,
+        wait: bool = True,
+        concurrency: int = 8,
+        **env: str,
     ) -> StubWorker:
         name = f"{role}{number}"
         steering = Steering(name, valkey.Valkey.from_url(steering_url(services.bus_server.url)))
@@ -266,7 +272,7 @@ def start_worker(
         }
         order = {
             "argv": [
-                *("-Q", role, "-P", "threads", "-c", "8", "-n", f"{name}@test", "-E"),
+                *("-Q", role, "-P", "threads", "-c", str(concurrency), "-n", f"{name}@test", "-E"),
                 *("--without-mingle", "--without-gossip", "-l", "INFO"),
             ],
             "env": services.env | {"STUB_NAME": name} | settings,

@@ -75,6 +75,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
 
         def __init__(self, settings: Settings) -> None:
             self._name = os.environ["STUB_NAME"]
+            self._records = os.environ.get("STUB_RECORDS") != "no"
             self._bus = valkey.asyncio.Valkey.from_url(steering_url(settings.require_bus()))
             self._store = BlockStore(settings.kv_urls, ttl_s=600)
             self._running: dict[str, EngineCoreRequest] = {}
@@ -89,7 +90,8 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
             self._running[request_id] = request
             self._made[request_id] = len(self._ours(request).get("resume") or ())
             self._salts[request_id] = 1000 * (next(attempts) + os.getpid())
-            await self._bus.rpush(added_key(self._name), request_id)
+            if self._records:
+                await self._bus.rpush(added_key(self._name), request_id)
             self._work.set()
 
         async def abort_requests_async(self, request_ids: list[str]) -> None:
