@@ -96,8 +96,8 @@ async def _running_jobs(
 
 
 @router.get("/ready")
-async def ready(request: Request) -> dict[str, str]:
-    """200 when both stages have a worker that takes jobs, else 503 with the reason."""
+async def ready(request: Request) -> dict[str, Any]:
+    """200 when both stages have a worker that takes jobs and this process is well, else 503."""
     core = request.app.state.pdtasks_client.engine_core
     try:
         await core.look_at_workers()
@@ -106,7 +106,10 @@ async def ready(request: Request) -> dict[str, str]:
         raise HTTPException(exc.http_status, str(exc)) from exc
     except BUS_ERRORS as exc:
         raise HTTPException(503, f"the bus does not answer: {type(exc).__name__}") from exc
-    return {"status": "ready"}
+    if problems := core.background.problems():
+        raise HTTPException(503, "; ".join(problems))
+    failures = {name: count for name, count in core.background.failures().items() if count}
+    return {"status": "ready"} | ({"background": failures} if failures else {})
 
 
 @router.get("/pdtasks/requests/{request_id}")

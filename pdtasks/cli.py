@@ -288,5 +288,31 @@ def prefix(
         json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")
 
 
+@bench.command()
+@_JSON
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+def burst(*, json_file: Path | None, rounds: int) -> None:
+    """Send bursts of short requests to the running stack: does it answer all of them?
+
+    Exit code 1 when it does not.
+    """
+    from pdtasks.bench.burst import format_burst, run_burst
+    from pdtasks.cluster.children import api_url
+    from pdtasks.settings import make_settings
+
+    settings = make_settings()
+    result = run_burst(
+        api_url(settings),
+        settings.model_name,
+        settings.broker_api_url,
+        lambda line: click.echo(line, err=True),
+        rounds=rounds,
+    )
+    click.echo(format_burst(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    sys.exit(0 if result.answered == result.requests else 1)
+
+
 if __name__ == "__main__":
     main(prog_name="pdtasks")

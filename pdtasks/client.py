@@ -15,8 +15,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -36,6 +36,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from pdtasks.aborting import Aborter
 from pdtasks.background import Background
 from pdtasks.bus import BUS_ERRORS, connect_async
 from pdtasks.engine import ENGINE_VERSION
@@ -47,11 +48,12 @@ from pdtasks.errors import (
     RepliesLost,
     RequestTimeout,
     WorkerLost,
+    where,
 )
 from pdtasks.handover import encode_request
 from pdtasks.messages import PrefillJob, StageReport, StepReply, WorkerStatus
 from pdtasks.naming import STAGES
-from pdtasks.pipeline import Aborter, Publisher
+from pdtasks.pipeline import Publisher
 from pdtasks.presence import read_workers_async
 from pdtasks.reply import ReplyStream
 from pdtasks.settings import Settings
@@ -64,10 +66,13 @@ _REMEMBERED_REPORTS = 1000
 _MAX_ID_LENGTH = 200
 #: Seconds without a further try after RabbitMQ could not be reached.
 _BROKER_PAUSE_S = 2.0
+#: Seconds that each step of a close may take.
+_CLOSE_S = 5.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
 _REPLIES = Counter("pdtasks_replies", "Messages on this API's reply stream")
+_LEAKS = Counter("pdtasks_api_leaks", "Requests that were kept although nobody waited for them")
 _OUTPUTS = Counter(
     "pdtasks_outputs", "Outputs in them; more than one each where requests share steps"
 )
@@ -97,6 +102,7 @@ class _Open:
     stage_watch: StageWatch | None = None
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
+    sent: Future[None] | None = None  #: when RabbitMQ has it
 
 
 class PipelineCore(EngineCoreClient):
@@ -105,13 +111,26 @@ class PipelineCore(EngineCoreClient):
     engine_ranks_managed: ClassVar = [0]
 
     def __init__(
-        self, settings: Settings, fail: Callable[[str, PdtasksError], Awaitable[None]]
+        self,
+        settings: Settings,
+        fail: Callable[[str, PdtasksError], Awaitable[None]],
+        *,
+        is_known: Callable[[str], bool] = lambda _: True,
+        publisher: Publisher | None = None,
+        aborter: Aborter | None = None,
+        stream: ReplyStream | None = None,
     ) -> None:
-        """`fail(request_id, error)` ends a request with an error that is not the model's."""
+        """Args:
+        is_known: tells of a request id whether whoever asked still waits for it.
+        fail: `fail(request_id, error)` ends a request with an error that is not the model's.
+        publisher, aborter, stream: None: of RabbitMQ and the bus that `settings` name.
+        """
         self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
         self.workers: list[WorkerStatus] = []
         self._settings = settings
         self._fail = fail
+        self._is_known = is_known
+        self._unknown_before: set[str] = set()
         self._open: dict[str, _Open] = {}
         self._missing_since: dict[str, float] = {}  # stages without a worker, UNIX seconds
         self._reports: deque[tuple[str, tuple[StageReport, ...]]] = deque(
@@ -121,14 +140,12 @@ class PipelineCore(EngineCoreClient):
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         settings.require_broker()
         self._bus = connect_async(settings)
-        self._stream = ReplyStream(self._bus, self._replies_are_lost)
-        # One thread: its connection to RabbitMQ is not safe for more.
-        self._publisher = Publisher()
-        self._publishing = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._stream = stream or ReplyStream(self._bus, self._replies_are_lost)
+        self.background = Background()
+        self._publisher = publisher or Publisher(self.background)
         self._broker_away_until = 0.0  # monotonic
         self._publications: set[asyncio.Task[None]] = set()
-        self.background = Background()
-        self._aborter = Aborter()
+        self._aborter = aborter or Aborter(self.background)
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------
@@ -137,22 +154,31 @@ class PipelineCore(EngineCoreClient):
         """Begin to listen. Raises valkey.ValkeyError when the bus cannot be reached."""
         await self._stream.open()
         await self.look_at_workers()
+        # Without these no answer comes and no deadline holds: they survive any surprise.
         self._tasks = [
-            asyncio.create_task(_for_ever(run))
-            for run in (self._stream.keep, self._listen, self._watch)
+            self.background.task("reply-stream", self._stream.keep),
+            self.background.task("replies", self._listen),
+            self.background.task("watch", self._watch),
         ]
 
     async def close(self) -> None:
-        """Stop listening; workers drop what is left."""
+        """Stop listening; workers drop what is left. Bounded, whatever hangs."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*self._publications, return_exceptions=True)
-        await self._stream.close()
-        await self._bus.aclose()
-        self._publishing.submit(self._publisher.close)
-        self._publishing.shutdown()
-        await asyncio.to_thread(self._aborter.close)
+        if self._publications:
+            _, late = await asyncio.wait(self._publications, timeout=_CLOSE_S)
+            for publishing in late:
+                publishing.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self._stream.close()
+                await self._bus.aclose()
+        # Each joins its thread for some seconds at most.
+        await asyncio.gather(
+            asyncio.to_thread(self._publisher.close), asyncio.to_thread(self._aborter.close)
+        )
+        self.background.close()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """vLLM's hook; what needs an event loop is done in `close`."""
@@ -187,31 +213,39 @@ class PipelineCore(EngineCoreClient):
         if len(job.request_id) > _MAX_ID_LENGTH:
             await self._give_up(job.request_id, InvalidRequest("the X-Request-Id is too long"))
             return
+        if time.monotonic() < self._broker_away_until:
+            # At once, not each after its own wait.
+            error: PdtasksError = BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
+            await self._give_up(job.request_id, error)
+            return
+        entry = self._open.get(job.request_id)
+        if entry is None:
+            return
         try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._publishing, self._publish_if_wanted, job)
+            entry.sent = self._publisher.send(job, self._stream.name)
+            await asyncio.wrap_future(entry.sent)
+        except asyncio.CancelledError:
+            if job.request_id in self._open:
+                raise
+            # Nobody wants it any more.
+        except BrokerUnavailable as exc:
+            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
+            await self._give_up(job.request_id, exc)
         except PdtasksError as exc:
             await self._give_up(job.request_id, exc)
-        except Exception as exc:
-            logger.exception("could not publish %s", job.request_id)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
+            logger.error("could not publish %s: %s", job.request_id, where(exc))  # noqa: TRY400
             error = PdtasksError(f"the request was not published: {type(exc).__name__}")
             await self._give_up(job.request_id, error)
 
-    def _publish_if_wanted(self, job: PrefillJob) -> None:
-        """In the publisher's thread. While RabbitMQ is away requests fail at once, not in line."""
-        if job.request_id not in self._open:
-            return
-        if time.monotonic() < self._broker_away_until:
-            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
-        try:
-            self._publisher.publish(job, self._stream.name)
-        except BrokerUnavailable:
-            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
-            raise
-
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""
-        known = [r for r in request_ids if self._open.pop(r, None) is not None]
+        known = []
+        for request_id in request_ids:
+            if (entry := self._open.pop(request_id, None)) is not None:
+                known.append(request_id)
+                if entry.sent is not None:
+                    entry.sent.cancel()  # what has not left yet need not
         if known:
             self._tell_workers_to_drop(known)
 
@@ -229,19 +263,27 @@ class PipelineCore(EngineCoreClient):
         """Read from the bus who is there. Raises what is in `pdtasks.bus.BUS_ERRORS`."""
         self.workers = await read_workers_async(self._bus)
         for stage in STAGES:
-            if self._has_worker(stage):
+            # In any state: one that starts will take the jobs that wait, one that drains finishes
+            # what it has.
+            if self._workers_of(stage):
                 self._missing_since.pop(stage, None)
             else:
                 self._missing_since.setdefault(stage, time.time())
 
     def require_workers(self) -> None:
-        """Raises NoWorker when a stage has nobody who could do it."""
+        """Raises NoWorker when a stage has nobody who could begin it now."""
         for stage in STAGES:
-            if not self._has_worker(stage):
-                raise NoWorker(
-                    f"no {stage} worker is alive that serves {self._settings.model_name}: start "
-                    f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
-                )
+            workers = self._workers_of(stage)
+            if any(worker.state == "ready" for worker in workers):
+                continue
+            model = self._settings.model_name
+            if workers:
+                states = "; ".join(_described(worker) for worker in workers)
+                raise NoWorker(f"no {stage} worker takes jobs for {model} now: {states}")
+            raise NoWorker(
+                f"no {stage} worker is alive that serves {model}: start "
+                f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
+            )
 
     def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
         """What the stages did for a request that finished lately; one entry for each sequence."""
@@ -341,6 +383,7 @@ class PipelineCore(EngineCoreClient):
                 # Whether workers are missing is not known now; deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
                 self._missing_since.clear()
+            self._look_for_leaks()
             now = time.time()
             for request_id, entry in list(self._open.items()):
                 if now > entry.deadline:
@@ -348,35 +391,40 @@ class PipelineCore(EngineCoreClient):
                     continue
                 stage = entry.stage_waited_for
                 # A worker that was killed is restarted by its supervisor: give it time.
-                if now - self._missing_since.get(stage, now) > self._grace_s():
+                if now - self._missing_since.get(stage, now) > self._settings.stage_grace_s:
                     await self._drop(request_id, NoWorker(f"no {stage} worker is alive"))
+
+    def _look_for_leaks(self) -> None:
+        """Requests that vLLM knows nothing of any more would stay here for ever: drop them, loudly.
+
+        Twice in a row: between the two a request may just be on its way.
+        """
+        unknown = {r for r in self._open if not self._is_known(r)}
+        for request_id in unknown & self._unknown_before:
+            _LEAKS.inc()
+            logger.warning("%s has ended without our hearing of it: please report this", request_id)
+            self._tell_workers_to_drop([request_id])
+            del self._open[request_id]
+        self._unknown_before = unknown - self._unknown_before
 
     async def _replies_are_lost(self) -> None:
         for request_id in list(self._open):
             error = RepliesLost("the bus was restarted, tokens of this answer are lost: ask again")
             await self._drop(request_id, error)
 
-    def _grace_s(self) -> float:
-        return 3 * self._settings.worker_ttl_s
-
     async def _drop(self, request_id: str, error: PdtasksError) -> None:
         self._tell_workers_to_drop([request_id])
         await self._give_up(request_id, error)
 
-    def _has_worker(self, stage: str) -> bool:
+    def _workers_of(self, stage: str) -> list[WorkerStatus]:
         """A worker of another model or vLLM is no help."""
-        ours = (stage, "ready", self._settings.model_name, ENGINE_VERSION)
-        return any((w.role, w.state, w.model, w.engine) == ours for w in self.workers)
+        ours = (stage, self._settings.model_name, ENGINE_VERSION)
+        return [w for w in self.workers if (w.role, w.model, w.engine) == ours]
 
 
-async def _for_ever(run: Callable[[], Awaitable[None]]) -> None:
-    """Without these tasks no answer comes and no deadline holds: they survive any surprise."""
-    while True:
-        try:
-            await run()
-        except Exception:
-            logger.exception("begins again after an unexpected error")
-            await asyncio.sleep(_WATCH_S)
+def _described(worker: WorkerStatus) -> str:
+    state = {"starting": "starts", "draining": "stops"}.get(worker.state, f"is {worker.state}")
+    return f"{worker.name} {state}" + (f": {worker.reason}" if worker.reason else "")
 
 
 class PipelineLLM(AsyncLLM):
@@ -400,7 +448,9 @@ class PipelineLLM(AsyncLLM):
             log_stats=self.log_stats,
             stream_interval=config.scheduler_config.stream_interval,
         )
-        self.engine_core = PipelineCore(settings, self._fail)
+        self.engine_core = PipelineCore(
+            settings, self._fail, is_known=self.output_processor.request_states.__contains__
+        )
         self.logger_manager = StatLoggerManager(
             vllm_config=config,
             engine_idxs=self.engine_core.engine_ranks_managed,

@@ -10,19 +10,16 @@ For Python callers without HTTP::
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import kombu
-from amqp.exceptions import AMQPError
 from celery.result import AsyncResult
-from kombu.exceptions import OperationalError
 
 from pdtasks.app import app
 from pdtasks.background import Background
@@ -32,12 +29,8 @@ from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_t
 from pdtasks.publishing import ConfirmedSender, Publish
 from pdtasks.settings import load_settings
 
-logger = logging.getLogger(__name__)
-
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
 CONFIRM_TIMEOUT_S = 5.0
-#: Seconds between two messages of an `Aborter`.
-ABORT_PAUSE_S = 0.1
 
 
 def submit(
@@ -210,76 +203,3 @@ class _SharedPublisher:
 
 
 _shared = _SharedPublisher()
-
-
-class Aborter:
-    """Tells all workers to drop requests, from a thread and a connection of its own.
-
-    Whoever asks never waits.  A worker that does not hear of it works for nothing, but for nobody.
-    """
-
-    def __init__(self) -> None:
-        self._connection: Any = None
-        self._pending: set[str] = set()
-        self._wake = threading.Condition()
-        self._closed = False
-        # A daemon: a broker that hangs must not keep the process.
-        self._thread = threading.Thread(target=self._run, name="aborter", daemon=True)
-        self._thread.start()
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Have `request_ids` dropped, soon. Those that wait already are said once."""
-        with self._wake:
-            self._pending.update(request_ids)
-            self._wake.notify()
-
-    def close(self) -> None:
-        """Say what is left, for a moment at most, then stop."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(CONFIRM_TIMEOUT_S)
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._pending or self._closed)
-                request_ids, self._pending = self._pending, set()
-            if request_ids:
-                self._send(sorted(request_ids))
-            if self._closed and not self._pending:
-                return
-            # Every step of a worker that has not heard yet asks again: gather those.
-            time.sleep(ABORT_PAUSE_S)
-
-    def _send(self, request_ids: list[str]) -> None:
-        for attempt in ("on the old connection", "on a fresh connection"):
-            try:
-                self._broadcast(request_ids)
-            except (AMQPError, OperationalError, OSError) as exc:
-                logger.warning("abort not sent %s: %s", attempt, type(exc).__name__)
-                if self._connection is not None:
-                    self._connection.collect()
-                self._connection = None
-            else:
-                return
-
-    def _broadcast(self, request_ids: list[str]) -> None:
-        if self._connection is None:
-            self._connection = app.connection_for_write(heartbeat=0)
-        # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
-        exchange = app.control.mailbox.exchange
-        kombu.Producer(self._connection.default_channel, auto_declare=False).publish(
-            {
-                "method": "pdtasks_abort",
-                "arguments": {"request_ids": request_ids},
-                "destination": None,
-                "pattern": None,
-                "matcher": None,
-            },
-            exchange=exchange.name,
-            declare=[exchange],
-            serializer="json",
-            headers={"clock": app.clock.forward(), "expires": 0},
-            retry=False,
-        )

@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
     worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone
+    #: Seconds that requests wait for a stage of which no worker is alive in any state.  Longer than
+    #: the longest pause before a worker is started again (60 s).
+    stage_grace_s: float = Field(default=90.0, gt=0)
     #: Seconds after which a worker that takes no jobs, for a reason of its own, is replaced.
     stall_timeout_s: float = Field(default=30.0, gt=0)
     #: Seconds that running requests get at a stop.  A stopping Celery worker sends no heartbeats:

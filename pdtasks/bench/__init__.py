@@ -7,4 +7,5 @@
     peer     the other end of the plain sockets, a process of its own
     report   the figures as a table, as ratios and as JSON
     plot     the figures as a picture
+    burst    bursts of short requests to a running stack: are all answered?
 """

@@ -30,7 +30,8 @@ def connections_opened(services: Services) -> int:
 
 def settled(count: Callable[[], int]) -> int:
     """`count` when it has not changed for longer than RabbitMQ's statistics lag behind (5 s)."""
-    last, since = wait_until(count), time.monotonic()
+    last: int = wait_until(count)
+    since = time.monotonic()
     while time.monotonic() - since < 6:
         time.sleep(0.5)
         if (now := count()) != last:

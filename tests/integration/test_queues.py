@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from pdtasks import pipeline
+from pdtasks.aborting import Aborter
 from pdtasks.cluster.probes import free_ports
 from pdtasks.errors import BrokerUnavailable, PdtasksError
 from pdtasks.messages import PrefillJob
-from pdtasks.pipeline import Aborter, Publisher, submit
+from pdtasks.pipeline import Publisher, submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker, wait_until
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import valkey
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
-from pdtasks import client
+from pdtasks import background, client
 from pdtasks.client import PipelineCore, _to_http
 from pdtasks.engine import ENGINE_VERSION
 from pdtasks.errors import (
@@ -51,12 +52,20 @@ class StubBroker:
     def __init__(self) -> None:
         self.published: list[PrefillJob] = []
         self.aborted: list[str] = []
+        self.unsent: list[Future[None]] = []
         self.away = False
+        self.hangs = False
 
-    def publish(self, job: PrefillJob, reply_to: str) -> None:
-        if self.away:
-            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
-        self.published.append(job)
+    def send(self, job: PrefillJob, reply_to: str) -> Future[None]:
+        sent: Future[None] = Future()
+        if self.hangs:
+            self.unsent.append(sent)
+        elif self.away:
+            sent.set_exception(BrokerUnavailable("RabbitMQ cannot be reached: is it running?"))
+        else:
+            self.published.append(job)
+            sent.set_result(None)
+        return sent
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -72,11 +81,17 @@ class Bench:
         values = {"broker_url": "amqp://nowhere", "bus_url": "valkey://nowhere"}
         self.broker = StubBroker()
         self.failed: dict[str, PdtasksError] = {}
-        self.core = PipelineCore(Settings(**values | settings), self._fail)
-        self.core._aborter.close()
-        self.core._publisher = self.broker  # type: ignore[assignment]
-        self.core._aborter = self.broker  # type: ignore[assignment]
+        broker: Any = self.broker
+        self.forgotten: set[str] = set()  # requests that vLLM knows nothing of
+        self.core = PipelineCore(
+            Settings(**values | settings),
+            self._fail,
+            is_known=lambda request_id: request_id not in self.forgotten,
+            publisher=broker,
+            aborter=broker,
+        )
         self.core.workers = READY
+        self._finished: set[str] = set()
 
     async def _fail(self, request_id: str, error: PdtasksError) -> None:
         assert request_id not in self.failed, "a request fails once"
@@ -96,6 +111,7 @@ class Bench:
         while not self.core._outputs.empty():
             outputs = self.core._outputs.get_nowait().outputs
             taken += [(o.request_id, list(o.new_token_ids), o.finish_reason) for o in outputs]
+            self._finished |= {o.request_id for o in outputs if o.finish_reason is not None}
         return taken
 
     @property
@@ -103,18 +119,19 @@ class Bench:
         """What the workers were told to drop."""
         return self.broker.aborted
 
-    def close(self) -> None:
-        self.core._publishing.shutdown()
+    def check(self) -> None:
+        """Nothing is kept of what has ended, however it has."""
+        self.answer()
+        ended = self._finished | set(self.failed) | set(self.aborted)
+        assert not ended & set(self.core._open)
 
 
 def with_bench(test: Callable[[Bench], Awaitable[None]], **settings: Any) -> None:
     async def run() -> None:
         bench = Bench(**settings)
-        try:
-            async with asyncio.timeout(10):
-                await test(bench)
-        finally:
-            bench.close()
+        async with asyncio.timeout(10):
+            await test(bench)
+        bench.check()
 
     asyncio.run(run())
 
@@ -184,16 +201,87 @@ def test_an_id_that_amqp_cannot_carry_is_refused() -> None:
     with_bench(test)
 
 
-def test_a_worker_that_starts_or_drains_does_not_count() -> None:
-    async def test(bench: Bench) -> None:
-        bench.core.workers = [
-            READY[0],
-            WorkerStatus(name="d", role="decode", host="h", pid=1, state="draining"),
-            WorkerStatus(name="e", role="decode", host="h", pid=1, state="starting"),
-        ]
+def one_that(state: str, reason: str = "") -> WorkerStatus:
+    """A decode worker in another state than ready."""
+    return msgspec.structs.replace(READY[1], state=state, reason=reason)
 
-        with pytest.raises(NoWorker):
+
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("draining", "", "decode1@h stops"),
+        ("starting", "", "decode1@h starts"),
+        (
+            "stalled",
+            "its main loop does not turn",
+            "decode1@h is stalled: its main loop does not turn",
+        ),
+    ],
+)
+def test_only_a_worker_that_is_ready_gets_new_requests_and_who_is_not_is_named(
+    state: str, reason: str, said: str
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers = [READY[0], one_that(state, reason)]
+
+        with pytest.raises(NoWorker, match=said):
             bench.core.require_workers()
+
+    with_bench(test)
+
+
+def test_a_burst_is_not_published_one_by_one() -> None:
+    async def test(bench: Bench) -> None:
+        # Given a broker that has confirmed nothing yet
+        bench.broker.hangs = True
+        for n in range(50):
+            await bench.core.add_request_async(a_request(f"r{n}"))
+        await asyncio.sleep(0)
+
+        assert len(bench.broker.unsent) == 50
+        for sent in bench.broker.unsent:
+            sent.set_result(None)
+        await asyncio.gather(*bench.core._publications)
+
+    with_bench(test)
+
+
+def test_a_request_that_is_hung_up_before_it_was_sent_is_not_sent() -> None:
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.core.add_request_async(a_request("r"))
+        await asyncio.sleep(0)
+
+        await bench.core.abort_requests_async(["r"])
+
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+        await asyncio.gather(*bench.core._publications)
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_while_the_broker_is_away_requests_fail_at_once_and_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_BROKER_PAUSE_S", 0.1)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.away = True
+        await bench.ask("a")
+        bench.broker.away = False
+        # Within the pause nobody asks the broker
+        await bench.ask("b")
+        assert set(bench.failed) == {"a", "b"}
+
+        # Steady load does not put off the next try
+        began = time.monotonic()
+        n = 0
+        while not bench.broker.published:
+            assert time.monotonic() - began < 5
+            n += 1
+            await bench.ask(f"c{n}")
+            await asyncio.sleep(0.01)
 
     with_bench(test)
 
@@ -398,6 +486,11 @@ def test_a_failure_becomes_an_http_error_of_its_status(error: PdtasksError, stat
     assert str(error) in str(http)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110  # it is no event's
+        await asyncio.sleep(0.005)
+
+
 async def watch_until(bench: Bench, condition: Callable[[], bool]) -> None:
     watch = asyncio.create_task(bench.core._watch())
     try:
@@ -473,7 +566,141 @@ def test_a_stage_that_stays_without_a_worker_fails_who_waits_for_it(
         assert type(bench.failed[waiting]) is NoWorker
         assert list(bench.failed) == [waiting]
 
-    with_bench(test, worker_ttl_s=0.03)
+    with_bench(test, stage_grace_s=0.1)
+
+
+@pytest.mark.parametrize("state", ["draining", "starting", "stalled"])
+def test_whoever_is_alive_in_any_state_counts_for_what_is_under_way(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    looks = 0
+
+    def found() -> list[WorkerStatus]:
+        nonlocal looks
+        looks += 1
+        return [READY[0], one_that(state)]
+
+    presence(monkeypatch, found)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await watch_until(bench, lambda: looks > 20)
+
+        assert bench.failed == {}
+
+    with_bench(test, stage_grace_s=0.02)
+
+
+def test_what_vllm_knows_nothing_of_any_more_is_dropped_and_told(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    presence(monkeypatch, lambda: READY)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("leak", "r")
+        bench.forgotten = {"leak"}
+
+        await watch_until(bench, lambda: "leak" in bench.aborted)
+
+        assert list(bench.core._open) == ["r"]
+        assert "leak has ended without our hearing of it" in caplog.text
+
+    with_bench(test)
+
+
+class StubStream:
+    """Takes the place of the API's reply stream; what it does is a test's."""
+
+    name = "pd:reply:stub"
+
+    def __init__(self) -> None:
+        self.surprises = {"keep": 0, "read": 0}
+        self.calls = {"keep": 0, "read": 0}
+        self.hangs = False
+
+    async def open(self) -> None:
+        """Nothing to open."""
+
+    async def keep(self) -> None:
+        self._surprise("keep")
+        await asyncio.Event().wait()
+
+    async def read(self) -> Any:
+        self._surprise("read")
+        await asyncio.Event().wait()
+        yield
+
+    def _surprise(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.surprises[name]:
+            self.surprises[name] -= 1
+            raise KeyError("surprise")
+
+    async def close(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("name", ["reply-stream", "replies", "watch"])
+def test_a_surprise_in_a_background_task_is_told_while_it_lasts_and_survived(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(background, "_PAUSE_S", 0.3)
+    looks: list[int] = []
+
+    def found() -> list[WorkerStatus]:
+        looks.append(1)
+        if name == "watch" and len(looks) == 2:
+            raise KeyError("surprise")
+        return READY
+
+    presence(monkeypatch, found)
+
+    async def test(bench: Bench) -> None:
+        stream: Any = StubStream()
+        stream.surprises = {"keep": int(name == "reply-stream"), "read": int(name == "replies")}
+        bench.core._stream = stream
+        await bench.core.open()
+        try:
+            # It has failed: whoever asks is told
+            await until(bench.core.background.problems)
+            assert bench.core.background.problems() == [
+                f"{name} has failed 1 times and begins again soon"
+            ]
+            # and it goes on
+            await until(lambda: not bench.core.background.problems())
+            seen = len(looks)
+            await until(lambda: stream.calls["keep"] and stream.calls["read"])
+            await until(lambda: len(looks) >= seen + 3)
+            assert bench.core.background.failures()[name] == 1
+        finally:
+            await bench.core.close()
+
+    with_bench(test)
+
+
+def test_a_close_is_bounded_whatever_hangs(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_CLOSE_S", 0.2)
+    presence(monkeypatch, lambda: READY)
+
+    async def test(bench: Bench) -> None:
+        stream: Any = StubStream()
+        stream.hangs = True
+        bench.core._stream = stream
+        await bench.core.open()
+        bench.broker.hangs = True
+        await bench.core.add_request_async(a_request("r"))
+
+        began = time.monotonic()
+        await bench.core.close()
+
+        assert time.monotonic() - began < 3
+
+    with_bench(test)
 
 
 def test_a_worker_that_is_back_within_the_grace_saves_its_requests(
@@ -495,7 +722,7 @@ def test_a_worker_that_is_back_within_the_grace_saves_its_requests(
 
         assert bench.failed == {}
 
-    with_bench(test, worker_ttl_s=10)
+    with_bench(test, stage_grace_s=10)
 
 
 def test_a_bus_that_is_away_is_no_proof_that_workers_are_missing(
@@ -516,7 +743,7 @@ def test_a_bus_that_is_away_is_no_proof_that_workers_are_missing(
 
         assert bench.failed == {}
 
-    with_bench(test, worker_ttl_s=0.02)
+    with_bench(test, stage_grace_s=0.05)
 
 
 def test_one_bad_reply_does_not_end_the_answers_of_others(

@@ -1,0 +1,139 @@
+"""How do workers hear that nobody wants a request any more? By a broadcast, from a thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import kombu
+from amqp.exceptions import AMQPError
+from kombu.exceptions import OperationalError
+from prometheus_client import Counter
+
+from pdtasks.app import app
+from pdtasks.background import Background
+from pdtasks.backoff import Backoff
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two messages.
+ABORT_PAUSE_S = 0.1
+#: Requests that may wait to be said; beyond that the oldest are never said.
+MOST_PENDING = 100_000
+#: Seconds that a close waits for what is left.
+_CLOSE_S = 5.0
+
+_UNSAID = Counter("pdtasks_aborts_unsaid", "Requests whose end no worker was told of")
+
+
+class Aborter:
+    """Tells all workers to drop requests, from a thread and a connection of its own.
+
+    Whoever asks never waits.  A worker that does not hear of it works for nothing, but for nobody.
+    """
+
+    def __init__(self, background: Background | None = None) -> None:
+        self._connection: Any = None
+        self._pending: OrderedDict[str, None] = OrderedDict()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._backoff = Backoff(maximum_s=5.0)
+        self._thread = (background or Background()).thread("aborter", self._run)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Have `request_ids` dropped, soon. Those that wait already are said once."""
+        with self._wake:
+            self._pending.update(dict.fromkeys(request_ids))
+            self._drop_oldest()
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Say what is left, for a moment at most, then stop."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(_CLOSE_S)
+
+    def _drop_oldest(self) -> None:
+        while len(self._pending) > MOST_PENDING:
+            self._pending.popitem(last=False)
+            _UNSAID.inc()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._pending or self._closed)
+                request_ids, self._pending = list(self._pending), OrderedDict()
+            said = False
+            try:
+                said = not request_ids or self._send(sorted(request_ids))
+            finally:
+                # Also after a surprise: what was not said is said later.
+                if not said:
+                    self._put_back(request_ids)
+            if self._closed and (not said or not self._pending):
+                self._disconnect()
+                return
+            # Every step of a worker that has not heard yet asks again: gather those.
+            self._pause(ABORT_PAUSE_S if said else self._backoff.pause_s)
+
+    def _put_back(self, request_ids: list[str]) -> None:
+        with self._wake:
+            later, self._pending = self._pending, OrderedDict.fromkeys(request_ids)
+            self._pending.update(later)
+            self._drop_oldest()
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or time.monotonic() >= until, seconds)
+
+    def _send(self, request_ids: list[str]) -> bool:
+        try:
+            self._broadcast(request_ids)
+        except (AMQPError, OperationalError, OSError) as exc:
+            is_stale = self._connection is not None and not self._backoff.pause_s
+            self._disconnect()
+            self._backoff.fail()
+            if is_stale and not self._closed:
+                # It broke while nobody looked: a fresh one will do, at once.
+                return self._send(request_ids)
+            logger.warning(
+                "%d aborts wait: %s, trying again in %.1f s",
+                len(request_ids),
+                type(exc).__name__,
+                self._backoff.pause_s,
+            )
+            return False
+        self._backoff.succeed()
+        return True
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Without a handshake that a hung broker would never answer.
+            connection.collect()
+
+    def _broadcast(self, request_ids: list[str]) -> None:
+        if self._connection is None:
+            self._connection = app.connection_for_write(heartbeat=0)
+        # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
+        exchange = app.control.mailbox.exchange
+        kombu.Producer(self._connection.default_channel, auto_declare=False).publish(
+            {
+                "method": "pdtasks_abort",
+                "arguments": {"request_ids": request_ids},
+                "destination": None,
+                "pattern": None,
+                "matcher": None,
+            },
+            exchange=exchange.name,
+            declare=[exchange],
+            serializer="json",
+            headers={"clock": app.clock.forward(), "expires": 0},
+            retry=False,
+        )

@@ -1,0 +1,139 @@
+"""How are workers told to drop requests? `Aborter` without a broker: its last step is a stub."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from pdtasks import aborting, background
+from pdtasks.aborting import Aborter
+from pdtasks.background import Background
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class StubBroker:
+    """Takes the place of `Aborter._broadcast`."""
+
+    def __init__(self) -> None:
+        self.said: list[list[str]] = []
+        self.failures = 0
+        self.surprises = 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def take(self, request_ids: list[str]) -> None:
+        self.said.append(request_ids)
+        assert self.may_answer.wait(10)
+        if self.surprises:
+            self.surprises -= 1
+            raise KeyError("surprise")
+        if self.failures:
+            self.failures -= 1
+            raise OperationalError("gone")
+
+
+@pytest.fixture
+def broker() -> StubBroker:
+    return StubBroker()
+
+
+@pytest.fixture
+def beside() -> Background:
+    return Background()
+
+
+@pytest.fixture
+def aborter(
+    broker: StubBroker, beside: Background, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Aborter]:
+    monkeypatch.setattr(aborting, "ABORT_PAUSE_S", 0.0)
+    monkeypatch.setattr(background, "_PAUSE_S", 0.05)
+    made = Aborter(beside)
+    monkeypatch.setattr(made, "_broadcast", broker.take)
+    yield made
+    broker.may_answer.set()
+    made.close()
+    assert not made._thread.is_alive()
+
+
+def test_an_abort_is_sent_by_another_thread(aborter: Aborter, broker: StubBroker) -> None:
+    aborter.abort(["a"])
+
+    wait_until(lambda: broker.said == [["a"]])
+
+
+def test_who_asks_never_waits_and_what_waits_is_said_once(
+    aborter: Aborter, broker: StubBroker
+) -> None:
+    # Given a broker that hangs with the first
+    broker.may_answer.clear()
+    aborter.abort(["a"])
+    wait_until(lambda: broker.said)
+
+    # When every step of a worker that has not heard asks again
+    for _ in range(1000):
+        aborter.abort(["b", "c"])
+    broker.may_answer.set()
+
+    wait_until(lambda: len(broker.said) == 2)
+    assert broker.said == [["a"], ["b", "c"]]
+
+
+def test_a_broker_that_is_away_does_not_lose_what_is_to_be_said(
+    aborter: Aborter, broker: StubBroker
+) -> None:
+    broker.failures = 2
+    aborter.abort(["a"])
+
+    wait_until(lambda: broker.said == [["a"], ["a"], ["a"]])
+
+
+def test_a_surprise_loses_nothing_and_is_counted(
+    aborter: Aborter, broker: StubBroker, beside: Background
+) -> None:
+    broker.surprises = 1
+    aborter.abort(["a"])
+    wait_until(lambda: beside.failures()["aborter"] == 1)
+
+    aborter.abort(["b"])
+
+    wait_until(lambda: {name for said in broker.said[1:] for name in said} == {"a", "b"})
+    assert beside.problems() == []
+
+
+def test_what_can_never_be_said_does_not_pile_up(
+    aborter: Aborter, broker: StubBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aborting, "MOST_PENDING", 10)
+    broker.may_answer.clear()
+    aborter.abort(["first"])
+    wait_until(lambda: broker.said)
+
+    for n in range(100):
+        aborter.abort([f"r{n}"])
+    broker.may_answer.set()
+
+    wait_until(lambda: len(broker.said) == 2)
+    assert sorted(broker.said[1]) == [f"r{n}" for n in range(90, 100)]
+
+
+def test_what_waits_at_the_end_is_still_said(aborter: Aborter, broker: StubBroker) -> None:
+    broker.may_answer.clear()
+    aborter.abort(["a"])
+    wait_until(lambda: broker.said)
+    aborter.abort(["b"])
+    broker.may_answer.set()
+
+    aborter.close()
+
+    assert broker.said == [["a"], ["b"]]
