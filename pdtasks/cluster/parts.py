@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import valkey
 
 from pdtasks.cluster.console import Console
-from pdtasks.cluster.probes import Tick, http_status
+from pdtasks.cluster.probes import Tick, http_status, wait_until
 from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import Member
+from pdtasks.messages import WorkerStatus
 from pdtasks.presence import read_workers
 
 #: Between two looks at all children.
@@ -26,6 +29,10 @@ LOOP_S = 0.2
 _ASK_S = 1.0  # between two questions to the same part
 _BACKOFF_MAX_S = 60.0
 _STEADY_S = 60.0  # ready for so long: the next failure is a new one
+
+#: Has a worker write all threads' stacks into its log (`pdtasks.celery_worker`).
+_STACKS_SIGNAL = signal.SIGUSR2
+_STACKS_S = 2.0
 
 # What Celery and vLLM write before each message: process, level, time, source.
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\[.*?\] |[A-Z]+ [\d: -]+\[.*?\] )?")
@@ -45,7 +52,8 @@ class Part:
     asked_at: float = 0.0
     failures: int = 0  #: in a row
     restart_at: float | None = None  #: waiting for it
-    state: str = ""  #: the last one that was told
+    told: str = ""  #: the state that was told last
+    ill_since: float | None = None  #: a worker that takes no jobs by its own fault
 
     @property
     def name(self) -> str:
@@ -62,10 +70,17 @@ class Parts:
     """All parts of one stack, in the order of their start."""
 
     def __init__(
-        self, console: Console, bus_url: Callable[[], str], tick: Tick, record: Tick
+        self,
+        console: Console,
+        bus_url: Callable[[], str],
+        tick: Tick,
+        record: Tick,
+        *,
+        stall_timeout_s: float,
     ) -> None:
         """Args:
         bus_url: where workers show signs of life; asked once a part is waited for.
+        stall_timeout_s: seconds after which a worker that takes no jobs is replaced.
         tick: called while something is waited for; may raise to give up.
         record: called when a process has begun or ended.
         """
@@ -75,8 +90,10 @@ class Parts:
         self._record = record
         self._parts: list[Part] = []
         self._bus: valkey.Valkey | None = None
-        self._presence: dict[int, str] = {}
+        self._stall_timeout_s = stall_timeout_s
+        self._presence: dict[int, WorkerStatus] = {}
         self._presence_at = 0.0
+        self._bus_answers = False
 
     @property
     def any_started(self) -> bool:
@@ -98,7 +115,7 @@ class Parts:
     def _launch(self, part: Part) -> None:
         part.restart_at = None
         part.ready = False
-        part.state = "starting"
+        part.told = "starting"
         part.started_at = time.monotonic()
         part.process.start()
 
@@ -136,16 +153,17 @@ class Parts:
             return
         part.asked_at = now
         if self._is_ready(part):
-            part.ready, part.ready_at, part.state = True, now, "ready"
+            part.ready, part.ready_at, part.told = True, now, "ready"
             took = now - part.started_at
             self._console.good(f"{part.name} ready after {took:.0f} s ({part.where})")
 
     def _is_ready(self, part: Part) -> bool:
         if part.ready_url is not None:
             return http_status(part.ready_url) == 200
-        return self._worker_states().get(part.process.pid) == "ready"
+        status = self._signs_of_life().get(part.process.pid)
+        return status is not None and status.state == "ready"
 
-    def _worker_states(self) -> dict[int, str]:
+    def _signs_of_life(self) -> dict[int, WorkerStatus]:
         """What the workers of this host say on the bus, by pid; asked once a second."""
         now = time.monotonic()
         if now - self._presence_at >= _ASK_S:
@@ -153,9 +171,11 @@ class Parts:
             if self._bus is None:
                 self._bus = valkey.Valkey.from_url(self._bus_url(), socket_timeout=1)
             own = {part.process.pid for part in self._parts if part.process.running}
+            self._bus_answers = False
             with contextlib.suppress(valkey.ValkeyError):
                 statuses = read_workers(self._bus)
-                self._presence = {s.pid: s.state for s in statuses if s.pid in own}
+                self._presence = {s.pid: s for s in statuses if s.pid in own}
+                self._bus_answers = True
         return self._presence
 
     # -- watch ------------------------------------------------------------------------------------
@@ -166,33 +186,60 @@ class Parts:
             self._watch(part)
 
     def _watch(self, part: Part) -> None:
-        now = time.monotonic()
         if part.restart_at is not None:
-            if now >= part.restart_at:
+            if time.monotonic() >= part.restart_at:
                 self._console.line(f"restarting {part.name}")
                 self._launch(part)
                 self._record()
             return
         code = part.process.poll()
         if code is not None:
-            if part.ready and now - part.ready_at > _STEADY_S:
-                part.failures = 0
-            wait_s = min(2.0**part.failures, _BACKOFF_MAX_S)
-            part.failures += 1
-            part.restart_at = now + wait_s
-            part.ready = False
-            self._console.bad(
-                f"{part.name} ended by itself ({describe_exit(code)}), starting again in "
-                f"{wait_s:.0f} s. Its log is {part.process.log}"
-            )
-            self._record()
+            self._restart_later(part, f"ended by itself ({describe_exit(code)})")
         elif not part.ready:
             self._ask(part)
         elif part.is_worker:
-            state = self._worker_states().get(part.process.pid, "silent")
-            if state != part.state:
-                self._console.line(f"{part.name}: {part.state} → {state}")
-                part.state = state
+            self._watch_worker(part)
+
+    def _restart_later(self, part: Part, why: str) -> None:
+        now = time.monotonic()
+        if part.ready and now - part.ready_at > _STEADY_S:
+            part.failures = 0
+        wait_s = min(2.0**part.failures, _BACKOFF_MAX_S)
+        part.failures += 1
+        part.restart_at = now + wait_s
+        part.ready = False
+        part.ill_since = None
+        self._console.bad(
+            f"{part.name} {why}, starting again in {wait_s:.0f} s. Its log is {part.process.log}"
+        )
+        self._record()
+
+    def _watch_worker(self, part: Part) -> None:
+        status = self._signs_of_life().get(part.process.pid)
+        if not self._bus_answers:
+            part.ill_since = None  # it proves nothing
+            return
+        said = _said(status)
+        if said != part.told:
+            self._console.line(f"{part.name}: {part.told} → {said}")
+            part.told = said
+        if not _is_ill(status):
+            part.ill_since = None
+            return
+        now = time.monotonic()
+        part.ill_since = part.ill_since or now
+        if now - part.ill_since > self._stall_timeout_s:
+            self._replace(part, said)
+
+    def _replace(self, part: Part, said: str) -> None:
+        """End a worker that holds jobs and does none; where it stood is in its log."""
+        self._console.line(f"{part.name} takes no jobs ({said}): its stacks go to its log")
+        size = _size(part.process.log)
+        part.process.signal(_STACKS_SIGNAL)
+        # One that is stopped or hangs in the kernel writes none.
+        wait_until(lambda: _size(part.process.log) > size, _STACKS_S)
+        part.process.kill()
+        self._restart_later(part, f"was ended: {said}")
 
     # -- stop -------------------------------------------------------------------------------------
 
@@ -203,6 +250,13 @@ class Parts:
 
     def stop(self, *roles: str, deadline_s: float) -> None:
         """End those with one of `roles`; killed after the deadline. Raises what `tick` raises."""
+        for part in self._of(roles):
+            if part.is_worker and part.ready and part.process.running:
+                status = self._signs_of_life().get(part.process.pid)
+                if self._bus_answers and _is_ill(status):
+                    # It would neither hear of the stop nor finish anything.
+                    self._console.warn(f"{part.name} takes no jobs ({_said(status)}): ended")
+                    part.process.kill()
         self.request_stop(*roles)
         left = [part for part in self._of(roles) if part.process.running]
         began = time.monotonic()
@@ -235,6 +289,26 @@ class Parts:
 
     def _of(self, roles: Sequence[str]) -> list[Part]:
         return [part for part in self._parts if part.role in roles]
+
+
+def _said(status: WorkerStatus | None) -> str:
+    if status is None:
+        return "silent"
+    return status.state + (f": {status.reason}" if status.reason else "")
+
+
+def _is_ill(status: WorkerStatus | None) -> bool:
+    """Would a new process do better? Not while RabbitMQ is away."""
+    if status is None:
+        return True
+    return status.state == "stalled" and not status.reason.startswith("RabbitMQ")
+
+
+def _size(log: Path) -> int:
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
 
 
 def _last_sentence(log: str) -> str:

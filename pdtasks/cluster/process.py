@@ -100,11 +100,15 @@ def end(
 
 
 def kill_session(session: int) -> None:
-    """SIGKILL every process of a session that one of our children led."""
+    """SIGKILL every process of a session that one of our children led.
+
+    One that the kernel does not let go (a hung disk or device) is left to it after a while.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)  # one step for the kernel: nobody can fork away
     # Then those who made a group of their own, until none is found.
-    while members := _session_members(session):
+    until = time.monotonic() + _KILL_S
+    while (members := _session_members(session)) and time.monotonic() < until:
         for identity in members:
             _signal(identity, signal.SIGKILL)
         time.sleep(0.01)
@@ -203,8 +207,12 @@ class Process:
 
     def request_stop(self) -> None:
         """SIGTERM to the process alone, not to its children."""
+        self.signal(signal.SIGTERM)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone; harmless when it is gone."""
         if self.running:
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
 
     def stop(self, deadline_s: float, tick: Tick | None = None) -> int | None:
         """SIGTERM, then SIGKILL at the deadline. Returns the exit code."""

@@ -31,9 +31,10 @@ class Row:
     name: str
     role: str
     pid: int | None  #: None: configured, not started by this stack
-    state: str  #: "starting", "ready", "draining" or "dead"
+    state: str  #: "starting", "ready", "stalled", "draining" or "dead"
     active: int | None = None  #: requests in the worker's engine
     kv_usage: float | None = None  #: share of the engine's KV blocks that requests hold, 0 to 1
+    reason: str = ""  #: of a worker: why it takes no jobs, or what is wrong although it does
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def format_status(status: Status) -> str:
             row.name,
             row.role,
             str(row.pid or "-"),
-            row.state,
+            row.state + (f" ({row.reason})" if row.reason else ""),
             "-" if row.active is None else str(row.active),
             "-" if row.kv_usage is None else f"{row.kv_usage:.0%}",
         )
@@ -174,6 +175,7 @@ def _workers(
                 "dead" if dead else status.state,
                 0 if dead else status.active,
                 0.0 if dead else status.kv_usage,
+                "" if dead else status.reason,
             )
         )
     seen = {status.pid for status in present if status.host == here}

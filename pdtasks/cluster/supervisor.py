@@ -79,7 +79,13 @@ class Supervisor:
         self._temporary: Path | None = None
         self._file = StackRecord(settings.home)
         self._services = Services(console, self._tick)
-        self._parts = Parts(console, self._bus_url, self._tick, self._record)
+        self._parts = Parts(
+            console,
+            self._bus_url,
+            self._tick,
+            self._record,
+            stall_timeout_s=settings.stall_timeout_s,
+        )
 
     def run(self) -> int:
         """Start, watch until told to stop, stop; returns the exit code."""

@@ -219,14 +219,14 @@ def test_no_password_is_shown(tmp_path: Path, answering: Answering) -> None:
 def test_the_table_names_every_column_and_url() -> None:
     status = Status(
         (Row("api", "api", 7, "ready"),),
-        (Row("prefill1@h", "prefill", 8, "ready", 2, 0.126),),
+        (Row("prefill1@h", "prefill", 8, "stalled", 2, 0.126, "it does not turn"),),
         {"api": "http://127.0.0.1:8000"},
     )
 
     assert format_status(status).splitlines() == [
-        "name        role     pid  state  active  kv",
-        "api         api      7    ready  -       -",
-        "prefill1@h  prefill  8    ready  2       13%",
+        "name        role     pid  state                       active  kv",
+        "api         api      7    ready                       -       -",
+        "prefill1@h  prefill  8    stalled (it does not turn)  2       13%",
         "",
         "api  http://127.0.0.1:8000",
     ]

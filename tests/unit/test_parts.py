@@ -1,0 +1,192 @@
+"""What does a supervisor do with workers that take no jobs? With children that only sleep."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import valkey
+
+from pdtasks.cluster import parts
+from pdtasks.cluster.console import Console
+from pdtasks.cluster.parts import Part, Parts
+from pdtasks.cluster.process import Process
+from pdtasks.messages import WorkerStatus
+
+#: Ends for no SIGTERM, and notes that its stacks were asked for.
+STUBBORN = (
+    "import faulthandler, signal, sys, time; faulthandler.register(signal.SIGUSR2); "
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+)
+
+
+class Bench:
+    """One worker, and what the bus says of it."""
+
+    def __init__(self, folder: Path, stall_timeout_s: float) -> None:
+        self.output = io.StringIO()
+        self.said: list[WorkerStatus] | None = []  #: None: the bus does not answer
+        self.log = folder / "decode1.log"
+        self.parts = Parts(
+            Console(self.output),
+            lambda: "valkey://127.0.0.1:1",
+            lambda: None,
+            lambda: None,
+            stall_timeout_s=stall_timeout_s,
+        )
+        process = Process(
+            "decode1", [sys.executable, "-c", STUBBORN], env=dict(os.environ), log=self.log
+        )
+        self.part = Part(process, "decode", "cpu")
+        self.parts.add(self.part)
+        self.until(lambda: "up" in self.log.read_text())
+        self.say("ready")
+        self.until(lambda: self.part.ready)
+        self.first_pid = process.pid
+
+    def say(self, state: str, reason: str = "") -> None:
+        pid = self.part.process.pid
+        self.said = [
+            WorkerStatus(
+                name="decode1@h", role="decode", host="h", pid=pid, state=state, reason=reason
+            )
+        ]
+
+    def read(self, _bus: object) -> list[WorkerStatus]:
+        if self.said is None:
+            raise valkey.ConnectionError("refused")
+        return self.said
+
+    def until(self, condition: Callable[[], object], within_s: float = 10) -> None:
+        """Watch until then."""
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, self.output.getvalue()
+            self.parts.watch()
+            time.sleep(0.01)
+
+    def watch_for(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.parts.watch()
+            time.sleep(0.01)
+
+    def replaced(self) -> bool:
+        return self.part.process.running and self.part.process.pid != self.first_pid
+
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeBench]:
+    made: list[Bench] = []
+    monkeypatch.setattr(parts, "_ASK_S", 0.0)
+
+    def read(bus: object) -> list[WorkerStatus]:
+        return made[-1].read(bus)
+
+    monkeypatch.setattr(parts, "read_workers", read)
+
+    def make(stall_timeout_s: float = 0.3) -> Bench:
+        bench = Bench.__new__(Bench)
+        made.append(bench)
+        bench.__init__(tmp_path, stall_timeout_s)  # type: ignore[misc]  # it asks the bus already
+        return bench
+
+    yield make
+    for bench in made:
+        bench.parts.kill()
+        bench.parts.close()
+
+
+def test_a_stalled_worker_is_replaced_and_where_it_stood_is_in_its_log(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+
+    bench.say("stalled", "its main loop does not turn")
+
+    bench.until(bench.replaced)
+    told = bench.output.getvalue()
+    assert "decode1: ready → stalled: its main loop does not turn" in told
+    assert "decode1 was ended: stalled: its main loop does not turn, starting again in 1 s" in told
+    assert str(bench.log) in told
+    assert "most recent call first" in bench.log.read_text()
+
+
+def test_a_silent_worker_is_replaced(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    bench.said = []
+
+    bench.until(bench.replaced)
+    assert "decode1 was ended: silent" in bench.output.getvalue()
+
+
+def test_a_worker_that_is_well_again_in_time_stays(make_bench: MakeBench) -> None:
+    bench = make_bench(stall_timeout_s=0.5)
+
+    for _ in range(3):
+        bench.say("stalled", "its main loop does not turn")
+        bench.watch_for(0.3)
+        bench.say("ready")
+        bench.watch_for(0.1)
+
+    assert bench.part.process.pid == bench.first_pid
+    assert "stalled: its main loop does not turn → ready" in bench.output.getvalue()
+
+
+def test_a_bus_that_is_away_replaces_nobody(make_bench: MakeBench) -> None:
+    bench = make_bench(stall_timeout_s=0.1)
+
+    bench.said = None
+    bench.watch_for(0.6)
+
+    assert bench.part.process.pid == bench.first_pid
+
+
+def test_a_worker_without_rabbitmq_is_not_replaced_and_the_reason_is_told(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(stall_timeout_s=0.1)
+
+    bench.say("stalled", "RabbitMQ cannot be reached")
+    bench.watch_for(0.6)
+
+    assert bench.part.process.pid == bench.first_pid
+    assert "decode1: ready → stalled: RabbitMQ cannot be reached" in bench.output.getvalue()
+
+
+@pytest.mark.parametrize("state", ["stalled", "silent"])
+def test_a_worker_that_takes_no_jobs_does_not_hold_up_a_stop(
+    make_bench: MakeBench, state: str
+) -> None:
+    # Given one that ignores SIGTERM as well
+    bench = make_bench(stall_timeout_s=60)
+    if state == "stalled":
+        bench.say("stalled", "its main loop does not turn")
+    else:
+        bench.said = []
+    bench.watch_for(0.1)
+
+    began = time.monotonic()
+    bench.parts.stop("decode", deadline_s=30)
+
+    assert time.monotonic() - began < 3
+    assert bench.part.process.poll() == -signal.SIGKILL
+
+
+def test_a_worker_that_is_well_gets_its_time_to_stop(make_bench: MakeBench) -> None:
+    bench = make_bench(stall_timeout_s=60)
+
+    bench.parts.stop("decode", deadline_s=0.5)
+
+    # (this one does not use it)
+    assert "did not stop in 0 s: killed" in bench.output.getvalue()
