@@ -27,7 +27,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from pdtasks.errors import EngineFailed, RequestAborted, where
+from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted, where
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,11 @@ def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
             arguments["distributed_executor_backend"] = (
                 "vllm.v1.executor.uniproc_executor.UniProcExecutor"
             )
+    if settings.engine_args.get("disable_log_stats"):
+        raise ConfigurationError(
+            "PDTASKS_ENGINE_ARGS: disable_log_stats cannot be used: that a prompt's KV is stored "
+            "travels in vLLM's statistics, and each hand-over would wait for it in vain"
+        )
     return arguments | settings.engine_args
 
 
@@ -218,7 +223,10 @@ class Engine:
             **arguments, kv_transfer_config=transfer
         ).create_engine_config()
         self._core = EngineCoreClient.make_async_mp_client(
-            self.config, Executor.get_class(self.config), log_stats=True
+            self.config,
+            Executor.get_class(self.config),
+            # Not for its figures: the connector's records of what is stored travel there.
+            log_stats=True,
         )
 
     async def _pump(self) -> None:

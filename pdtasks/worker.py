@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -26,6 +26,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from pdtasks.background import Background
 from pdtasks.bus import BUS_ERRORS, connect, connect_async
+from pdtasks.discarding import Discarder
 from pdtasks.engine import ENGINE_VERSION, Engine, Generation
 from pdtasks.errors import (
     EngineFailed,
@@ -36,7 +37,7 @@ from pdtasks.errors import (
     where,
 )
 from pdtasks.kv.keys import tail_key
-from pdtasks.kv.store import BlockStore, StoreError
+from pdtasks.kv.store import BlockStore
 from pdtasks.liveness import Liveness, watch
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
 from pdtasks.models import resolve_model
@@ -54,6 +55,8 @@ _REMEMBERED_ABORTS = 10_000
 _ANNOUNCE_S = 2.0
 #: Longest time that an engine may take to compute and write a prompt nobody wants any more.
 _ABORTED_SAVE_S = 60.0
+#: Longest time that the store may take to delete what belongs to finished requests.
+_DISCARD_S = 2.0
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
 
@@ -84,13 +87,13 @@ class Worker:
         self._encoder = MsgpackEncoder(size_threshold=1 << 60)
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._final_reports: dict[Generation, Callable[[], tuple[StageReport, ...]]] = {}
-        self._blocks = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s)
         self._stages: dict[str, Future[Any]] = {}
         self._stages_lock = threading.Lock()
         self._waiting: set[asyncio.Task[None]] = set()
-        self._discarding = ThreadPoolExecutor(1, thread_name_prefix="discard")
         self.background = Background()
         self.liveness = Liveness()
+        store = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s, timeout_s=_DISCARD_S)
+        self._discarder = Discarder(store, self.background)
         self.results = ResultStore(app)
         self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self._ended = threading.Event()
@@ -120,7 +123,7 @@ class Worker:
         self.enter("stopped")
         self._announcer.join(_FLUSH_S)
         self.wait_for_replies()
-        self._discarding.shutdown()
+        self._discarder.close()
         self.sender.close()
         self.results.close()
         self.engine.stop()
@@ -276,15 +279,8 @@ class Worker:
     def discard(self, request_id: str) -> None:
         """Delete what belongs to one request alone, soon. A store that is away lets it expire."""
         world = self.engine.config.parallel_config.tensor_parallel_size
-        keys = [tail_key(request_id, rank) for rank in range(world)]
         # Not waited for: a slow store must not keep a task's slot.
-        self._discarding.submit(self._delete, keys)
-
-    def _delete(self, keys: list[str]) -> None:
-        try:
-            self._blocks.delete(keys)
-        except StoreError as exc:
-            logger.warning("KV of a finished request is left to its TTL: %s", type(exc).__name__)
+        self._discarder.discard(tail_key(request_id, rank) for rank in range(world))
 
     # -- replies -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
@@ -118,8 +119,9 @@ class BlockStore:
 
     def _by_server(self, keys: Iterable[str]) -> Iterable[tuple[valkey.Valkey, list[str]]]:
         groups: dict[int, tuple[valkey.Valkey, list[str]]] = {}
+        until = time.monotonic() + self._timeout_s
         for key in keys:
-            server = self._servers.of(key)
+            server = self._servers.of(key, until)
             groups.setdefault(id(server), (server, []))[1].append(key)
         return groups.values()
 
@@ -134,7 +136,8 @@ class BlockStore:
 
     def _with_connection(self, key: str, until: float, call: Callable[[BlockConnection], T]) -> T:
         kept: dict[valkey.Valkey, BlockConnection] = self._own.__dict__.setdefault("kept", {})
-        server = self._servers.of(key)
+        server = self._servers.of(key, until)
+        self._drop_replaced(kept)
         connection = kept.pop(server, None)
         if connection is not None and connection.usable:
             try:
@@ -144,6 +147,17 @@ class BlockStore:
                 pass  # the server may have closed it long ago; SET and GET may be said twice
         with self._watching():
             return self._call(self._connect(server, until), call, server, kept)
+
+    def _drop_replaced(self, kept: dict[valkey.Valkey, BlockConnection]) -> None:
+        """Close this thread's connections to servers that are none of ours any more."""
+        if self._own.__dict__.get("layout") == self._servers.layout:
+            return
+        self._own.layout = self._servers.layout
+        for server in [s for s in kept if not self._servers.has(s)]:
+            connection = kept.pop(server)
+            connection.close()
+            with self._lock:
+                self._connections.discard(connection)
 
     def _call(
         self,
@@ -175,8 +189,13 @@ class BlockStore:
 class _Servers(Protocol):
     """Which server keeps a name?"""
 
-    def of(self, key: str) -> valkey.Valkey:
-        """The same object for the same server. Raises StoreError."""
+    layout: int  #: another number when servers have come or gone
+
+    def of(self, key: str, until: float) -> valkey.Valkey:
+        """The same object for the same server, known at `until` (monotonic). Raises StoreError."""
+
+    def has(self, server: valkey.Valkey) -> bool:
+        """Is it still one of them?"""
 
     def failed(self, error: StoreError) -> None:
         """A server has answered with an error, or not at all."""
@@ -187,17 +206,22 @@ class _Servers(Protocol):
 class _Independent:
     """Servers that know nothing of each other."""
 
+    layout = 0
+
     def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
         # Seeds come from the servers' addresses, so neither the order of the URLs nor a changed
         # password matters.
         self._seeds = [_hash(url.rpartition("@")[2]) for url in urls]
         self._servers = [valkey.Valkey.from_url(url, **_timeouts(timeout_s)) for url in urls]
 
-    def of(self, key: str) -> valkey.Valkey:
+    def of(self, key: str, until: float) -> valkey.Valkey:
         if len(self._servers) == 1:
             return self._servers[0]
         weights = [_hash(key, seed) for seed in self._seeds]
         return self._servers[weights.index(max(weights))]
+
+    def has(self, server: valkey.Valkey) -> bool:
+        return True
 
     def failed(self, error: StoreError) -> None:
         pass
@@ -208,36 +232,71 @@ class _Independent:
 
 
 class _Cluster:
-    """A Valkey Cluster, asked for its layout at the first use and again when that has changed."""
+    """A Valkey Cluster, asked for its layout at the first use and again when that has changed.
+
+    One thread asks; whoever needs the answer waits for it within a deadline of its own.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
         self._timeouts = _timeouts(timeout_s)
         self._cluster: ValkeyCluster | None = None
-        self._outdated = False
+        self._outdated = True
         self._asked_at = 0.0
-        self._lock = threading.Lock()
+        self.layout = 0
+        self._asker = ThreadPoolExecutor(1, "kv-layout")
+        self._lock = threading.Lock()  # never held while the network is waited for
+        self._asked: Future[ValkeyCluster] | None = None
 
-    def of(self, key: str) -> valkey.Valkey:
+    def of(self, key: str, until: float) -> valkey.Valkey:
+        cluster = self._current(until)
+        try:
+            node = cluster.get_node_from_key(key)
+        except ValkeyClusterException as exc:  # no ValkeyError
+            self._outdated = True
+            raise valkey.ConnectionError(str(exc)) from exc
+        return cast("valkey.Valkey", cluster.get_valkey_connection(node))
+
+    def _current(self, until: float) -> ValkeyCluster:
         with self._lock:
-            try:
-                cluster = self._layout()
-                node = cluster.get_node_from_key(key)
-            except ValkeyClusterException as exc:  # no ValkeyError
-                self._outdated = True
-                raise valkey.ConnectionError(str(exc)) from exc
-            return cast("valkey.Valkey", cluster.get_valkey_connection(node))
+            if not self._outdated and self._cluster is not None:
+                return self._cluster
+            if self._asked is None:
+                self._asked = self._asker.submit(self._ask)
+            asked = self._asked
+        try:
+            return asked.result(max(0.0, until - time.monotonic()))
+        except ValkeyClusterException as exc:  # no ValkeyError
+            raise valkey.ConnectionError(str(exc)) from exc
+        except (TimeoutError, CancelledError) as exc:
+            raise valkey.TimeoutError("the cluster's layout is not known in time") from exc
 
-    def _layout(self) -> ValkeyCluster:
-        if self._cluster is None:
-            self._cluster = ValkeyCluster.from_url(self._url, **self._timeouts)
-        elif self._outdated:
-            # Any node that was there the last time may tell it.
-            self._cluster.nodes_manager.initialize()
-        else:
-            return self._cluster
-        self._outdated, self._asked_at = False, time.monotonic()
-        return self._cluster
+    def _ask(self) -> ValkeyCluster:
+        """In the asking thread."""
+        cluster = self._cluster
+        try:
+            if cluster is None:
+                cluster = ValkeyCluster.from_url(self._url, **self._timeouts)
+            else:
+                # Any node that was there the last time may tell it; the new layout takes the old
+                # one's place in one step.
+                cluster.nodes_manager.initialize()
+        except BaseException:
+            with self._lock:
+                self._asked = None
+            raise
+        with self._lock:
+            self._asked = None
+            self._cluster, self._outdated = cluster, False
+            self._asked_at = time.monotonic()
+            self.layout += 1
+        return cluster
+
+    def has(self, server: valkey.Valkey) -> bool:
+        cluster = self._cluster
+        return cluster is not None and any(
+            node.valkey_connection is server for node in cluster.get_nodes()
+        )
 
     def failed(self, error: StoreError) -> None:
         moved = isinstance(error, AskError | ClusterDownError) or str(error) in _MOVED
@@ -247,6 +306,8 @@ class _Cluster:
             self._outdated = True
 
     def close(self) -> None:
+        # One that still asks ends by its own timeouts.
+        self._asker.shutdown(wait=False, cancel_futures=True)
         if self._cluster is not None:
             self._cluster.close()
 

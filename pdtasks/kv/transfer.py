@@ -60,6 +60,11 @@ class _Tally:
     cancelled: bool = False  # nobody wants the rest
 
 
+#: Seconds between two looks for transfers that never end, and how old those are.
+_LOOK_S = 60.0
+_LEAKED_AFTER_S = 1800.0
+
+
 @dataclass(frozen=True)
 class _Block:
     """One block's way."""
@@ -108,6 +113,8 @@ class BlockTransfer:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._records: list[TransferRecord] = []
+        self._to_tell: list[str] = []
+        self._looked_at = time.monotonic()
 
     def attach(self, pages: BlockPages) -> None:
         """Tell where the cache lies; called once before any transfer."""
@@ -138,8 +145,11 @@ class BlockTransfer:
             )
 
     def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        assert self._threads is not None, "attach comes first"
-        self._threads.submit(job, *arguments)
+        """Raises RuntimeError after `close`."""
+        threads = self._threads
+        if threads is None:
+            raise RuntimeError("not attached, or closed")
+        threads.submit(job, *arguments)
 
     # -- saves ---------------------------------------------------------------------------------
 
@@ -169,6 +179,7 @@ class BlockTransfer:
             blocks = list(self._blocks_of(save, after, deadline))
             if blocks:
                 self._submit(self._send_missing, tally, blocks)
+        self._tell()
 
     def _send_missing(self, tally: _Tally, blocks: list[_Block]) -> None:
         """Send those of `blocks` that the store does not have."""
@@ -184,8 +195,11 @@ class BlockTransfer:
         for block in blocks:
             if present.get(block.key):
                 self._block_saved(tally, 0)
-            else:
+                continue
+            try:
                 self._submit(self._send, tally, block)
+            except RuntimeError as exc:  # closed meanwhile: nobody would look at this thread's end
+                self._block_saved(tally, None, exc)
 
     def _send(self, tally: _Tally, block: _Block) -> None:
         try:
@@ -223,6 +237,7 @@ class BlockTransfer:
                 tally.blocks += 1
                 tally.bytes += sent
             self._end_save_if_done(tally)
+        self._tell()
 
     def _end_save_if_done(self, tally: _Tally) -> None:
         # A tally that was given up is in the list no more: its blocks belong to others now.
@@ -254,6 +269,9 @@ class BlockTransfer:
         for load in plan.loads:
             tally = _Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
             with self._lock:
+                if not load.block_ids:
+                    self._received.add(load.request_id)  # no thread would ever end it
+                    continue
                 self._loads[load.request_id] = tally
             for block in self._blocks_of(load, after, deadline):
                 self._submit(self._fetch, tally, block)
@@ -284,6 +302,7 @@ class BlockTransfer:
                 if tally.missing:
                     self._failed.add(tally.request_id)
                 self._record(tally)
+        self._tell()
 
     def _receive_and_copy(self, tally: _Tally, block: _Block) -> int | None:
         """Returns the bytes received, or None when the store lacks the block.
@@ -326,7 +345,15 @@ class BlockTransfer:
             )
         )
         if tally.error:
-            logger.warning("KV %s of %s: %s", tally.op, tally.request_id, tally.error)
+            self._to_tell.append(f"KV {tally.op} of {tally.request_id}: {tally.error}")
+
+    def _tell(self) -> None:
+        """Log what was noted under the lock, without it: the engine's thread takes it each step."""
+        if self._to_tell:
+            with self._lock:
+                lines, self._to_tell = self._to_tell, []
+            for line in lines:
+                logger.warning("%s", line)
 
     def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
         """What is done since the last call; each request is reported exactly once."""
@@ -334,12 +361,37 @@ class BlockTransfer:
             for request_id in finished_request_ids:
                 if tally := self._loads.get(request_id):
                     tally.cancelled = True
+            leaked = self._leaked()
             sent = self._held & self._sent
             self._held -= sent
             self._sent -= sent
             received, self._received = self._received, set()
             failed, self._failed = self._failed, set()
+        if leaked:
+            logger.warning("%d KV transfers never end: please report this", leaked)
         return KVConnectorTransferResults(sent, received, failed)
+
+    def _leaked(self) -> int:
+        """Transfers that are older than any request. Looked for now and then."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_S:
+            return 0
+        self._looked_at = now
+        tallies = [*self._saves.values(), *self._loads.values()]
+        return sum(now - tally.started > _LEAKED_AFTER_S for tally in tallies)
+
+    def leftovers(self) -> dict[str, int]:
+        """How much is kept, by kind; nothing when all requests have ended and were reported."""
+        with self._lock:
+            kept = {
+                "saves": self._saves,
+                "loads": self._loads,
+                "sent": self._sent,
+                "held": self._held,
+                "received": self._received,
+                "failed": self._failed,
+            }
+            return {name: len(those) for name, those in kept.items() if those}
 
     def take_stats(self) -> TransferStats | None:
         """The records since the last call."""

@@ -253,7 +253,7 @@ def test_another_password_moves_no_block(
     places = []
     for store in (before, after):
         servers: Any = store._servers
-        places.append([servers._servers.index(servers.of(f"pd:kv:{n}")) for n in range(50)])
+        places.append([servers._servers.index(servers.of(f"pd:kv:{n}", 0.0)) for n in range(50)])
 
     assert places[0] == places[1]
 
@@ -782,6 +782,48 @@ def test_blocks_are_spread_over_a_cluster_and_found(
     assert min(sizes) >= 5
     other.delete(names)
     assert [node.ask("DBSIZE") for node in cluster] == [0, 0, 0]
+
+
+def test_a_cluster_whose_node_stands_still_costs_no_more_than_the_deadline(
+    cluster: list[Node], make_store: MakeStore
+) -> None:
+    # Given a store that has to ask for the layout, of a node that answers nothing
+    store = make_store(f"cluster+{cluster[0].url}", timeout_s=10)
+    os.kill(cluster[0].process.pid, signal.SIGSTOP)
+    try:
+
+        def ask(number: int) -> float:
+            began = time.monotonic()
+            with pytest.raises(StoreError):
+                store.get(f"pd:kv:{number}", [memoryview(bytearray(3))], time.monotonic() + 0.5)
+            return time.monotonic() - began
+
+        # Then several threads wait side by side, each within its deadline
+        with ThreadPoolExecutor(4) as threads:
+            assert max(threads.map(ask, range(8))) < 1.5
+    finally:
+        os.kill(cluster[0].process.pid, signal.SIGCONT)
+
+
+def test_connections_to_a_node_that_was_replaced_are_closed(
+    cluster: list[Node], make_store: MakeStore
+) -> None:
+    store = make_store(f"cluster+{cluster[0].url}")
+    for number in range(20):
+        put(store, f"pd:kv:{number}", b"abc")
+    before = set(store._connections)
+
+    # When the layout is asked for anew, and names other clients for the same nodes
+    servers = cast("Any", store._servers)
+    for node in servers._cluster.get_nodes():
+        node.valkey_connection = None
+    servers._cluster.nodes_manager.nodes_cache = {}
+    servers._outdated = True
+    for number in range(20):
+        assert get(store, f"pd:kv:{number}", 3) == b"abc"
+
+    assert not before & store._connections
+    assert len(store._connections) <= len(cluster)
 
 
 def test_threads_use_a_cluster_side_by_side(cluster: list[Node], make_store: MakeStore) -> None:

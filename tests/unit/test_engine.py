@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
 from pdtasks.engine import Engine, Generation, engine_arguments
-from pdtasks.errors import EngineFailed, RequestAborted
+from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request, an_output
 
@@ -296,3 +298,17 @@ def test_a_cpu_engine_takes_a_whole_prompt_in_one_step(length: int | None) -> No
 
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["max_num_batched_tokens"] >= arguments["max_model_len"]
+
+
+def test_statistics_that_carry_the_hand_over_cannot_be_switched_off() -> None:
+    settings = Settings(engine_args={"disable_log_stats": True}, device="cpu")
+
+    with pytest.raises(ConfigurationError, match="disable_log_stats"):
+        engine_arguments(settings, "model")
+
+
+def test_vllm_makes_statistics_wherever_they_are_asked_for() -> None:
+    # The connector's records travel in them: when vLLM changes this, hand-overs would wait.
+    source = inspect.getsource(Scheduler.make_stats)
+    assert "if not self.log_stats:\n            return None" in source
+    assert "kv_connector_stats" in source

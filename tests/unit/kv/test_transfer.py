@@ -67,9 +67,14 @@ class Side:
         self.received: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
 
+        self._begun: set[str] = set()
+        self._ended: set[str] = set()
+
     def step(self, plan: TransferPlan | None = None, finished: set[str] | None = None) -> None:
         """What vLLM's model runner does with the connector in each step, in its order."""
         plan = plan or TransferPlan()
+        self._begun |= {save.request_id for save in plan.saves}
+        self._ended |= set(plan.finished)
         self.transfer.give_up(plan.preempted)
         self.transfer.start_loads(plan)
         self.transfer.start_saves(plan)
@@ -83,6 +88,11 @@ class Side:
     def finish(self, **wanted: bool) -> None:
         """A step after these requests have ended."""
         self.step(TransferPlan(finished=wanted), finished=set(wanted))
+
+    def end(self) -> None:
+        """When all requests have ended, nothing is kept of any."""
+        self.finish(**dict.fromkeys(self._begun - self._ended, False))
+        self.step_until(lambda: not self.transfer.leftovers())
 
     def step_until(self, condition: Callable[[], Any]) -> None:
         def stepped() -> Any:
@@ -113,6 +123,7 @@ def make_side(store: MemoryStore) -> Iterator[Callable[..., Side]]:
     yield make
     store.let_go()
     for side in sides:
+        side.end()
         side.transfer.close()
     assert store.closed
 
@@ -778,6 +789,33 @@ def test_a_side_that_never_got_a_cache_can_be_closed(store: MemoryStore) -> None
 
 
 # -- loads -------------------------------------------------------------------------------------
+
+
+def test_a_load_without_a_block_ends_as_well(decode: Side) -> None:
+    decode.step(a_load(a_handle(), []))
+
+    decode.step_until(lambda: decode.received["d"])
+    assert decode.failed == Counter()
+
+
+def test_what_is_to_be_sent_after_the_close_ends_too(
+    store: MemoryStore, make_side: Callable[..., Side]
+) -> None:
+    # Given a store that hangs while it says what it has
+    side = make_side(num_threads=1)
+    store.hold()
+    side.step(a_save(a_handle(), [0, 1, 2]))
+
+    # When the engine stops meanwhile
+    closing = threading.Thread(target=side.transfer.close)
+    closing.start()
+    wait_until(lambda: side.transfer._threads is None or side.transfer._threads._shutdown, "close")
+    store.let_go()
+    closing.join(10)
+
+    # Then nothing is left open
+    assert not closing.is_alive()
+    assert side.transfer._saves == {}
 
 
 def test_a_missing_block_fails_the_load_and_still_counts_as_received(
