@@ -1,214 +1,252 @@
-"""Does a burst stall the running stack?  Many short requests at once, round after round.
+"""Does a running stack answer bursts? What a worker that stalls, or reconnects, would show.
 
-Each round is 300 parallel requests of one token, each with another prompt.  Then come two requests
-for 512 choices each, and a plain one.  What counts is that all are answered, how long the slowest
-took, and how many connections RabbitMQ has opened meanwhile: a stack that is well needs none.
+Each round: many requests at once; the last one ends with one request for many answers, twice, and a
+plain one.  Asked over HTTP, as any caller would, each request over a connection of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from pdtasks.errors import PdtasksError
+from pdtasks.bench.connections import count_connections
+from pdtasks.cluster.children import api_url
+from pdtasks.errors import BrokerUnavailable, NoWorker
+from pdtasks.settings import Settings
 
+#: Requests at once.
 PARALLEL = 300
+#: Answers to one request.
 CHOICES = 512
-ROUNDS = 5
+#: Seconds that one request may take; one that takes longer was not answered.
+ANSWER_S = 120.0
+_CONNECT_S = 30.0
 
-#: Seconds that an answer may take.
-_ANSWER_S = 120.0
-#: Seconds that RabbitMQ's statistics may lag behind; unchanged for longer: they are right.
-_SETTLE_S = 6.0
-_SETTLE_MAX_S = 30.0
-
-Tell = Callable[[str], None]
-
-
-class NotReady(PdtasksError):
-    """There is no stack that could be measured."""
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Burst:
     """What came of it."""
 
-    requests: int
-    answered: int
-    slowest_s: float  #: of those that were answered
-    connections_opened: int | None  #: by RabbitMQ's count; None: it has no management URL
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
+    requests: int  #: HTTP requests
+    answered: int  #: completely
+    slowest_s: float  #: of all, answered or not
+    connections_opened: int | None  #: at RabbitMQ, by its own count; None: it was not to be had
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    seconds: float
-    error: str  #: empty: answered
+    """What came of one request."""
 
-    @property
-    def answered(self) -> bool:
-        return not self.error
+    seconds: float
+    problem: str = ""  #: empty: it was answered
+    late: bool = False  #: nobody knows whether an answer would ever have come
 
 
 def run_burst(
-    api_url: str,
-    model: str,
-    broker_api_url: str | None,
-    tell: Tell,
+    settings: Settings,
+    rounds: int,
+    progress: Progress,
     *,
-    rounds: int = ROUNDS,
-    parallel: int = PARALLEL,
-    choices: int = CHOICES,
     transport: httpx.AsyncBaseTransport | None = None,
+    count: Callable[[str], int] = count_connections,
 ) -> Burst:
-    """Measure the stack behind `api_url`.
+    """Ask the stack that `settings` know; nothing more once a request was not answered in time.
 
-    Args:
-        broker_api_url: RabbitMQ's management API, with user and password.
-        tell: gets a line for each step.
-        transport: of HTTP; a test's.
-
-    Raises NotReady when nobody answers there, or the stack is not ready.
+    Raises NoWorker, saying what to do, when no stack answers or it is not ready.
     """
-    _allow_files(parallel + 64)
-    return asyncio.run(
-        _Bench(api_url, model, broker_api_url, tell, transport).run(rounds, parallel, choices)
+    # httpx logs each request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _allow_connections()
+    caller = _Caller(api_url(settings), transport)
+    model = asyncio.run(caller.look())
+    opened = _Opened(settings.broker_api_url, count, progress)
+    outcomes: list[_Outcome] = []
+    for number in range(1, rounds + 1):
+        made = asyncio.run(_round(caller, model, number, rounds, progress))
+        outcomes += made
+        if any(outcome.late for outcome in made):
+            break
+    return Burst(
+        requests=len(outcomes),
+        answered=sum(not outcome.problem for outcome in outcomes),
+        slowest_s=round(max(outcome.seconds for outcome in outcomes), 3),
+        connections_opened=opened.until_now(),
     )
 
 
 def format_burst(burst: Burst) -> str:
-    """A table for people."""
+    """A table of one row."""
     opened = burst.connections_opened
-    rows = [
-        ("requests", str(burst.requests)),
-        ("answered", str(burst.answered)),
-        ("slowest", f"{burst.slowest_s:.2f} s"),
-        (
-            "connections opened",
-            "unknown (set PDTASKS_BROKER_API_URL)" if opened is None else str(opened),
-        ),
+    cells = {
+        "requests": str(burst.requests),
+        "answered": str(burst.answered),
+        "slowest, s": f"{burst.slowest_s:.2f}",
+        "connections opened": "-" if opened is None else str(opened),
+    }
+    return "\n".join(
+        "  ".join(cell.rjust(len(name)) for name, cell in row)
+        for row in ([(name, name) for name in cells], list(cells.items()))
+    )
+
+
+async def _round(
+    caller: _Caller, model: str, number: int, rounds: int, progress: Progress
+) -> list[_Outcome]:
+    started = time.monotonic()
+    one_token = [
+        {"prompt": f"Round {number}, question {i}:", "max_tokens": 1, "temperature": 0}
+        for i in range(PARALLEL)
     ]
-    return "\n".join(f"{name:<19} {value}" for name, value in rows)
+    many = {
+        "prompt": f"Round {number}: once upon a time",
+        "n": CHOICES,
+        "max_tokens": 2,
+        "ignore_eos": True,
+        "temperature": 1,
+    }
+    plain = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    parts: list[tuple[str, float, Sequence[_Outcome]]] = []
+    planned: list[tuple[str, list[dict[str, Any]]]] = [(f"{PARALLEL} at once", one_token)]
+    if number == rounds:
+        planned += [(f"n: {CHOICES}", [many])] * 2 + [("plain", [plain])]
+    for part, bodies in planned:
+        began = time.monotonic()
+        made = await caller.ask([{"model": model, **body} for body in bodies])
+        parts.append((part, time.monotonic() - began, made))
+        if any(outcome.late for outcome in made):
+            break
+    outcomes = [outcome for _, _, made in parts for outcome in made]
+    problems = Counter(outcome.problem for outcome in outcomes if outcome.problem)
+    took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds, _ in parts)
+    num_answered = len(outcomes) - problems.total()
+    progress(
+        f"round {number} of {rounds}: {num_answered} of {len(outcomes)} answered "
+        f"in {time.monotonic() - started:.1f} s ({took})"
+        + "".join(f"; {times} × {problem}" for problem, times in problems.items())
+    )
+    return outcomes
 
 
-class _Bench:
-    def __init__(
-        self,
-        api_url: str,
-        model: str,
-        broker_api_url: str | None,
-        tell: Tell,
-        transport: httpx.AsyncBaseTransport | None,
-    ) -> None:
-        self._model = model
-        self._broker = broker_api_url
-        self._tell = tell
-        self._outcomes: list[_Outcome] = []
-        # None is kept: the API closes idle ones, possibly while a request is on its way there.
+class _Caller:
+    """Somebody who asks over HTTP."""
+
+    def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None) -> None:
+        self._url = url
+        self._transport = transport
+
+    async def look(self) -> str:
+        """The model that is served. Raises NoWorker when nothing is."""
+        async with self._client() as client:
+            try:
+                ready = await client.get("/ready", timeout=10)
+                models = await client.get("/v1/models", timeout=10)
+            except httpx.HTTPError as exc:
+                raise NoWorker(
+                    f"no API answers at {self._url} ({type(exc).__name__}): start a stack with "
+                    "`pdtasks up`, or say with PDTASKS_HOME which one is meant"
+                ) from exc
+            if ready.status_code != 200:
+                raise NoWorker(
+                    f"the stack at {self._url} is not ready ({_detail(ready)}): "
+                    "wait until `pdtasks status` shows a ready worker of each stage"
+                )
+            try:
+                return str(models.json()["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise NoWorker(
+                    f"what answers at {self._url} is no API of pdtasks: start a stack with "
+                    "`pdtasks up`, or say with PDTASKS_HOME which one is meant"
+                ) from None
+
+    async def ask(self, bodies: Sequence[dict[str, Any]]) -> list[_Outcome]:
+        """Ask for all at once; returns when each is answered, or will not be."""
+        async with self._client() as client:
+            return await asyncio.gather(*(_ask(client, body) for body in bodies))
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        # A connection that the server closes just when it is used again would look like a fault.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(
-            base_url=api_url, timeout=_ANSWER_S, limits=limits, transport=transport
-        )
+        async with httpx.AsyncClient(
+            base_url=self._url,
+            limits=limits,
+            timeout=httpx.Timeout(ANSWER_S, connect=_CONNECT_S),
+            transport=self._transport,
+            trust_env=False,  # no proxy
+        ) as client:
+            yield client
 
-    async def run(self, rounds: int, parallel: int, choices: int) -> Burst:
-        async with self._client:
-            await self._require_ready()
-            before = await self._connections_opened(first=True)
-            for n in range(1, rounds + 1):
-                await self._step(
-                    f"round {n} of {rounds}: {parallel} requests of one token",
-                    [self._ask(f"{n}, {i}:", max_tokens=1) for i in range(parallel)],
-                )
-            for n in (1, 2):
-                await self._step(
-                    f"{choices} choices, {n} of 2",
-                    [self._ask(f"Choice {n}:", max_tokens=2, n=choices)],
-                )
-            await self._step("a plain request", [self._ask("Name a river.", max_tokens=8)])
-            after = await self._connections_opened()
-        opened = None if before is None or after is None else after - before
-        answered = [outcome for outcome in self._outcomes if outcome.answered]
-        return Burst(
-            requests=len(self._outcomes),
-            answered=len(answered),
-            slowest_s=max((outcome.seconds for outcome in answered), default=0.0),
-            connections_opened=opened,
-        )
 
-    async def _require_ready(self) -> None:
-        try:
-            response = await self._client.get("/ready", timeout=10)
-        except httpx.HTTPError as exc:
-            raise NotReady(
-                f"no API answers at {self._client.base_url} ({type(exc).__name__}): start a stack "
-                "with `pdtasks up`"
-            ) from exc
-        if response.status_code != 200:
-            raise NotReady(f"the stack is not ready: {response.text[:300]}")
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> _Outcome:
+    began = time.monotonic()
+    problem, late = "", False
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            answer = await client.post("/v1/completions", json=body)
+        if answer.status_code != 200:
+            problem = f"HTTP {answer.status_code}"
+        elif len(answer.json()["choices"]) != body.get("n", 1):
+            problem = "answers missing"
+    except (TimeoutError, httpx.ReadTimeout):
+        problem, late = f"no answer within {ANSWER_S:g} s", True
+    except httpx.HTTPError as exc:
+        problem = type(exc).__name__
+    except (ValueError, LookupError, TypeError):
+        problem = "not an answer"
+    return _Outcome(time.monotonic() - began, problem, late)
 
-    async def _step(self, what: str, requests: list[Any]) -> None:
-        began = time.monotonic()
-        outcomes = await asyncio.gather(*requests)
-        self._outcomes += outcomes
-        failed = [outcome for outcome in outcomes if not outcome.answered]
-        line = f"{what}: {len(outcomes) - len(failed)} answered in {time.monotonic() - began:.1f} s"
-        if failed:
-            line += f", {len(failed)} not ({failed[0].error})"
-        self._tell(line)
 
-    async def _ask(self, prompt: str, *, max_tokens: int, n: int = 1) -> _Outcome:
-        began = time.monotonic()
-        body = {
-            "model": self._model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "n": n,
-        }
-        error = ""
-        try:
-            response = await self._client.post("/v1/completions", json=body)
-            if response.status_code != 200:
-                error = f"HTTP {response.status_code}: {response.text[:100]}"
-            elif len(response.json()["choices"]) != n:
-                error = "choices are missing"
-        except (httpx.HTTPError, ValueError, KeyError) as exc:
-            error = type(exc).__name__
-        return _Outcome(time.monotonic() - began, error)
+def _detail(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, LookupError, TypeError):
+        return f"HTTP {answer.status_code}"
 
-    async def _connections_opened(self, *, first: bool = False) -> int | None:
-        """RabbitMQ's count since its start; waits until what has happened is counted."""
-        if self._broker is None:
+
+class _Opened:
+    """Connections that are opened at RabbitMQ from now on, whoever does it."""
+
+    def __init__(
+        self, api_url: str | None, count: Callable[[str], int], progress: Progress
+    ) -> None:
+        self._api_url = api_url
+        self._count = count
+        self._progress = progress
+        self._before = self._read()
+
+    def until_now(self) -> int | None:
+        """None when RabbitMQ does not tell; why was said."""
+        if self._before is None:
             return None
-        if not first:
-            self._tell("waiting for RabbitMQ's statistics")
-        async with httpx.AsyncClient(base_url=self._broker, timeout=10) as client:
-            last = -1
-            since = began = time.monotonic()
-            while time.monotonic() - since < _SETTLE_S:
-                response = await client.get("overview")
-                response.raise_for_status()
-                count = int(response.json().get("churn_rates", {}).get("connection_created", 0))
-                if count != last:
-                    last, since = count, time.monotonic()
-                if time.monotonic() - began > _SETTLE_MAX_S:
-                    break
-                await asyncio.sleep(0.5)
-        return last
+        now = self._read()
+        return None if now is None else now - self._before
+
+    def _read(self) -> int | None:
+        if self._api_url is None:
+            self._progress(
+                "connections are not counted: no management API of RabbitMQ is known "
+                "(PDTASKS_BROKER_API_URL)"
+            )
+            return None
+        try:
+            return self._count(self._api_url)
+        except BrokerUnavailable as exc:
+            self._progress(f"connections are not counted: {exc}")
+            return None
 
 
-def _allow_files(wanted: int) -> None:
-    """Each request has a connection of its own."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < 2 * wanted:
-        limit = 2 * wanted if hard == resource.RLIM_INFINITY else min(hard, 2 * wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+def _allow_connections() -> None:
+    """Each request needs a file descriptor; the usual limit is a soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

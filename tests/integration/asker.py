@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from concurrent.futures import Future
 from typing import Any, cast
 
 import valkey
@@ -37,17 +38,27 @@ def engine_request(
 class Asker:
     """Owns a reply stream from which nothing is removed."""
 
-    def __init__(self, bus: valkey.Valkey) -> None:
+    def __init__(self, bus: valkey.Valkey, publisher: Publisher | None = None) -> None:
+        """`publisher`: another one's; else it has its own."""
         self.bus = bus
         self.stream = f"pd:reply:{uuid.uuid4().hex}"
         self.bus.xgroup_create(self.stream, "owner", mkstream=True)
-        self.publisher = Publisher()
-        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._publisher = publisher or Publisher()
 
     def ask(self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any) -> None:
         """Publish a request."""
+        self._publisher.publish(self._job(request_id, timeout_s, request), self.stream)
+
+    def send(
+        self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any
+    ) -> Future[None]:
+        """`ask`, without waiting."""
+        return self._publisher.send(self._job(request_id, timeout_s, request), self.stream)
+
+    @staticmethod
+    def _job(request_id: str, timeout_s: float, request: dict[str, Any]) -> PrefillJob:
         now = time.time()
-        job = PrefillJob(
+        return PrefillJob(
             request_id=request_id,
             engine=ENGINE_VERSION,
             model=None,
@@ -55,29 +66,11 @@ class Asker:
             submitted_at=now,
             deadline=now + timeout_s,
         )
-        self.publisher.publish(job, self.stream)
 
     def messages(self) -> list[StepReply]:
         """Everything that was written so far."""
         entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", self.bus.xrange(self.stream))
         return [read_message(StepReply, fields[b"m"]) for _, fields in entries]
-
-    def take_finished(self) -> set[str]:
-        """Requests whose last token has come since the last look; what was read is removed."""
-        entries = cast(
-            "list[tuple[bytes, dict[bytes, bytes]]]", self.bus.xrange(self.stream, count=1000)
-        )
-        if not entries:
-            return set()
-        self.bus.xdel(self.stream, *[entry_id for entry_id, _ in entries])
-        messages = [read_message(StepReply, fields[b"m"]) for _, fields in entries]
-        return {
-            output.request_id
-            for message in messages
-            if message.outputs
-            for output in self._decoder.decode(message.outputs).outputs
-            if output.finish_reason is not None
-        }
 
     def outputs(self) -> list[tuple[str, int, EngineCoreOutput]]:
         """(stage, position, output) in the order of arrival."""
@@ -117,5 +110,5 @@ class Asker:
 
     def close(self) -> None:
         """Close the connections."""
-        self.publisher.close()
+        self._publisher.close()
         self.bus.close()
