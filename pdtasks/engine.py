@@ -116,6 +116,12 @@ class Generation:
                 self.finished.set_exception(error)
 
 
+def _log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody has looked at: asyncio's own words have the error's text, which may quote."""
+    exc = context.get("exception")
+    logger.error("in the engine's loop: %s", "an unknown error" if exc is None else where(exc))
+
+
 #: Called on the engine's loop with all outputs of one step and vLLM's timestamp of it.
 StepListener = Callable[[list[tuple[Generation, int, EngineCoreOutput]], float], None]
 
@@ -182,6 +188,7 @@ class Engine:
 
     def _main(self, ready: Future[None]) -> None:
         asyncio.set_event_loop(self.loop)
+        self.loop.set_exception_handler(_log_surprise)
         try:
             self.loop.run_until_complete(self._boot())
         except BaseException as exc:  # noqa: BLE001 - whatever it is, `start` raises it
@@ -190,6 +197,8 @@ class Engine:
         ready.set_result(None)
         self._pumping = self.loop.create_task(self._pump())
         self.loop.run_forever()
+        if not self._stopping:
+            self._on_death()  # nobody could do anything with this engine any more
         # One that does not end must not keep the worker from ending.
         if tasks := asyncio.all_tasks(self.loop):
             for task in tasks:

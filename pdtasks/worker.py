@@ -170,9 +170,9 @@ class Worker:
                 bus.set(worker_key(self.name), self.status().to_wire(), px=ttl_ms)
             except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
-            except Exception:
+            except Exception as exc:  # noqa: BLE001
                 # A worker that works but is not seen would be a riddle: say it and go on.
-                logger.exception("the worker's status could not be announced")
+                logger.error("the worker's status could not be announced: %s", where(exc))  # noqa: TRY400
             self._look_for_leaks()
             self._state_changed.wait(min(_ANNOUNCE_S, self.settings.worker_ttl_s / 3))
 

@@ -141,6 +141,29 @@ def test_a_message_that_cannot_be_sent_fails_alone(
     assert arrived() == [1, 2]
 
 
+def test_a_surprise_in_the_senders_thread_is_told_counted_and_survived(
+    sender: ConfirmedSender, arrived: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender.send(message(0), within_s=20).result(20)
+    takes = sender._take
+    surprises = [KeyError("surprise")]
+
+    def take() -> None:
+        takes()
+        if surprises:
+            raise surprises.pop()
+
+    monkeypatch.setattr(sender, "_take", take)
+
+    with pytest.raises(BrokerUnavailable):
+        sender.send(message(1), within_s=20).result(20)
+    later = sender.send(message(2), within_s=20)
+
+    later.result(20)
+    assert sender._background.failures()["publisher"] == 1
+    assert arrived() == [0, 2]
+
+
 def test_a_memory_alarm_costs_the_impatient_an_error_and_the_patient_their_time(
     sender: ConfirmedSender, arrived: Callable[[], list[int]], services: Services
 ) -> None:
