@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import kombu
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 ABORT_PAUSE_S = 0.1
 #: Requests that may wait to be said; beyond that the oldest are never said.
 MOST_PENDING = 100_000
+#: Requests in one message: RabbitMQ bounds its size, and a worker's main loop has to read it.
+MOST_AT_ONCE = 1_000
 #: Seconds that a close waits for what is left.
 _CLOSE_S = 5.0
 
@@ -52,11 +55,14 @@ class Aborter:
             self._wake.notify()
 
     def close(self) -> None:
-        """Say what is left, for a moment at most, then stop."""
+        """Say what is left, for a moment at most, then stop; the rest is counted."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(_CLOSE_S)
+        with self._wake:
+            _UNSAID.inc(len(self._pending))
+            self._pending.clear()
 
     def _drop_oldest(self) -> None:
         while len(self._pending) > MOST_PENDING:
@@ -67,19 +73,25 @@ class Aborter:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._pending or self._closed)
-                request_ids, self._pending = list(self._pending), OrderedDict()
+                request_ids = list(islice(self._pending, MOST_AT_ONCE))
+                for request_id in request_ids:
+                    del self._pending[request_id]
+                is_all = not self._pending
             said = False
             try:
                 said = not request_ids or self._send(sorted(request_ids))
             finally:
-                # Also after a surprise: what was not said is said later.
+                # Also after a surprise: what was not said is said later, on a connection that is
+                # not the one it may have come from.
                 if not said:
+                    self._disconnect()
                     self._put_back(request_ids)
             if self._closed and (not said or not self._pending):
                 self._disconnect()
                 return
             # Every step of a worker that has not heard yet asks again: gather those.
-            self._pause(ABORT_PAUSE_S if said else self._backoff.pause_s)
+            if is_all or not said:
+                self._pause(ABORT_PAUSE_S if said else self._backoff.pause_s)
 
     def _put_back(self, request_ids: list[str]) -> None:
         with self._wake:

@@ -14,9 +14,9 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -53,7 +53,7 @@ from pdtasks.errors import (
 from pdtasks.handover import encode_request
 from pdtasks.messages import PrefillJob, StageReport, StepReply, WorkerStatus
 from pdtasks.naming import STAGES
-from pdtasks.pipeline import Publisher
+from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
 from pdtasks.presence import read_workers_async
 from pdtasks.reply import ReplyStream
 from pdtasks.settings import Settings
@@ -66,8 +66,11 @@ _REMEMBERED_REPORTS = 1000
 _MAX_ID_LENGTH = 200
 #: Seconds without a further try after RabbitMQ could not be reached.
 _BROKER_PAUSE_S = 2.0
-#: Seconds that each step of a close may take.
-_CLOSE_S = 5.0
+#: Seconds that the publisher's thread may be late with its answer: it may hang in a write.
+_LATE_S = 1.0
+#: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
+#: the `Aborter`, which says what is left, takes 5.
+_CLOSE_S = 6.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
@@ -162,23 +165,25 @@ class PipelineCore(EngineCoreClient):
         ]
 
     async def close(self) -> None:
-        """Stop listening; workers drop what is left. Bounded, whatever hangs."""
+        """Stop listening; workers drop what is left. Bounded, whatever hangs or fails."""
+        self.background.close()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._publications:
-            _, late = await asyncio.wait(self._publications, timeout=_CLOSE_S)
-            for publishing in late:
-                publishing.cancel()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_S):
-                await self._stream.close()
-                await self._bus.aclose()
-        # Each joins its thread for some seconds at most.
-        await asyncio.gather(
-            asyncio.to_thread(self._publisher.close), asyncio.to_thread(self._aborter.close)
+        await _end(
+            [
+                *((task.get_name(), task) for task in self._tasks),
+                *(("a publication", publishing) for publishing in self._publications),
+                ("closing the reply stream", self._stream.close()),
+            ]
         )
-        self.background.close()
+        await _end(
+            [
+                ("closing the bus", self._bus.aclose()),
+                # Each joins its thread for some seconds at most.
+                ("closing the publisher", asyncio.to_thread(self._publisher.close)),
+                ("closing the aborter", asyncio.to_thread(self._aborter.close)),
+            ]
+        )
 
     def shutdown(self, timeout: float | None = None) -> None:
         """vLLM's hook; what needs an event loop is done in `close`."""
@@ -223,14 +228,19 @@ class PipelineCore(EngineCoreClient):
             return
         try:
             entry.sent = self._publisher.send(job, self._stream.name)
-            await asyncio.wrap_future(entry.sent)
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
+                await asyncio.wrap_future(entry.sent)
         except asyncio.CancelledError:
             if job.request_id in self._open:
                 raise
             # Nobody wants it any more.
-        except BrokerUnavailable as exc:
+        except (BrokerUnavailable, TimeoutError) as exc:
             self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
-            await self._give_up(job.request_id, exc)
+            if isinstance(exc, BrokerUnavailable):
+                error = exc
+            else:
+                error = BrokerUnavailable("RabbitMQ did not confirm the request in time")
+            await self._give_up(job.request_id, error)
         except PdtasksError as exc:
             await self._give_up(job.request_id, exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
@@ -240,12 +250,7 @@ class PipelineCore(EngineCoreClient):
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""
-        known = []
-        for request_id in request_ids:
-            if (entry := self._open.pop(request_id, None)) is not None:
-                known.append(request_id)
-                if entry.sent is not None:
-                    entry.sent.cancel()  # what has not left yet need not
+        known = [request_id for request_id in request_ids if self._forget(request_id)]
         if known:
             self._tell_workers_to_drop(known)
 
@@ -297,9 +302,9 @@ class PipelineCore(EngineCoreClient):
         async for reply in self._stream.read():
             try:
                 await self._take(reply)
-            except Exception:
+            except Exception as exc:  # noqa: BLE001
                 # One bad reply must not end the answers of all others.
-                logger.exception("a reply of %s could not be used", reply.worker)
+                logger.error("a reply of %s could not be used: %s", reply.worker, where(exc))  # noqa: TRY400
 
     async def _take(self, reply: StepReply) -> None:
         _REPLIES.inc()
@@ -367,9 +372,16 @@ class PipelineCore(EngineCoreClient):
         self._reports.append((request.external_req_id or request.request_id, reports))
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
-        if self._open.pop(request_id, None) is not None:
+        if self._forget(request_id):
             logger.warning("%s failed: %s", request_id, error.code)
             await self._fail(request_id, error)
+
+    def _forget(self, request_id: str) -> bool:
+        """False when nobody waits for it anyhow."""
+        entry = self._open.pop(request_id, None)
+        if entry is not None and entry.sent is not None:
+            entry.sent.cancel()  # what has not left yet need not
+        return entry is not None
 
     # -- watching ----------------------------------------------------------------------------------
 
@@ -404,7 +416,7 @@ class PipelineCore(EngineCoreClient):
             _LEAKS.inc()
             logger.warning("%s has ended without our hearing of it: please report this", request_id)
             self._tell_workers_to_drop([request_id])
-            del self._open[request_id]
+            self._forget(request_id)
         self._unknown_before = unknown - self._unknown_before
 
     async def _replies_are_lost(self) -> None:
@@ -420,6 +432,20 @@ class PipelineCore(EngineCoreClient):
         """A worker of another model or vLLM is no help."""
         ours = (stage, self._settings.model_name, ENGINE_VERSION)
         return [w for w in self.workers if (w.role, w.model, w.engine) == ours]
+
+
+async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:
+    """Let the named `steps` of a close end side by side, for `_CLOSE_S` and whatever they raise."""
+    names = {asyncio.ensure_future(step): name for name, step in steps}
+    if not names:
+        return
+    done, late = await asyncio.wait(names, timeout=_CLOSE_S)
+    for task in late:
+        task.cancel()
+        logger.warning("%s has not ended within %g s", names[task], _CLOSE_S)
+    for task in done:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("%s failed: %s", names[task], where(exc))
 
 
 def _described(worker: WorkerStatus) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import kombu
 import pytest
 from kombu.exceptions import OperationalError
+from prometheus_client import REGISTRY
 
 from pdtasks import aborting, background
 from pdtasks.aborting import Aborter
+from pdtasks.app import app
 from pdtasks.background import Background
 
 
@@ -109,6 +114,73 @@ def test_a_surprise_loses_nothing_and_is_counted(
 
     wait_until(lambda: {name for said in broker.said[1:] for name in said} == {"a", "b"})
     assert beside.problems() == []
+
+
+def test_a_connection_that_surprises_is_not_used_again(
+    beside: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a connection that is broken in a way that no list of errors knows
+    connections: list[HalfBroken] = []
+    said: list[dict[str, list[str]]] = []
+
+    class HalfBroken:
+        def __init__(self) -> None:
+            connections.append(self)
+            self.is_closed = False
+
+        @property
+        def default_channel(self) -> Any:
+            if self is connections[0]:
+                raise AttributeError("'NoneType' object has no attribute 'send'")
+            return None
+
+        def collect(self) -> None:
+            self.is_closed = True
+
+    def producer(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(publish=lambda body, **_: said.append(body["arguments"]))
+
+    monkeypatch.setattr(background, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(app, "connection_for_write", lambda **_: HalfBroken())
+    monkeypatch.setattr(kombu, "Producer", producer)
+    aborter = Aborter(beside)
+
+    aborter.abort(["a"])
+
+    wait_until(lambda: said == [{"request_ids": ["a"]}])
+    assert [connection.is_closed for connection in connections] == [True, False]
+    assert beside.failures() == {"aborter": 1}
+    aborter.close()
+
+
+def test_many_are_said_in_messages_of_bounded_size(
+    aborter: Aborter, broker: StubBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aborting, "MOST_AT_ONCE", 10)
+
+    aborter.abort(f"r{n:02}" for n in range(25))
+
+    wait_until(lambda: sum(map(len, broker.said)) == 25)
+    assert [len(request_ids) for request_ids in broker.said] == [10, 10, 5]
+
+
+def test_what_could_not_be_said_by_the_end_is_counted(
+    beside: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsaid() -> float:
+        return REGISTRY.get_sample_value("pdtasks_aborts_unsaid_total") or 0.0
+
+    def away(_request_ids: list[str]) -> None:
+        raise OperationalError("gone")
+
+    aborter = Aborter(beside)
+    monkeypatch.setattr(aborter, "_broadcast", away)
+    before = unsaid()
+
+    aborter.abort(["a", "b"])
+    aborter.close()
+
+    assert unsaid() == before + 2
 
 
 def test_what_can_never_be_said_does_not_pile_up(

@@ -261,6 +261,39 @@ def test_a_request_that_is_hung_up_before_it_was_sent_is_not_sent() -> None:
     with_bench(test)
 
 
+def test_a_publisher_that_hangs_fails_the_request_long_before_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "CONFIRM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(client, "_LATE_S", 0.05)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.ask("r")
+
+        assert type(bench.failed["r"]) is BrokerUnavailable
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+
+    with_bench(test, request_timeout_s=600)
+
+
+def test_a_request_that_has_ended_is_not_sent_any_more(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presence(monkeypatch, lambda: READY)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.core.add_request_async(a_request("r"))
+        await watch_until(bench, lambda: "r" in bench.failed)
+
+        assert type(bench.failed["r"]) is RequestTimeout
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+        await until(lambda: not bench.core._publications)
+
+    with_bench(test, request_timeout_s=0.05)
+
+
 def test_while_the_broker_is_away_requests_fail_at_once_and_it_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -703,6 +736,52 @@ def test_a_close_is_bounded_whatever_hangs(
     with_bench(test)
 
 
+@pytest.mark.parametrize("what", ["stream hangs", "stream fails", "bus fails", "task stays"])
+def test_whatever_hangs_or_fails_in_a_close_keeps_nothing_else_open(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(client, "_CLOSE_S", 0.2)
+    presence(monkeypatch, lambda: READY)
+    closed: list[str] = []
+
+    class StubBus:
+        async def aclose(self) -> None:
+            closed.append("bus")
+            if what == "bus fails":
+                raise valkey.ConnectionError("gone")
+
+    async def fails() -> None:
+        raise KeyError("surprise")
+
+    async def stays() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+
+    async def test(bench: Bench) -> None:
+        stream: Any = StubStream()
+        stream.hangs = what == "stream hangs"
+        if what == "stream fails":
+            stream.close = fails
+        if what == "task stays":
+            stream.keep = stays
+        bus: Any = StubBus()
+        bench.core._stream, bench.core._bus = stream, bus
+        monkeypatch.setattr(bench.broker, "close", lambda: closed.append("broker"))
+        await bench.core.open()
+        await until(lambda: bench.core.background.failures().keys() >= {"reply-stream"})
+        await asyncio.sleep(0)  # its task has begun
+
+        began = time.monotonic()
+        await bench.core.close()
+
+        assert time.monotonic() - began < 3
+        assert sorted(closed) == ["broker", "broker", "bus"]
+
+    with_bench(test)
+
+
 def test_a_worker_that_is_back_within_the_grace_saves_its_requests(
     fast_watch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -764,5 +843,7 @@ def test_one_bad_reply_does_not_end_the_answers_of_others(
         await bench.core._listen()
 
         assert bench.answer() == [("r", [7], FinishReason.STOP)]
+        assert "could not be used" in caplog.text
+        assert "invalid opcode" not in caplog.text, "an error's text may quote"
 
     with_bench(test)
