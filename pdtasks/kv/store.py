@@ -33,6 +33,8 @@ _CLUSTER = "cluster+"
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN")
 #: Seconds between two looks for whoever has taken a lost node's place.
 _LAYOUT_S = 2.0
+#: Seconds that such a look may hold up blocks whose place is known, or was until now.
+_PATIENCE_S = 0.5
 
 T = TypeVar("T")
 
@@ -234,7 +236,8 @@ class _Independent:
 class _Cluster:
     """A Valkey Cluster, asked for its layout at the first use and again when that has changed.
 
-    One thread asks; whoever needs the answer waits for it within a deadline of its own.
+    One thread asks; whoever needs the answer waits for it within a deadline of its own.  A node
+    that stands still can hold up the answer: those that know a layout go on with it after a while.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -247,6 +250,7 @@ class _Cluster:
         self._asker = ThreadPoolExecutor(1, "kv-layout")
         self._lock = threading.Lock()  # never held while the network is waited for
         self._asked: Future[ValkeyCluster] | None = None
+        self._asks_since = 0.0
 
     def of(self, key: str, until: float) -> valkey.Valkey:
         cluster = self._current(until)
@@ -259,16 +263,22 @@ class _Cluster:
 
     def _current(self, until: float) -> ValkeyCluster:
         with self._lock:
-            if not self._outdated and self._cluster is not None:
-                return self._cluster
+            known = self._cluster
+            if not self._outdated and known is not None:
+                return known
             if self._asked is None:
                 self._asked = self._asker.submit(self._ask)
+                self._asks_since = time.monotonic()
             asked = self._asked
+            if known is not None:
+                until = min(until, self._asks_since + _PATIENCE_S)
         try:
             return asked.result(max(0.0, until - time.monotonic()))
         except ValkeyClusterException as exc:  # no ValkeyError
             raise valkey.ConnectionError(str(exc)) from exc
         except (TimeoutError, CancelledError) as exc:
+            if known is not None:
+                return known
             raise valkey.TimeoutError("the cluster's layout is not known in time") from exc
 
     def _ask(self) -> ValkeyCluster:

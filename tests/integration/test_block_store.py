@@ -805,6 +805,40 @@ def test_a_cluster_whose_node_stands_still_costs_no_more_than_the_deadline(
         os.kill(cluster[0].process.pid, signal.SIGCONT)
 
 
+def test_a_node_that_stands_still_does_not_hold_up_the_blocks_of_others(
+    cluster: list[Node], make_store: MakeStore
+) -> None:
+    # Given a store that knows the layout, and would ask the node that stands still first
+    frozen, other, _ = cluster
+    gone, kept = name_on(cluster, frozen), name_on(cluster, other)
+    store = make_store(f"cluster+{frozen.url}", timeout_s=10)
+    servers = cast("Any", store._servers)
+    for name in (gone, kept):
+        put(store, name, b"x")
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    try:
+
+        def is_lost() -> bool:
+            with pytest.raises(StoreError):
+                store.get(gone, [memoryview(bytearray(1))], time.monotonic() + 0.2)
+            return bool(servers._outdated)
+
+        wait_until(is_lost)
+
+        # When it looks for whoever has taken that node's place
+        began = time.monotonic()
+        for _ in range(20):
+            deadline = time.monotonic() + 3
+            assert store.get(kept, [memoryview(bytearray(1))], deadline)
+
+        # Then those of the others are had meanwhile
+        assert time.monotonic() - began < 3
+        assert servers._outdated
+    finally:
+        os.kill(frozen.process.pid, signal.SIGCONT)
+        wait_until(lambda: all(node.sees(3) for node in cluster), 30, "the node is back")
+
+
 def test_connections_to_a_node_that_was_replaced_are_closed(
     cluster: list[Node], make_store: MakeStore
 ) -> None:
