@@ -56,6 +56,9 @@ class Discarder:
             self._closed = True
             self._wake.notify()
         self._thread.join(_CLOSE_S)
+        with self._wake:
+            _LEFT.inc(len(self._names))
+            self._names.clear()
         if not self._thread.is_alive():
             self._store.close()
 
@@ -75,8 +78,10 @@ class Discarder:
                 return
             try:
                 self._store.delete(names)
-            except StoreError as exc:
+            except Exception as exc:
                 _LEFT.inc(len(names))
+                if not isinstance(exc, StoreError):
+                    raise  # `Background` says where from, and begins again
                 self._backoff.fail()
                 kind = type(exc).__name__
                 logger.warning("%d KV blocks are left to their TTL: %s", len(names), kind)

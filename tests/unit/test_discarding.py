@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import valkey
+from prometheus_client import REGISTRY
 
 from pdtasks import background, discarding
 from pdtasks.background import Background
@@ -43,6 +44,10 @@ class StubStore:
     @property
     def deleted(self) -> list[str]:
         return [name for names in self.calls for name in names]
+
+
+def num_left() -> float:
+    return REGISTRY.get_sample_value("pdtasks_kv_left_to_ttl_total") or 0.0
 
 
 @pytest.fixture
@@ -122,6 +127,27 @@ def test_a_surprise_does_not_end_it(
     discarder.discard(["b"])
 
     wait_until(lambda: store.deleted[-1] == "b")
+
+
+@pytest.mark.parametrize("error", [valkey.ConnectionError("refused"), KeyError("surprise")])
+def test_whatever_was_not_deleted_is_counted(
+    discarder: Discarder, store: StubStore, error: Exception
+) -> None:
+    # Given names of a call that fails, and others that come meanwhile
+    before = num_left()
+    store.errors = [error]
+    store.answers.clear()
+    discarder.discard(["a", "b"])
+    wait_until(lambda: store.calls)
+    discarder.discard(["c", "d", "e"])
+
+    # When the worker stops before they have had their turn
+    discarder.close()
+    assert num_left() - before == 3
+
+    # Then those of the call are counted when it ends
+    store.answers.set()
+    wait_until(lambda: num_left() - before == 5)
 
 
 def test_what_cannot_be_deleted_does_not_pile_up(
