@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import valkey
 
 from pdtasks.cluster.console import Console
-from pdtasks.cluster.probes import Tick, http_status, wait_until
+from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes, wait_until
 from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import Member
 from pdtasks.messages import WorkerStatus
@@ -170,12 +171,15 @@ class Parts:
             self._presence_at = now
             if self._bus is None:
                 self._bus = valkey.Valkey.from_url(self._bus_url(), socket_timeout=1)
-            own = {part.process.pid for part in self._parts if part.process.running}
+            workers = [part for part in self._parts if part.is_worker]
+            own = {part.process.pid for part in workers if part.process.running}
             self._bus_answers = False
             with contextlib.suppress(valkey.ValkeyError):
-                statuses = read_workers(self._bus)
+                here = socket.gethostname()
+                statuses = [s for s in read_workers(self._bus) if s.host == here]
                 self._presence = {s.pid: s for s in statuses if s.pid in own}
-                self._bus_answers = True
+                # One that is full has no room for signs of life: nobody is silent of itself then.
+                self._bus_answers = own <= set(self._presence) or valkey_takes_writes(self._bus)
         return self._presence
 
     # -- watch ------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ class Parts:
 
     def _watch(self, part: Part) -> None:
         if part.restart_at is not None:
-            if time.monotonic() >= part.restart_at:
+            # One that the kernel does not let go of yet (a hung device) is in its successor's way.
+            if time.monotonic() >= part.restart_at and not part.process.running:
                 self._console.line(f"restarting {part.name}")
                 self._launch(part)
                 self._record()

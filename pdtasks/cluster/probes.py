@@ -119,6 +119,14 @@ def valkey_answers(url: str) -> bool:
         return False
 
 
+def valkey_takes_writes(server: valkey.Valkey) -> bool:
+    """Does it store a small value? Not when it is full, or the copy of another server."""
+    try:
+        return bool(server.set("pd:probe", b"", px=1000))
+    except (valkey.ValkeyError, OSError):
+        return False
+
+
 def broker_accepts(url: str) -> bool:
     """Does the broker at `url` open a connection for this user?"""
     from amqp.exceptions import AMQPError

@@ -23,7 +23,12 @@ from pdtasks.cluster import rabbitmq as rabbitmq_module
 from pdtasks.cluster import valkey as valkey_module
 from pdtasks.cluster.children import stack_urls
 from pdtasks.cluster.console import Console
-from pdtasks.cluster.probes import broker_accepts, free_ports, valkey_answers
+from pdtasks.cluster.probes import (
+    broker_accepts,
+    free_ports,
+    valkey_answers,
+    valkey_takes_writes,
+)
 from pdtasks.cluster.process import StartFailed, identify
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
 from pdtasks.cluster.services import Services
@@ -428,6 +433,21 @@ def test_kv_evicts_and_the_bus_does_not(kv: ValkeyServer, bus: ValkeyServer) -> 
         assert found["appendonly"] == "no"
         assert found["commandlog-request-larger-than"] == "-1"
         assert found["commandlog-reply-larger-than"] == "-1"
+
+
+def test_a_full_bus_answers_but_takes_no_writes(directory: Path) -> None:
+    with (
+        ValkeyServer(directory / "full", "bus", maxmemory=4 << 20) as server,
+        valkey.Valkey.from_url(server.url) as client,
+    ):
+        assert valkey_takes_writes(client)
+
+        with contextlib.suppress(valkey.ValkeyError):
+            for number in range(100_000):
+                client.set(f"n{number}", bytes(64))
+
+        assert valkey_answers(server.url)
+        assert not valkey_takes_writes(client)
 
 
 def test_kv_takes_values_as_big_as_a_block(kv: ValkeyServer) -> None:

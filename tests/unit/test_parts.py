@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from pdtasks.cluster.parts import Part, Parts
 from pdtasks.cluster.process import Process
 from pdtasks.messages import WorkerStatus
 
+HERE = socket.gethostname()
+
 #: Ends for no SIGTERM, and notes that its stacks were asked for.
 STUBBORN = (
     "import faulthandler, signal, sys, time; faulthandler.register(signal.SIGUSR2); "
@@ -32,6 +35,7 @@ class Bench:
     def __init__(self, folder: Path, stall_timeout_s: float) -> None:
         self.output = io.StringIO()
         self.said: list[WorkerStatus] | None = []  #: None: the bus does not answer
+        self.is_full = False  #: the bus answers, but takes nothing
         self.log = folder / "decode1.log"
         self.parts = Parts(
             Console(self.output),
@@ -54,7 +58,7 @@ class Bench:
         pid = self.part.process.pid
         self.said = [
             WorkerStatus(
-                name="decode1@h", role="decode", host="h", pid=pid, state=state, reason=reason
+                name="decode1@h", role="decode", host=HERE, pid=pid, state=state, reason=reason
             )
         ]
 
@@ -77,6 +81,10 @@ class Bench:
             self.parts.watch()
             time.sleep(0.01)
 
+    def stayed(self) -> bool:
+        """Is the first process there? (Between an end and the next start its pid is told too.)"""
+        return self.part.process.running and self.part.process.pid == self.first_pid
+
     def replaced(self) -> bool:
         return self.part.process.running and self.part.process.pid != self.first_pid
 
@@ -93,6 +101,7 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
         return made[-1].read(bus)
 
     monkeypatch.setattr(parts, "read_workers", read)
+    monkeypatch.setattr(parts, "valkey_takes_writes", lambda _: not made[-1].is_full)
 
     def make(stall_timeout_s: float = 0.3) -> Bench:
         bench = Bench.__new__(Bench)
@@ -139,7 +148,7 @@ def test_a_worker_that_is_well_again_in_time_stays(make_bench: MakeBench) -> Non
         bench.say("ready")
         bench.watch_for(0.1)
 
-    assert bench.part.process.pid == bench.first_pid
+    assert bench.stayed()
     assert "stalled: its main loop does not turn → ready" in bench.output.getvalue()
 
 
@@ -149,7 +158,20 @@ def test_a_bus_that_is_away_replaces_nobody(make_bench: MakeBench) -> None:
     bench.said = None
     bench.watch_for(0.6)
 
-    assert bench.part.process.pid == bench.first_pid
+    assert bench.stayed()
+
+
+def test_a_bus_that_has_no_room_for_signs_of_life_replaces_and_kills_nobody(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(stall_timeout_s=0.1)
+
+    bench.said, bench.is_full = [], True
+    bench.watch_for(0.6)
+    assert bench.stayed()
+
+    bench.parts.stop("decode", deadline_s=0.5)
+    assert "did not stop in 0 s: killed" in bench.output.getvalue()  # it had its time
 
 
 def test_a_worker_without_rabbitmq_is_not_replaced_and_the_reason_is_told(
@@ -160,7 +182,7 @@ def test_a_worker_without_rabbitmq_is_not_replaced_and_the_reason_is_told(
     bench.say("stalled", "RabbitMQ cannot be reached")
     bench.watch_for(0.6)
 
-    assert bench.part.process.pid == bench.first_pid
+    assert bench.stayed()
     assert "decode1: ready → stalled: RabbitMQ cannot be reached" in bench.output.getvalue()
 
 
@@ -190,3 +212,44 @@ def test_a_worker_that_is_well_gets_its_time_to_stop(make_bench: MakeBench) -> N
 
     # (this one does not use it)
     assert "did not stop in 0 s: killed" in bench.output.getvalue()
+
+
+def test_a_worker_elsewhere_with_the_same_pid_is_another_one(make_bench: MakeBench) -> None:
+    # Given a bus that several hosts share
+    bench = make_bench(stall_timeout_s=0.1)
+    ours = bench.said or []
+    stranger = WorkerStatus(
+        name="decode1@other",
+        role="decode",
+        host="other",
+        pid=bench.part.process.pid,
+        state="stalled",
+        reason="its main loop does not turn",
+    )
+
+    # When that one stands
+    bench.said = [*ours, stranger]
+    bench.watch_for(0.6)
+
+    # Then ours stays
+    assert bench.stayed()
+
+
+def test_a_worker_that_the_kernel_does_not_let_go_of_ends_no_supervisor(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a stalled worker that hangs in a device: no signal ends it
+    bench = make_bench(stall_timeout_s=0.1)
+    monkeypatch.setattr(bench.part.process, "kill", lambda: None)
+    bench.say("stalled", "its main loop does not turn")
+
+    # When its time for a new start has come
+    bench.until(lambda: bench.part.restart_at is not None)
+    bench.watch_for(1.5)
+
+    # Then it is in the way of its successor, until it is gone
+    assert bench.part.process.pid == bench.first_pid
+    monkeypatch.undo()
+    bench.part.process.kill()
+    bench.part.restart_at = 0.0
+    bench.until(bench.replaced)
