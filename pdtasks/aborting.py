@@ -27,6 +27,8 @@ ABORT_PAUSE_S = 0.1
 MOST_PENDING = 100_000
 #: Requests in one message: RabbitMQ bounds its size, and a worker's main loop has to read it.
 MOST_AT_ONCE = 1_000
+#: Seconds that a connection may take to come about.
+_CONNECT_S = 5.0
 #: Seconds that a close waits for what is left.
 _CLOSE_S = 5.0
 
@@ -132,7 +134,10 @@ class Aborter:
 
     def _broadcast(self, request_ids: list[str]) -> None:
         if self._connection is None:
-            self._connection = app.connection_for_write(heartbeat=0)
+            connection = app.connection_for_write(heartbeat=0)
+            # `default_channel` alone would sleep between tries of its own, and say nothing.
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=_CONNECT_S)
+            self._connection = connection
         # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
         exchange = app.control.mailbox.exchange
         kombu.Producer(self._connection.default_channel, auto_declare=False).publish(

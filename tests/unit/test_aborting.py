@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,18 @@ class StubBroker:
         if self.failures:
             self.failures -= 1
             raise OperationalError("gone")
+
+
+class StubConnection:
+    """A connection that is there."""
+
+    default_channel = None
+
+    def ensure_connection(self, **_: Any) -> None:
+        """It is."""
+
+    def collect(self) -> None:
+        """Nothing to close."""
 
 
 @pytest.fixture
@@ -128,6 +141,9 @@ def test_a_connection_that_surprises_is_not_used_again(
             connections.append(self)
             self.is_closed = False
 
+        def ensure_connection(self, **_: Any) -> None:
+            """It seems to be there."""
+
         @property
         def default_channel(self) -> Any:
             if self is connections[0]:
@@ -151,6 +167,65 @@ def test_a_connection_that_surprises_is_not_used_again(
     assert [connection.is_closed for connection in connections] == [True, False]
     assert beside.failures() == {"aborter": 1}
     aborter.close()
+
+
+def test_a_broker_that_refuses_connections_is_tried_after_pauses_with_one_line_a_try(
+    beside: Background, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given a port where nobody listens
+    made: list[kombu.Connection] = []
+
+    def connection(**_: Any) -> kombu.Connection:
+        made.append(kombu.Connection(f"amqp://127.0.0.1:{port}//", connect_timeout=4))
+        return made[-1]
+
+    def lines() -> int:
+        return sum("aborts wait" in record.message for record in caplog.records)
+
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        monkeypatch.setattr(app, "connection_for_write", connection)
+        aborter = Aborter(beside)
+
+        aborter.abort(["a"])
+
+        # Then the pauses are ours, not kombu's: it sleeps for seconds in each, and says nothing
+        wait_until(lambda: lines() >= 3)
+        aborter.close()
+
+    assert not aborter._thread.is_alive(), "a close does not wait for a pause"
+    assert len(made) == lines()
+    assert beside.failures() == {"aborter": 0}
+
+
+def test_a_connection_that_broke_while_nobody_looked_is_replaced_at_once(
+    beside: Background, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given a connection that has worked once
+    broken: list[bool] = []
+    said: list[list[str]] = []
+
+    def publish(body: dict[str, Any], **_: Any) -> None:
+        if broken:
+            broken.clear()
+            raise ConnectionResetError
+        said.append(body["arguments"]["request_ids"])
+
+    monkeypatch.setattr(aborting, "ABORT_PAUSE_S", 0.0)
+    monkeypatch.setattr(app, "connection_for_write", lambda **_: StubConnection())
+    monkeypatch.setattr(kombu, "Producer", lambda *_, **__: SimpleNamespace(publish=publish))
+    aborter = Aborter(beside)
+    aborter.abort(["a"])
+    wait_until(lambda: said == [["a"]])
+
+    # When RabbitMQ was restarted meanwhile
+    broken.append(True)
+    aborter.abort(["b"])
+
+    wait_until(lambda: said == [["a"], ["b"]])
+    aborter.close()
+    assert "aborts wait" not in caplog.text
 
 
 def test_many_are_said_in_messages_of_bounded_size(
