@@ -14,14 +14,14 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from prometheus_client import Counter
 from vllm.config import VllmConfig
@@ -96,6 +96,37 @@ def stage_watcher(watch: StageWatch) -> Iterator[None]:
         _stage_watch.reset(before)
 
 
+class SendsJobs(Protocol):
+    """`pdtasks.pipeline.Publisher`, as far as this module needs it."""
+
+    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]: ...
+
+    def close(self) -> None: ...
+
+
+class TellsAborts(Protocol):
+    """`pdtasks.aborting.Aborter`, as far as this module needs it."""
+
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BringsReplies(Protocol):
+    """`pdtasks.reply.ReplyStream`, as far as this module needs it."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def open(self) -> None: ...
+
+    async def keep(self) -> None: ...
+
+    def read(self) -> AsyncIterator[StepReply]: ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass
 class _Open:
     """A request whose answer is not finished."""
@@ -119,9 +150,9 @@ class PipelineCore(EngineCoreClient):
         fail: Callable[[str, PdtasksError], Awaitable[None]],
         *,
         is_known: Callable[[str], bool] = lambda _: True,
-        publisher: Publisher | None = None,
-        aborter: Aborter | None = None,
-        stream: ReplyStream | None = None,
+        publisher: SendsJobs | None = None,
+        aborter: TellsAborts | None = None,
+        stream: BringsReplies | None = None,
     ) -> None:
         """Args:
         is_known: tells of a request id whether whoever asked still waits for it.
@@ -143,12 +174,12 @@ class PipelineCore(EngineCoreClient):
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         settings.require_broker()
         self._bus = connect_async(settings)
-        self._stream = stream or ReplyStream(self._bus, self._replies_are_lost)
+        self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
         self.background = Background()
-        self._publisher = publisher or Publisher(self.background)
+        self._publisher: SendsJobs = publisher or Publisher(self.background)
         self._broker_away_until = 0.0  # monotonic
         self._publications: set[asyncio.Task[None]] = set()
-        self._aborter = aborter or Aborter(self.background)
+        self._aborter: TellsAborts = aborter or Aborter(self.background)
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------

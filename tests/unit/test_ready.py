@@ -14,8 +14,10 @@ from fastapi import HTTPException
 
 from api.main import ready
 from pdtasks import background, client
+from pdtasks.aborting import Aborter
 from pdtasks.client import PipelineCore
 from pdtasks.messages import WorkerStatus
+from pdtasks.publishing import ConfirmedSender
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request
 from tests.unit.test_client import READY, StubStream, presence, until
@@ -37,7 +39,9 @@ async def answer(core: PipelineCore) -> tuple[int, Any]:
         return exc.status_code, exc.detail
 
 
-def with_core(test: Callable[[PipelineCore], Awaitable[None]], stream: Any = None) -> None:
+def with_core(
+    test: Callable[[PipelineCore], Awaitable[None]], stream: StubStream | None = None
+) -> None:
     """Run `test` with a core whose threads and tasks are real, and reach nobody."""
 
     async def fail(_request_id: str, _error: Exception) -> None:
@@ -45,8 +49,7 @@ def with_core(test: Callable[[PipelineCore], Awaitable[None]], stream: Any = Non
 
     async def run() -> None:
         settings = Settings(broker_url="amqp://nowhere", bus_url="valkey://nowhere")
-        ours: Any = stream or StubStream()
-        core = PipelineCore(settings, fail, stream=ours)
+        core = PipelineCore(settings, fail, stream=stream or StubStream())
         await core.open()
         try:
             async with asyncio.timeout(10):
@@ -122,6 +125,12 @@ def raises_once(body: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+async def hang_up(core: PipelineCore, request_id: str) -> None:
+    """Ask and leave, before anything was sent."""
+    await core.add_request_async(a_request(request_id))
+    await core.abort_requests_async([request_id])
+
+
 @pytest.mark.parametrize("name", ["aborter", "publisher", "replies", "reply-stream", "watch"])
 def test_each_thread_and_task_that_dies_is_told_and_lives_on(
     monkeypatch: pytest.MonkeyPatch, name: str
@@ -131,16 +140,17 @@ def test_each_thread_and_task_that_dies_is_told_and_lives_on(
     stream.surprises = {"keep": int(name == "reply-stream"), "read": int(name == "replies")}
     said: list[list[str]] = []
 
+    tell = raises_once(said.append) if name == "aborter" else said.append
+    monkeypatch.setattr(Aborter, "_broadcast", lambda _, request_ids: tell(request_ids))
+    monkeypatch.setattr(ConfirmedSender, "_is_connected", lambda _: False)
+    if name == "publisher":
+        monkeypatch.setattr(ConfirmedSender, "_take", raises_once(ConfirmedSender._take))
+
     async def test(core: PipelineCore) -> None:
         # Given something unforeseen in one of them
-        monkeypatch.setattr(core._aborter, "_broadcast", said.append)
         if name == "aborter":
-            monkeypatch.setattr(core._aborter, "_broadcast", raises_once(said.append))
-            core._aborter.abort(["a"])
+            await hang_up(core, "a")
         if name == "publisher":
-            sender = core._publisher._sender
-            monkeypatch.setattr(sender, "_take", raises_once(sender._take))
-            monkeypatch.setattr(sender, "_is_connected", lambda: False)
             await core.add_request_async(a_request("r"))
         if name == "watch":
             monkeypatch.setattr(core, "_look_for_leaks", raises_once(core._look_for_leaks))
@@ -152,7 +162,7 @@ def test_each_thread_and_task_that_dies_is_told_and_lives_on(
         # and afterwards that it was
         await until(lambda: not core.background.problems())
         assert await answer(core) == (200, {"status": "ready", "background": {name: 1}})
-        core._aborter.abort(["b"])
+        await hang_up(core, "b")
         await until(lambda: "b" in {request_id for ids in said for request_id in ids})
         if name == "aborter":
             assert "a" in {request_id for ids in said for request_id in ids}
