@@ -177,8 +177,13 @@ class BlockTransfer:
                 tally.sealed = save.last
                 self._end_save_if_done(tally)  # the last one may bring no further block
             blocks = list(self._blocks_of(save, after, deadline))
-            if blocks:
+            if not blocks:
+                continue
+            try:
                 self._submit(self._send_missing, tally, blocks)
+            except RuntimeError as exc:  # closed: the engine's thread must not end of it
+                for _ in blocks:
+                    self._block_saved(tally, None, exc)
         self._tell()
 
     def _send_missing(self, tally: _Tally, blocks: list[_Block]) -> None:
@@ -274,7 +279,10 @@ class BlockTransfer:
                     continue
                 self._loads[load.request_id] = tally
             for block in self._blocks_of(load, after, deadline):
-                self._submit(self._fetch, tally, block)
+                try:
+                    self._submit(self._fetch, tally, block)
+                except RuntimeError as exc:  # closed
+                    self._block_loaded(tally, None, exc)
 
     def _fetch(self, tally: _Tally, block: _Block) -> None:
         error: Exception | None = None
@@ -287,6 +295,9 @@ class BlockTransfer:
             error = self._forget(block.key)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
             error = exc
+        self._block_loaded(tally, received, error)
+
+    def _block_loaded(self, tally: _Tally, received: int | None, error: Exception | None) -> None:
         with self._lock:
             tally.open -= 1
             if error is not None:
@@ -324,7 +335,7 @@ class BlockTransfer:
     def _forget(self, key: str) -> Exception | None:
         try:
             self._store.delete([key])
-        except StoreError as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the load has to end
             return exc
         return None
 

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -803,19 +803,53 @@ def test_what_is_to_be_sent_after_the_close_ends_too(
 ) -> None:
     # Given a store that hangs while it says what it has
     side = make_side(num_threads=1)
-    store.hold()
+    store.hold("touch")
     side.step(a_save(a_handle(), [0, 1, 2]))
+    wait_until(lambda: store.under_way["touch"])
 
     # When the engine stops meanwhile
     closing = threading.Thread(target=side.transfer.close)
     closing.start()
-    wait_until(lambda: side.transfer._threads is None or side.transfer._threads._shutdown, "close")
+    threads = side.transfer._threads
+    wait_until(lambda: threads is None or threads._shutdown, "the close")
     store.let_go()
     closing.join(10)
 
     # Then nothing is left open
     assert not closing.is_alive()
     assert side.transfer._saves == {}
+
+
+def test_a_step_after_the_close_ends_its_transfers_and_not_the_engine(
+    make_side: Callable[..., Side],
+) -> None:
+    side = make_side()
+    side.transfer.close()
+
+    side.step(a_save(a_handle(), [0, 1, 2]))
+    side.step(a_load(a_handle(), [0, 1, 2]))
+
+    side.step_until(lambda: side.failed["d"] and side.records)
+    assert side.transfer._saves == side.transfer._loads == {}
+
+
+def test_a_load_ends_whatever_is_raised_while_a_damaged_block_is_deleted(
+    prefill: Side, decode: Side, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    key = handle.key(0, 0)
+    store.values[key] = store.values[key][:-1] + b"?"
+
+    def surprise(keys: Iterable[str]) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(store, "delete", surprise)
+    decode.step(a_load(handle, [1, 2, 4]))
+
+    decode.step_until(lambda: decode.failed["d"])
+    assert decode.transfer._loads == {}
 
 
 def test_a_missing_block_fails_the_load_and_still_counts_as_received(
