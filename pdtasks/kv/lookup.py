@@ -33,6 +33,9 @@ from pdtasks.kv.resume import advance_grammar, carry_over
 
 logger = init_logger(__name__)
 
+#: Seconds between two looks for requests that have ended but are still kept here.
+_LOOK_S = 60.0
+
 
 @dataclass(eq=False)
 class _Saving:
@@ -76,6 +79,8 @@ class BlockLookup:
         self._handles: dict[str, KVHandle] = {}  # still to be loaded
         self._loads: list[BlockLoad] = []  # for the next step
         self._finished: dict[str, bool] = {}  # since the last step, with saves under way
+        self._looked_at = time.monotonic()
+        self._num_leaked = 0  # as told last
 
     def on_new_request(self, request: Request) -> None:
         """Take note of what `request` wants."""
@@ -198,7 +203,30 @@ class BlockLookup:
                 save = self._plan_save(saving, num_scheduled, step)
                 if save is not None:
                     plan.saves.append(save)
+        self._look_for_leaks()
         return plan
+
+    def _look_for_leaks(self) -> None:
+        """Say when requests that have ended are kept; between steps there should be none."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        leaked = sum(saving.request.is_finished() for saving in self._saving.values())
+        if leaked > self._num_leaked:
+            logger.warning("%d requests that have ended are still kept: please report this", leaked)
+        self._num_leaked = leaked
+
+    def leftovers(self) -> dict[str, int]:
+        """How much is kept, by kind; nothing when all requests have ended and a step has passed."""
+        kept = {
+            "saving": len(self._saving),
+            "handles": len(self._handles),
+            "loads": len(self._loads),
+            "finished": len(self._finished),
+            "questions": self._probe.num_open,
+        }
+        return {name: number for name, number in kept.items() if number}
 
     def _plan_save(
         self, saving: _Saving, num_scheduled: int, step: SchedulerOutput

@@ -49,6 +49,11 @@ class PrefixProbe:
         self._asked: dict[str, _Question] = {}
         self._resume_at = 0.0
 
+    @property
+    def num_open(self) -> int:
+        """Questions whose answer nobody has taken yet."""
+        return len(self._asked)
+
     def start(self, request_id: str, blocks: Sequence[Sequence[str]]) -> None:
         """Look for the leading `blocks` of a prompt, each given by its names (one for each rank).
 
@@ -107,6 +112,8 @@ class PrefixProbe:
         logger.warning("shared prefixes are not looked for during %.0f s: %s", _REST_S, why)
 
     def close(self) -> None:
-        """End the thread and close the connections."""
+        """End the thread and close the connections; waits for one round trip at most."""
+        for question in self._asked.values():
+            question.wanted = False  # a long prompt behind a slow store takes many
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._store.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pdtasks.kv import lookup as lookup_module
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.lookup import BlockLookup, _tail_digest
 from pdtasks.kv.params import ours
@@ -98,6 +99,10 @@ class FakeProbe:
         self.forgotten.append(request_id)
         self._open.discard(request_id)
 
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
     def close(self) -> None:
         self.closed = True
 
@@ -147,11 +152,36 @@ def probe() -> FakeProbe:
 
 
 @pytest.fixture
-def make_lookup(probe: FakeProbe) -> Callable[..., BlockLookup]:
-    def make(**options: Any) -> BlockLookup:
-        return a_lookup(probe, **options)
+def make_lookup(
+    probe: FakeProbe, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., BlockLookup]]:
+    """Makes lookups, and sees to it that they keep nothing of requests that have ended."""
+    made: list[BlockLookup] = []
+    running: dict[tuple[BlockLookup, str], Request] = {}
+    begin, end = BlockLookup.on_new_request, BlockLookup.finish
 
-    return make
+    def on_new_request(lookup: BlockLookup, request: Request) -> None:
+        running[lookup, request.request_id] = request
+        begin(lookup, request)
+
+    def finish(lookup: BlockLookup, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        running.pop((lookup, request.request_id), None)
+        return end(lookup, request)
+
+    monkeypatch.setattr(BlockLookup, "on_new_request", on_new_request)
+    monkeypatch.setattr(BlockLookup, "finish", finish)
+
+    def make(**options: Any) -> BlockLookup:
+        made.append(a_lookup(probe, **options))
+        return made[-1]
+
+    yield make
+    for (lookup, _), request in list(running.items()):
+        request.status = RequestStatus.FINISHED_ABORTED
+        lookup.finish(request)
+    for lookup in made:
+        FakeScheduler(lookup).step()
+        assert lookup.leftovers() == {}
 
 
 def a_lookup(probe: FakeProbe, **options: Any) -> BlockLookup:
@@ -759,6 +789,28 @@ def test_a_salt_keeps_equal_prompts_apart(scheduler: FakeScheduler, probe: FakeP
     looked_for = [{name for names in blocks for name in names} for blocks in probe.asked.values()]
     assert written == looked_for
     assert len(set.union(*written)) == sum(map(len, written)) == 6
+
+
+def test_requests_that_ended_unnoticed_are_told_once(
+    scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given two requests that run, and one that ended without a word to us
+    monkeypatch.setattr(lookup_module, "_LOOK_S", 0.0)
+    for name in ("a", "b"):
+        scheduler.add(a_request(40, request_id=name, save=name), [1, 2, 3])
+    lost = a_request(40, request_id="c", save="c")
+    scheduler.add(lost, [4, 5, 6])
+    scheduler.step()
+    assert "still kept" not in caplog.text
+    lost.status = RequestStatus.FINISHED_ABORTED
+
+    # When further steps go by
+    for _ in range(3):
+        scheduler.step()
+
+    # Then
+    assert caplog.text.count("1 requests that have ended are still kept") == 1
+    assert scheduler.lookup.leftovers()["saving"] == 3
 
 
 def test_closing_closes_the_probe(lookup: BlockLookup, probe: FakeProbe) -> None:

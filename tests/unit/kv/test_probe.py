@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -268,3 +269,24 @@ def test_closing_ends_the_thread_and_the_store(store: MemoryStore) -> None:
 
     assert store.closed
     assert not [t for t in threading.enumerate() if t.name.startswith("kv-probe")]
+
+
+def test_a_close_waits_for_one_round_trip_and_not_for_a_long_prompt(store: MemoryStore) -> None:
+    # Given a probe in the middle of a prompt that takes many questions, and a slow store
+    blocks = names(100)
+    fill(store, blocks)
+    probe = made(store)
+    store.hold("touch")
+    probe.start("r", blocks)
+    wait_until(lambda: store.under_way["touch"])
+
+    # When it is closed meanwhile
+    with ThreadPoolExecutor(1) as thread:
+        closing = thread.submit(probe.close)
+        wait_until(lambda: probe._thread._shutdown)
+        store.let_go()
+        closing.result(10)
+
+    # Then no further question was asked
+    assert [len(keys) for keys in store.touched] == [1]
+    assert store.closed
