@@ -112,6 +112,26 @@ def our_app(services: Services) -> Iterator[Any]:
 
 
 @pytest.fixture
+def publisher(our_app: Any) -> Iterator[Any]:
+    """A `Publisher` of this process."""
+    from pdtasks.pipeline import Publisher
+
+    made = Publisher()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def aborter(our_app: Any) -> Iterator[Any]:
+    """An `Aborter` of this process."""
+    from pdtasks.aborting import Aborter
+
+    made = Aborter()
+    yield made
+    made.close()
+
+
+@pytest.fixture
 def channel(services: Services) -> Iterator[Any]:
     """A channel to RabbitMQ beside the product's."""
     with kombu.Connection(services.rabbit.url) as connection:
@@ -221,17 +241,22 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 def cut_connections(services: Services, worker: StubWorker) -> Iterator[None]:
     """RabbitMQ closes what the worker has open; on leaving, all of it is closed."""
     rabbit = urlsplit(services.rabbit.url).port
-    ports = {
-        c.laddr.port
-        for c in psutil.Process(worker.pid).net_connections("tcp")
-        if c.status == psutil.CONN_ESTABLISHED and c.raddr.port == rabbit
-    }
+
+    def ports() -> set[int]:
+        return {
+            c.laddr.port
+            for c in psutil.Process(worker.pid).net_connections("tcp")
+            if c.status == psutil.CONN_ESTABLISHED and c.raddr.port == rabbit
+        }
+
     with httpx.Client(base_url=services.rabbit.api_url, timeout=10) as api:
 
         def ours() -> list[str]:
-            # RabbitMQ's list is some seconds old: wait for all of them.
-            names = [c["name"] for c in api.get("connections").json() if c["peer_port"] in ports]
-            return names if len(names) == len(ports) else []
+            # RabbitMQ's list is some seconds old, and the worker may just be connecting again:
+            # wait until all that it has open now are listed.
+            listed = {c["peer_port"]: c["name"] for c in api.get("connections").json()}
+            wanted = ports()
+            return [listed[port] for port in wanted] if wanted <= set(listed) else []
 
         names = wait_until(ours)
         for name in names:

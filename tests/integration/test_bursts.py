@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-import pytest
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -60,20 +59,6 @@ class Caller:
 
     def hang_up(self) -> None:
         self._asker.hang_up()
-
-
-@pytest.fixture
-def publisher(our_app: Any) -> Iterator[Publisher]:
-    made = Publisher()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def aborter(our_app: Any) -> Iterator[Aborter]:
-    made = Aborter()
-    yield made
-    made.close()
 
 
 def test_bursts_whose_callers_hang_up_cost_no_connection_and_no_answer(

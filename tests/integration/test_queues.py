@@ -50,20 +50,6 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def publisher(our_app: Any) -> Iterator[Publisher]:
-    made = Publisher()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def aborter(our_app: Any) -> Iterator[Aborter]:
-    made = Aborter()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def no_broker(our_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """New connections go where nobody listens."""
     (port,) = free_ports(1)
