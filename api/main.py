@@ -60,9 +60,9 @@ def create_app(settings: Settings) -> FastAPI:
         from api.recording import RecordingLLM
 
         client = RecordingLLM(config, settings)
-        await client.engine_core.open()
         app.state.pdtasks_client = client
         try:
+            await client.engine_core.open()
             await init_app_state(client, app.state, arguments, ("generate",))
             running_jobs = _running_jobs(app, settings, client.engine_core.background)
             async with vllm_lifespan(app), running_jobs:

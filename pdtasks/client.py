@@ -192,7 +192,8 @@ class PipelineCore(EngineCoreClient):
         self._tasks = [
             self.background.task("reply-stream", self._stream.keep),
             self.background.task("replies", self._listen),
-            self.background.task("watch", self._watch),
+            self.background.task("workers", self._watch_workers),
+            self.background.task("deadlines", self._watch_deadlines),
         ]
 
     async def close(self) -> None:
@@ -361,7 +362,7 @@ class PipelineCore(EngineCoreClient):
             entry = self._open.get(output.request_id)
             if entry is None:
                 unknown.append(output.request_id)
-            elif await self._merge(entry, position, output):
+            elif await self._takes(entry, position, output):
                 wanted.append(output)
         for event in (event for output in wanted for event in output.events or ()):
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
@@ -371,6 +372,16 @@ class PipelineCore(EngineCoreClient):
         if unknown:
             # A worker that was started after the abort has not heard of it.
             self._tell_workers_to_drop(unknown)
+
+    async def _takes(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
+        """`_merge`; whatever is raised fails this request and no other of the step."""
+        try:
+            return await self._merge(entry, position, output)
+        except Exception as exc:  # noqa: BLE001
+            logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
+            error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
+            await self._drop(output.request_id, error)
+            return False
 
     async def _merge(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
         """Add `output` to the answer; False when there is nothing new in it.
@@ -416,8 +427,7 @@ class PipelineCore(EngineCoreClient):
 
     # -- watching ----------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        """Nothing waits for ever: not beyond its deadline, not for a stage without workers."""
+    async def _watch_workers(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
@@ -426,6 +436,14 @@ class PipelineCore(EngineCoreClient):
                 # Whether workers are missing is not known now; deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
                 self._missing_since.clear()
+
+    async def _watch_deadlines(self) -> None:
+        """Nothing waits for ever: not beyond its deadline, not for a stage without workers.
+
+        Waits for nobody: a bus that does not answer makes no deadline late.
+        """
+        while True:
+            await asyncio.sleep(_WATCH_S)
             self._look_for_leaks()
             now = time.time()
             for request_id, entry in list(self._open.items()):

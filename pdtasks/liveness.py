@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _SUPERVISOR_FIRST_S = 5.0
 _STOP_GRACE_S = 15.0
 _LOOK_S = 0.5
 
+#: Exit code of a worker whose engine, or the way of its answers, has ended.
+EXIT_NO_ENGINE = 70
 #: Exit code of a worker that took no jobs any more.
 EXIT_STALLED = 71
 
@@ -128,14 +131,21 @@ def watch(
     """End the process when it is overdue. A thread's body; it does nothing that could wait."""
     while not ended.wait(_LOOK_S):
         if why := liveness.overdue(stall_timeout_s, drain_timeout_s):
-            end_process(why)
+            end_process(why, EXIT_STALLED)
 
 
-def end_process(why: str) -> None:
-    """Say `why`, with all threads' stacks, and end; RabbitMQ gives the jobs to others."""
-    output = sys.__stderr__
-    if output is not None:
-        output.write(f"pdtasks: {why}: ending the process; RabbitMQ hands its jobs to others\n")
-        output.flush()
+def end_process(why: str, code: int) -> None:
+    """Say `why`, with all threads' stacks, and end; RabbitMQ gives the jobs to others.
+
+    Whatever hangs: perhaps nobody reads the pipe that standard error is, and another thread stands
+    in a write to it, with the lock of `logging`.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        output = sys.__stderr__.fileno()  # type: ignore[union-attr]  # None: AttributeError
+        os.set_blocking(output, False)
+        line = f"pdtasks: {why}: ending the process; RabbitMQ hands its jobs to others\n"
+        os.write(output, line.encode())
         faulthandler.dump_traceback(file=output, all_threads=True)
-    os._exit(EXIT_STALLED)
+        # The terminal it may be outlives us.
+        os.set_blocking(output, True)
+    os._exit(code)

@@ -38,7 +38,7 @@ from pdtasks.errors import (
 )
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore
-from pdtasks.liveness import Liveness, watch
+from pdtasks.liveness import EXIT_NO_ENGINE, Liveness, end_process, watch
 from pdtasks.messages import Failure, StageReport, StepReply, WorkerStatus
 from pdtasks.models import resolve_model
 from pdtasks.presence import worker_key
@@ -383,9 +383,7 @@ def _exit_at_once() -> None:
     A worker without an engine would answer every job with an error at once and swallow the whole
     queue.  When the process ends, RabbitMQ gives all its jobs to others, together and at once.
     """
-    logger.critical("no engine, no worker: exiting; RabbitMQ hands the jobs to others")
-    logging.shutdown()
-    os._exit(70)
+    end_process("no engine, no worker", EXIT_NO_ENGINE)
 
 
 #: The worker that this process is; empty in all others.

@@ -18,7 +18,7 @@ from pathlib import Path
 import valkey
 
 from pdtasks.cluster.console import Console
-from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes, wait_until
+from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes
 from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import Member
 from pdtasks.messages import WorkerStatus
@@ -34,6 +34,9 @@ _STEADY_S = 60.0  # ready for so long: the next failure is a new one
 #: Has a worker write all threads' stacks into its log (`pdtasks.celery_worker`).
 _STACKS_SIGNAL = signal.SIGUSR2
 _STACKS_S = 2.0
+_STACKS_PAUSE_S = 0.2  # of the log: they are complete
+#: Silent for so long, a worker is dead or stands; just after a restart of the bus all are silent.
+_SURELY_SILENT_S = 3.0
 
 # What Celery and vLLM write before each message: process, level, time, source.
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\[.*?\] |[A-Z]+ [\d: -]+\[.*?\] )?")
@@ -225,9 +228,9 @@ class Parts:
             part.ill_since = None  # it proves nothing
             return
         said = _said(status)
-        if said != part.told:
+        if _without_counts(said) != _without_counts(part.told):
             self._console.line(f"{part.name}: {part.told} → {said}")
-            part.told = said
+        part.told = said
         if not _is_ill(status):
             part.ill_since = None
             return
@@ -239,10 +242,16 @@ class Parts:
     def _replace(self, part: Part, said: str) -> None:
         """End a worker that holds jobs and does none; where it stood is in its log."""
         self._console.line(f"{part.name} takes no jobs ({said}): its stacks go to its log")
-        size = _size(part.process.log)
+        begun, size = False, _size(part.process.log)
         part.process.signal(_STACKS_SIGNAL)
+        until = time.monotonic() + _STACKS_S
         # One that is stopped or hangs in the kernel writes none.
-        wait_until(lambda: _size(part.process.log) > size, _STACKS_S)
+        while time.monotonic() < until:
+            time.sleep(_STACKS_PAUSE_S)
+            before, size = size, _size(part.process.log)
+            begun = begun or size > before
+            if begun and size == before:
+                break
         part.process.kill()
         self._restart_later(part, f"was ended: {said}")
 
@@ -256,12 +265,10 @@ class Parts:
     def stop(self, *roles: str, deadline_s: float) -> None:
         """End those with one of `roles`; killed after the deadline. Raises what `tick` raises."""
         for part in self._of(roles):
-            if part.is_worker and part.ready and part.process.running:
-                status = self._signs_of_life().get(part.process.pid)
-                if self._bus_answers and _is_ill(status):
-                    # It would neither hear of the stop nor finish anything.
-                    self._console.warn(f"{part.name} takes no jobs ({_said(status)}): ended")
-                    part.process.kill()
+            if part.is_worker and part.ready and (said := self._surely_ill(part)):
+                # It would neither hear of the stop nor finish anything.
+                self._console.warn(f"{part.name} takes no jobs ({said}): ended")
+                part.process.kill()
         self.request_stop(*roles)
         left = [part for part in self._of(roles) if part.process.running]
         began = time.monotonic()
@@ -281,6 +288,19 @@ class Parts:
                 names = ", ".join(part.name for part in left)
                 self._console.progress(f"{elapsed:4.0f} s  draining {names}")
             time.sleep(LOOP_S)
+
+    def _surely_ill(self, part: Part) -> str | None:
+        """What a worker says that takes no jobs by its own fault; None: it may well take some."""
+        began = part.ill_since or time.monotonic()
+        while part.process.running:
+            status = self._signs_of_life().get(part.process.pid)
+            if not self._bus_answers or not _is_ill(status):
+                return None
+            if status is not None or time.monotonic() - began > _SURELY_SILENT_S:
+                return _said(status)
+            self._tick()
+            time.sleep(LOOP_S)
+        return None
 
     def kill(self) -> None:
         """End all at once."""
@@ -307,6 +327,10 @@ def _is_ill(status: WorkerStatus | None) -> bool:
     if status is None:
         return True
     return status.state == "stalled" and not status.reason.startswith("RabbitMQ")
+
+
+def _without_counts(said: str) -> str:
+    return re.sub(r"\d+", "", said)
 
 
 def _size(log: Path) -> int:

@@ -101,12 +101,21 @@ class BlockStore:
         return [found[key] for key in keys]
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget `keys`; unknown names are no error. Raises StoreError."""
+        """Forget `keys`; unknown names are no error.
+
+        Raises StoreError when a server did not; all others have.
+        """
+        failure: StoreError | None = None
         for server, own in self._by_server(keys):
-            with self._watching(), server.pipeline(transaction=False) as batch:
-                for key in own:
-                    batch.unlink(key)
-                batch.execute()
+            try:
+                with self._watching(), server.pipeline(transaction=False) as batch:
+                    for key in own:
+                        batch.unlink(key)
+                    batch.execute()
+            except StoreError as exc:
+                failure = exc
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Close every connection."""

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import valkey
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -52,6 +53,10 @@ class Stack:
     api_url: str
     flower_url: str
     env: dict[str, str]  #: for processes that join: nothing but the home is needed
+
+    def said(self) -> str:
+        """What `pdtasks up` has printed."""
+        return (self.home / "up.txt").read_text()
 
     def status(self) -> dict[str, Any]:
         """What `pdtasks status --json` says."""
@@ -109,8 +114,10 @@ class Stack:
                 os.kill(pid, signal.SIGCONT)
 
     @contextmanager
-    def joined_by(self, role: str, folder: Path, changes: dict[str, str]) -> Iterator[int]:
-        """A worker other@…, started by hand in `folder`, is there in between; yields its pid."""
+    def joined_by(
+        self, role: str, folder: Path, changes: dict[str, str]
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker other@…, started by hand in `folder`, is there in between."""
         log = (folder / "worker.log").open("w")
         worker = subprocess.Popen(
             [
@@ -131,7 +138,7 @@ class Stack:
                 return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
 
             wait_until(it_has_joined, 120)
-            yield worker.pid
+            yield worker
         finally:
             worker.terminate()
             worker.wait(timeout=60)
@@ -139,6 +146,58 @@ class Stack:
 
     def logs(self) -> str:
         return "".join(p.read_text(errors="replace") for p in (self.home / "logs").glob("*.log"))
+
+
+@contextmanager
+def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Iterator[Stack]:
+    """`pdtasks up` with one worker for each stage, ready; stopped cleanly in the end.
+
+    `changes`: to its environment.
+    """
+    api_port, flower_port = free_ports(2)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+    env |= {"PDTASKS_HOME": str(home)} | dict(changes or {})
+    log = (home / "up.txt").open("w")
+    up = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pdtasks.cli", "up", "--prefill", "1", "--decode", "1"),
+            *("--port", str(api_port), "--flower-port", str(flower_port)),
+        ],
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    running = Stack(home, f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{flower_port}", env)
+    try:
+
+        def workers_are_ready() -> bool:
+            assert up.poll() is None, running.said()
+            workers = running.status()["workers"]
+            return len(workers) == 2 and all(w["state"] == "ready" for w in workers)
+
+        def api_and_flower_answer() -> bool:
+            try:
+                return (
+                    httpx.get(running.api_url + "/ready").status_code == 200
+                    and httpx.get(running.flower_url + "/healthcheck").status_code == 200
+                )
+            except httpx.HTTPError:
+                return False
+
+        wait_until(workers_are_ready, START_TIMEOUT_S)
+        wait_until(api_and_flower_answer, START_TIMEOUT_S)
+        yield running
+        running.bus.close()
+        running.kv.close()
+    finally:
+        tree = psutil.Process(up.pid).children(recursive=True) if up.poll() is None else []
+        up.send_signal(signal.SIGINT)
+        code = up.wait(timeout=90)
+        log.close()
+        left = [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert code == 0, running.said()
+        assert not left, f"still there after a clean stop: {left}"
 
 
 def ask(client: httpx.Client, prompt: str, request_id: str, **fields: Any) -> dict[str, Any]:

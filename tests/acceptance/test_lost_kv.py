@@ -88,10 +88,13 @@ def test_a_decode_worker_of_another_fingerprint_recomputes(
         changes = {"PDTASKS_ENGINE_ARGS": '{"block_size": 32}'}
     else:
         changes = {"PDTASKS_MODEL": str(_fine_tune(tmp_path)), "PDTASKS_SERVED_MODEL_NAME": MODEL}
-    with stack.joined_by("decode", tmp_path, changes) as pid:
+    with stack.joined_by("decode", tmp_path, changes) as other:
         # When it takes a job
         foreign = answers_by(
-            stack, "decode", pid, lambda n: ask(client, prompt, f"{difference}-{n}", max_tokens=12)
+            stack,
+            "decode",
+            other.pid,
+            lambda n: ask(client, prompt, f"{difference}-{n}", max_tokens=12),
         )
 
     # Then it has recomputed the prompt, and the answer is the same

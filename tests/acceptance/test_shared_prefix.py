@@ -16,8 +16,8 @@ BLOCK = 128  # tokens, vLLM's default on a CPU
 
 @pytest.fixture(scope="module")
 def second_worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with stack.joined_by("prefill", tmp_path_factory.mktemp("second"), {}) as pid:
-        yield pid
+    with stack.joined_by("prefill", tmp_path_factory.mktemp("second"), {}) as other:
+        yield other.pid
 
 
 def _cached_tokens(body: dict[str, Any]) -> int:

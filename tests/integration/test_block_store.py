@@ -277,6 +277,9 @@ def test_a_lost_server_takes_only_its_own_blocks(
             with pytest.raises(StoreError):
                 get(store, name, 1)
     assert 0 < len(kept) < 20
+    with pytest.raises(StoreError):
+        store.delete(names)
+    assert services.kv.dbsize() == 0
 
 
 # -- servers that fail -------------------------------------------------------------------------

@@ -68,6 +68,12 @@ def test_what_is_no_job_of_ours_stops_no_worker(
         content_encoding="binary",
         headers={"id": "z", "task": "pdtasks.prefill"},
     )
+    kombu.Producer(channel).publish(
+        [[], {}, {}],
+        routing_key="pdtasks.dead",
+        serializer="json",
+        headers={"id": 7, "task": ["no", "name"], "x-death": "canary"},
+    )
 
     # Then our own requests are served all the same, by the same workers
     asker.ask("r")

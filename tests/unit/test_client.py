@@ -594,14 +594,18 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def watch_until(bench: Bench, condition: Callable[[], bool]) -> None:
-    watch = asyncio.create_task(bench.core._watch())
+    watches = [
+        asyncio.create_task(bench.core._watch_workers()),
+        asyncio.create_task(bench.core._watch_deadlines()),
+    ]
     try:
         while not condition():
-            assert not watch.done(), "the watch has ended"
+            assert not any(watch.done() for watch in watches), "a watch has ended"
             await asyncio.sleep(0.005)
     finally:
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
 
 
 @pytest.fixture
@@ -645,6 +649,25 @@ def test_a_deadline_holds_although_the_bus_is_away(
     async def test(bench: Bench) -> None:
         await bench.ask("r")
         await watch_until(bench, lambda: "r" in bench.failed)
+
+        assert type(bench.failed["r"]) is RequestTimeout
+
+    with_bench(test, request_timeout_s=0.05)
+
+
+def test_a_bus_that_does_not_answer_makes_no_deadline_late(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(_bus: Any) -> list[WorkerStatus]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(client, "read_workers_async", silent)
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        async with asyncio.timeout(2):
+            await watch_until(bench, lambda: "r" in bench.failed)
 
         assert type(bench.failed["r"]) is RequestTimeout
 
@@ -719,7 +742,7 @@ def test_what_vllm_knows_nothing_of_any_more_is_dropped_and_told(
     with_bench(test, leaves=("r",))
 
 
-@pytest.mark.parametrize("name", ["reply-stream", "replies", "watch"])
+@pytest.mark.parametrize("name", ["reply-stream", "replies", "workers"])
 def test_a_surprise_in_a_background_task_is_told_while_it_lasts_and_survived(
     fast_watch: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -728,7 +751,7 @@ def test_a_surprise_in_a_background_task_is_told_while_it_lasts_and_survived(
 
     def found() -> list[WorkerStatus]:
         looks.append(1)
-        if name == "watch" and len(looks) == 2:
+        if name == "workers" and len(looks) == 2:
             raise KeyError("surprise")
         return READY
 
@@ -870,5 +893,24 @@ def test_one_bad_reply_does_not_end_the_answers_of_others(
         assert bench.answer() == [("r", [7], FinishReason.STOP)]
         assert "could not be used" in caplog.text
         assert "invalid opcode" not in caplog.text, "an error's text may quote"
+
+    with_bench(test)
+
+
+def test_an_output_that_cannot_be_used_fails_its_own_request_alone() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("odd", "r")
+        bench.core._open["odd"].token_ids = None  # type: ignore[assignment]  # whatever is wrong
+
+        await bench.core._take(
+            a_reply(
+                (0, an_output([5], request_id="odd")),
+                (0, an_output([7], finish_reason=FinishReason.STOP)),
+            )
+        )
+
+        assert bench.answer() == [("r", [7], FinishReason.STOP)]
+        assert type(bench.failed["odd"]) is WorkerLost
+        assert bench.aborted == ["odd"]
 
     with_bench(test)

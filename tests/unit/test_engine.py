@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
-from pdtasks.engine import Engine, Generation, engine_arguments
+from pdtasks.engine import Engine, Generation, _log_surprise, engine_arguments
 from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request, an_output
@@ -259,6 +260,44 @@ def test_a_dead_engine_fails_all_requests_and_is_reported_once() -> None:
         assert bench.deaths == 1
 
     with_bench(test)
+
+
+def test_a_loop_that_ends_by_itself_is_the_engines_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    died = threading.Event()
+    engine = Engine(Settings(), "model", lambda *_: None, died.set)
+    engine._core = StubCore()
+
+    async def boot() -> None:
+        """There is a core already."""
+
+    monkeypatch.setattr(engine, "_boot", boot)
+    engine.start()
+
+    engine.loop.call_soon_threadsafe(engine.loop.stop)
+
+    assert died.wait(10)
+    engine._thread.join(10)
+    engine.loop.close()
+
+
+def test_a_surprise_in_a_callback_does_not_end_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(Settings(), "model", lambda *_: None, lambda: None)
+    ran: list[int] = []
+    prompt = "canary"
+
+    def surprise() -> None:
+        raise KeyError(prompt)
+
+    engine.loop.set_exception_handler(_log_surprise)
+    engine.loop.call_soon(surprise)
+    engine.loop.call_soon(ran.append, 1)
+    engine.loop.call_later(0.01, engine.loop.stop)
+    engine.loop.run_forever()
+    engine.loop.close()
+
+    assert ran
+    assert "in the engine's loop: KeyError" in caplog.text
+    assert "canary" not in caplog.text
 
 
 def test_a_transfer_is_complete_when_all_ranks_have_reported() -> None:

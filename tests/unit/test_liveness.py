@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from pdtasks.liveness import STALLED_AFTER_S, Liveness
+from pdtasks.liveness import EXIT_STALLED, STALLED_AFTER_S, Liveness
 
 STALL_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 20.0
@@ -133,3 +136,32 @@ def test_a_stop_may_take_as_long_as_running_requests_are_given(
     assert overdue(liveness) is None
     clock.now += 10
     assert overdue(liveness) == "the stop takes too long"
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_process_ends_and_says_why_whether_or_not_anybody_reads_what_it_says(
+    is_full: bool,
+) -> None:
+    # Given a process whose main thread stands: in a write, if its standard error is a full pipe
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import sys, threading, time\n"
+            "from pdtasks import liveness\n"
+            "end = lambda: liveness.end_process('it stands', liveness.EXIT_STALLED)\n"
+            "threading.Timer(0.5, end).start()\n"
+            + ("sys.stderr.write('x' * 1_000_000)\n" if is_full else "time.sleep(60)\n"),
+        ],
+        stderr=writer,
+    )
+    os.close(writer)
+    try:
+        # Then it ends
+        assert process.wait(timeout=10) == EXIT_STALLED
+        said = os.read(reader, 1_000_000).decode()
+    finally:
+        process.kill()
+        os.close(reader)
+    assert is_full or "pdtasks: it stands: ending the process" in said
+    assert is_full or "in <module>" in said

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +24,26 @@ from pdtasks.messages import WorkerStatus
 HERE = socket.gethostname()
 
 #: Ends for no SIGTERM, and notes that its stacks were asked for.
-STUBBORN = (
-    "import faulthandler, signal, sys, time; faulthandler.register(signal.SIGUSR2); "
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-)
+STUBBORN = """
+import faulthandler, signal, sys, time
+
+def write_slowly(*_):
+    for thread in ("the first thread", "another thread", "the last thread"):
+        print(thread, flush=True)
+        time.sleep(0.1)
+
+def be_slow(*_):
+    faulthandler.unregister(signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, write_slowly)
+    print("slow", flush=True)
+
+faulthandler.register(signal.SIGUSR2)
+signal.signal(signal.SIGRTMIN, be_slow)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(60)
+"""
+SLOW_STACKS_SIGNAL = signal.SIGRTMIN
 
 
 class Bench:
@@ -201,8 +218,50 @@ def test_a_worker_that_takes_no_jobs_does_not_hold_up_a_stop(
     began = time.monotonic()
     bench.parts.stop("decode", deadline_s=30)
 
-    assert time.monotonic() - began < 3
+    # (3 s: so long one may be silent because the bus has just been restarted)
+    assert time.monotonic() - began < 6
     assert bench.part.process.poll() == -signal.SIGKILL
+
+
+def test_just_after_a_restart_of_the_bus_silence_is_no_reason_to_kill(
+    make_bench: MakeBench,
+) -> None:
+    # Given a bus that has forgotten everything
+    bench = make_bench(stall_timeout_s=60)
+    bench.said = []
+    bench.watch_for(0.1)
+    back = threading.Timer(1.0, bench.say, ["ready"])
+    back.start()
+
+    # When the stack is stopped
+    bench.parts.stop("decode", deadline_s=0.5)
+    back.join()
+
+    # Then a worker that is about to show itself gets its time to stop (this one does not use it)
+    assert "takes no jobs" not in bench.output.getvalue()
+    assert "did not stop in 0 s: killed" in bench.output.getvalue()
+
+
+def test_a_reason_that_only_counts_up_is_told_once(make_bench: MakeBench) -> None:
+    bench = make_bench(stall_timeout_s=60)
+
+    for count in range(1, 5):
+        bench.say("ready", f"results has failed {count} times")
+        bench.watch_for(0.05)
+
+    assert bench.output.getvalue().count("has failed") == 1
+
+
+def test_stacks_that_come_slowly_are_in_the_log_before_the_end(make_bench: MakeBench) -> None:
+    # Given a worker whose many threads take a while to write down
+    bench = make_bench()
+    os.kill(bench.first_pid, SLOW_STACKS_SIGNAL)
+    bench.until(lambda: "slow" in bench.log.read_text())
+    bench.say("stalled", "its main loop does not turn")
+
+    bench.until(bench.replaced)
+
+    assert "the last thread" in bench.log.read_text()
 
 
 def test_a_worker_that_is_well_gets_its_time_to_stop(make_bench: MakeBench) -> None:

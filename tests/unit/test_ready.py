@@ -131,7 +131,9 @@ async def hang_up(core: PipelineCore, request_id: str) -> None:
     await core.abort_requests_async([request_id])
 
 
-@pytest.mark.parametrize("name", ["aborter", "publisher", "replies", "reply-stream", "watch"])
+@pytest.mark.parametrize(
+    "name", ["aborter", "publisher", "replies", "reply-stream", "workers", "deadlines"]
+)
 def test_each_thread_and_task_that_dies_is_told_and_lives_on(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -152,8 +154,12 @@ def test_each_thread_and_task_that_dies_is_told_and_lives_on(
             await hang_up(core, "a")
         if name == "publisher":
             await core.add_request_async(a_request("r"))
-        if name == "watch":
+        if name == "deadlines":
             monkeypatch.setattr(core, "_look_for_leaks", raises_once(core._look_for_leaks))
+        if name == "workers":
+            # (`/ready` looks as well, by itself)
+            look = core.look_at_workers
+            monkeypatch.setattr(core, "look_at_workers", raises_once(look))
 
         # Then it is told while it lasts
         await until(core.background.problems)

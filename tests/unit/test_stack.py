@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pdtasks.cluster import process as process_module
 from pdtasks.cluster.process import Identity, Process, StartFailed, describe_exit, identify
 from pdtasks.cluster.stack import (
     AlreadyRunning,
@@ -234,6 +235,25 @@ def test_a_child_ends_with_all_it_started(tmp_path: Path) -> None:
 
     assert process.poll() == -9
     assert not grandchild.alive()
+
+
+def test_a_process_that_cannot_be_killed_is_waited_for_no_longer_than_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a process of a child's session that the kernel does not let go of
+    process = Process("p", [sys.executable, "-c", ""], env={}, log=tmp_path / "log")
+    process.start()
+    monkeypatch.setattr(process_module, "_session_members", lambda _session: [_own()])
+    monkeypatch.setattr(process_module, "_signal", lambda _identity, _number: None)
+    monkeypatch.setattr(process_module, "_KILL_S", 0.2)
+
+    # When
+    began = time.monotonic()
+    _wait_for_exit(process)
+
+    # Then
+    assert process.poll() == 0
+    assert time.monotonic() - began < 5
 
 
 def test_a_child_that_ignores_sigterm_is_killed_at_the_deadline(tmp_path: Path) -> None:
