@@ -95,32 +95,49 @@ def test_a_stream_outlives_its_decode_worker_and_the_start_of_the_next_engine(
     assert "".join(pieces) == "".join(again)
 
 
-def test_a_worker_whose_main_loop_stands_is_replaced_and_its_jobs_are_answered(
-    fragile_stack: Stack,
+def test_workers_whose_main_loop_stands_end_or_are_replaced_and_their_jobs_are_answered(
+    fragile_stack: Stack, wedge: dict[str, str], tmp_path: Path
 ) -> None:
     (pid,) = fragile_stack.worker_pids("decode")
-    log = fragile_stack.home / "logs" / "decode1.log"
-    with fragile_stack.client() as client, ThreadPoolExecutor(1) as background:
+    # Given another decode worker, started by hand
+    with (
+        fragile_stack.joined_by("decode", tmp_path, wedge) as by_hand,
+        fragile_stack.client() as client,
+        ThreadPoolExecutor(1) as background,
+    ):
+        # When both stand
         os.kill(pid, WEDGE_SIGNAL)
-        # While nobody can know yet, so that the worker is sent its job
+        by_hand.send_signal(WEDGE_SIGNAL)
+        # While nobody can know yet, so that one of them is sent its job
         answer = background.submit(ask, client, "Name three rivers.", "wedged", max_tokens=8)
 
+        # Then the API says why it can do nothing
         def the_api_says_why() -> bool:
             ready = client.get("/ready")
             return ready.status_code == 503 and "its main loop does not turn" in ready.text
 
         wait_until(the_api_says_why, 30)
+        # and the one by hand ends with its own code, says why, and takes its engine along
+        core = psutil.Process(by_hand.pid).children()[0]
+        assert by_hand.wait(timeout=60) == EXIT_STALLED
+        wait_until(lambda: not core.is_running())
+        # and the other one is replaced, and answers
         body = answer.result(timeout=_REPLACED_S)
 
+        def both_stages_are_ready() -> bool:
+            return client.get("/ready").status_code == 200
+
+        wait_until(both_stages_are_ready)
+
     assert body["usage"]["completion_tokens"] == 8
+    (successor,) = fragile_stack.worker_pids("decode")
+    assert successor != pid
     assert "decode1 takes no jobs (stalled: its main loop does not turn)" in fragile_stack.said()
-    assert "in _stand" in log.read_text(errors="replace")  # it says where it stood
-
-    def both_are_ready() -> bool:
-        return httpx.get(fragile_stack.api_url + "/ready").status_code == 200
-
-    wait_until(both_are_ready)
-    assert fragile_stack.worker_pids("decode") != [pid]
+    by_hand_said = (tmp_path / "worker.log").read_text(errors="replace")
+    assert "its main loop does not turn: ending the process" in by_hand_said
+    replaced_said = (fragile_stack.home / "logs" / "decode1.log").read_text(errors="replace")
+    for said in (by_hand_said, replaced_said):
+        assert "in _stand" in said  # where it stood
 
 
 def test_a_worker_whose_engine_dies_ends_and_its_jobs_are_answered(fragile_stack: Stack) -> None:
@@ -129,7 +146,7 @@ def test_a_worker_whose_engine_dies_ends_and_its_jobs_are_answered(fragile_stack
     with fragile_stack.client() as client, ThreadPoolExecutor(1) as background:
         core.suspend()
         answer = background.submit(ask, client, "Name three hills.", "no-engine", max_tokens=8)
-        wait_until(lambda: fragile_stack.status()["queues"])
+        wait_until(lambda: any(w["active"] for w in fragile_stack.status()["workers"]))
 
         core.kill()
 
@@ -137,16 +154,3 @@ def test_a_worker_whose_engine_dies_ends_and_its_jobs_are_answered(fragile_stack
 
     assert body["usage"]["completion_tokens"] == 8
     assert f"prefill1 ended by itself (exit code {EXIT_NO_ENGINE})" in fragile_stack.said()
-
-
-def test_a_worker_by_hand_whose_main_loop_stands_ends_with_its_own_code(
-    fragile_stack: Stack, wedge: dict[str, str], tmp_path: Path
-) -> None:
-    with fragile_stack.joined_by("decode", tmp_path, wedge) as worker:
-        worker.send_signal(WEDGE_SIGNAL)
-
-        assert worker.wait(timeout=60) == EXIT_STALLED
-
-    said = (tmp_path / "worker.log").read_text(errors="replace")
-    assert "its main loop does not turn: ending the process" in said
-    assert "in _stand" in said
