@@ -1,7 +1,7 @@
 """The routes of jobs: submit, ask, read along, cancel, from any API process.
 
-A job is a chat or completion request that does not need its connection: `pdtasks.jobs` keeps it on
-the bus, `api.runner` runs it.
+A job is a chat or completion request that does not need its connection: `pdtasks.bus.jobs` keeps
+it on the bus, `api.runner` runs it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from vllm.exceptions import VLLMValidationError
 
 from api.runner import ROUTES, STREAMED, JobRunner
-from pdtasks.bus import BUS_ERRORS
-from pdtasks.jobs import Job, JobStore, KeyReused
+from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.jobs import Job, JobStore, KeyReused
 
 router = APIRouter(prefix="/v1/jobs")
 

@@ -15,10 +15,10 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from pdtasks.background import Background
-from pdtasks.bus import BUS_ERRORS, connect_async
+from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.jobs import JobStore
+from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker
-from pdtasks.jobs import JobStore
-from pdtasks.models import resolve_model
 from pdtasks.settings import Settings
 
 router = APIRouter()
@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from api import jobs
-    from pdtasks.engine import engine_arguments
+    from pdtasks.engine.core import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.outputs import RequestOutput
 
-from pdtasks.client import PipelineLLM
+from api.client import PipelineLLM
 
 
 class Tape:

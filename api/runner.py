@@ -22,14 +22,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GracefulHTTPError
 
+from api.client import stage_watcher
 from api.continuation import AnswerDiffers, Continuation
 from api.recording import Tape, using
 from pdtasks.app import app as celery_app
 from pdtasks.background import Background
-from pdtasks.bus import BUS_ERRORS
-from pdtasks.client import stage_watcher
+from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.jobs import Job, JobStore, StageStart
 from pdtasks.errors import PdtasksError, RequestAborted, RequestTimeout, WorkerLost, where
-from pdtasks.jobs import Job, JobStore, StageStart
 
 logger = logging.getLogger(__name__)
 

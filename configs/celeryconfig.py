@@ -13,7 +13,7 @@ _settings = load_settings()
 
 # -- broker ------------------------------------------------------------------------------------
 
-# Without one the worker says so and stops (pdtasks/celery_worker.py); None would mean localhost.
+# Without one the worker says so and stops; None would mean localhost.
 broker_url = _settings.broker_url
 broker_connection_retry_on_startup = True
 # A worker outlives any outage of the broker; the default gives up after 100 tries and exits.
@@ -22,7 +22,7 @@ broker_connection_max_retries = None
 broker_channel_error_retry = True
 broker_heartbeat = 30
 broker_transport_options = {
-    # Confirms are waited for by the publisher of jobs alone (pdtasks/publishing.py): nothing that
+    # Confirms are waited for by the publisher of jobs alone: nothing that
     # Celery itself sends may hold up a worker's main loop.
     "confirm_publish": False,
     # Seconds: a RabbitMQ that hangs, or reads nothing under a memory alarm, holds nobody for ever.
@@ -88,7 +88,7 @@ redis_socket_connect_timeout = 2.0
 worker_pool = "threads"
 # As many jobs as the engine batches, unless -c says otherwise.
 worker_concurrency = _settings.max_num_seqs
-worker_consumer = "pdtasks.consumer:StageConsumer"
+worker_consumer = "pdtasks.worker.consumer:StageConsumer"
 # Flower shows what workers do; arguments and results are blanked in the tasks.
 worker_send_task_events = True
 task_track_started = True

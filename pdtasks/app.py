@@ -1,31 +1,11 @@
-"""The Celery app, and what every task of ours has in common.
-
-A failure of a stage is told to the asker once, whatever the stage was doing, and reaches the
-result that a Celery client waits for although prefill itself stores none.
-"""
+"""The Celery app. Whoever only publishes imports nothing of the worker with it."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import msgspec
-from celery import Celery, Task, states
-from celery.exceptions import Ignore
+from celery import Celery
 from kombu.utils.objects import cached_property
-
-from pdtasks.errors import (
-    EngineFailed,
-    InvalidRequest,
-    PdtasksError,
-    RequestAborted,
-    RequestTimeout,
-)
-from pdtasks.messages import Answer
-from pdtasks.naming import request_id_of
-from pdtasks.reply import is_reply_stream
-
-logger = logging.getLogger(__name__)
 
 
 class StagesApp(Celery):  # type: ignore[misc]  # Celery has no types
@@ -37,73 +17,9 @@ class StagesApp(Celery):  # type: ignore[misc]  # Celery has no types
 
         Imported by workers alone, and the stages with it: publishers and Flower need no vLLM.
         """
-        return self.subclass_with_self("pdtasks.celery_worker:StageWorker", name="Worker")
+        return self.subclass_with_self("pdtasks.worker.celery_worker:StageWorker", name="Worker")
 
 
 # Not the process's current app: whoever imports this to publish may have one of their own.
 app = StagesApp("pdtasks", set_as_current=False)
 app.config_from_object("configs.celeryconfig")
-
-
-def wants_result(chain: list[dict[str, Any]] | None) -> bool:
-    """Does a Celery client wait for the last task of `chain`?"""
-    return chain is not None and any(
-        not step["options"].get("ignore_result", False) for step in chain
-    )
-
-
-class StageTask(Task):  # type: ignore[misc]  # Celery has no types
-    """Base of prefill and decode."""
-
-    abstract = True
-    Request = "pdtasks.celery_request:StageRequest"
-    #: Nothing of a result in events and logs: it holds prompt or answer.
-    resultrepr_maxsize = 0
-    #: Expected ends: one line in the log, no traceback.
-    throws = (InvalidRequest, RequestAborted, RequestTimeout)
-
-    @property
-    def reply_stream(self) -> str | None:
-        """Where the asker reads along, if it does."""
-        reply_to: str | None = self.request.reply_to
-        return reply_to if is_reply_stream(reply_to) else None
-
-    def end_aborted(self) -> None:
-        """The request was dropped: raises what tells Celery how the task ended, if anything does.
-
-        Called while RequestAborted is handled.
-        """
-        from celery.worker import state
-
-        if self.request.id in state.revoked:
-            # Whoever waits was told so by `StageRequest`; a failure would take that back.
-            raise Ignore
-        if self.reply_stream is None:
-            raise  # noqa: PLE0704 - somebody may wait for the result
-
-    def end_chain(self, answer: Answer | None) -> None:
-        """End the request in this stage; a waiting Celery client gets `answer` as the result."""
-        # Without a chain Celery has nothing to send on: a stage sends the next one's job itself.
-        rest, self.request.chain = self.request.chain, None
-        if answer is not None and wants_result(rest):
-            self.backend.store_result(
-                answer.request_id, msgspec.to_builtins(answer), states.SUCCESS
-            )
-
-    def refuse(self, request_id: str, error: PdtasksError) -> None:
-        """Tell whoever asked that there will be no answer; the chain ends with this task."""
-        from pdtasks import worker
-
-        here = worker.current()
-        here.publish_failure(self.reply_stream, request_id, error)
-        here.wait_for_replies()
-        if wants_result(self.request.chain):
-            self.backend.store_result(request_id, error, states.FAILURE)
-        self.request.chain = None
-
-    def on_failure(
-        self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
-        """Tell whoever asked. Called by Celery in the task's thread, after the task failed."""
-        error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
-        self.refuse(request_id_of(task_id), error)

@@ -89,7 +89,7 @@ def status(as_json: bool) -> None:
 @main.command()
 def doctor() -> None:
     """Say what is missing on this host and how to get it."""
-    from pdtasks.doctor import run_checks
+    from pdtasks.cluster.doctor import run_checks
     from pdtasks.settings import load_settings
 
     checks = run_checks(load_settings())
@@ -105,7 +105,7 @@ def doctor() -> None:
 def demo(prompt: str) -> None:
     """Start a stack of its own, ask one question, show the proof, stop."""
     from pdtasks.cluster.console import Console
-    from pdtasks.demo import run_demo
+    from pdtasks.cluster.demo import run_demo
 
     sys.exit(run_demo(prompt, Console()))
 

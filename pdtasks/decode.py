@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from pdtasks import worker
-from pdtasks.app import StageTask, app
-from pdtasks.engine import Generation
+from pdtasks.app import app
+from pdtasks.engine.core import Generation
+from pdtasks.engine.handover import decode_request, make_decode
 from pdtasks.errors import RequestAborted
-from pdtasks.handover import decode_request, make_decode
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
+from pdtasks.worker import service
+from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     """Run a `DecodeJob`; returns an `Answer` as plain values when the caller wants text."""
     job = read_message(DecodeJob, wire)
-    here = worker.current()
+    here = service.current()
     try:
         answer = here.run(self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline)
     except RequestAborted:
@@ -40,7 +41,7 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
 class _Decode:
     """One request's way through stage 2."""
 
-    def __init__(self, here: worker.Worker, job: DecodeJob, reply_to: str | None) -> None:
+    def __init__(self, here: service.Worker, job: DecodeJob, reply_to: str | None) -> None:
         self._here = here
         self._job = job
         self._reply_to = reply_to

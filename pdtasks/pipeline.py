@@ -23,10 +23,10 @@ from celery.result import AsyncResult
 
 from pdtasks.app import app
 from pdtasks.background import Background
+from pdtasks.broker.publishing import ConfirmedSender, Publish
 from pdtasks.errors import BrokerUnavailable, InvalidRequest
 from pdtasks.messages import DecodeJob, Message, PrefillJob, TextRequest
 from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
-from pdtasks.publishing import ConfirmedSender, Publish
 from pdtasks.settings import load_settings
 
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.

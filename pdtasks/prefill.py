@@ -16,16 +16,17 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from pdtasks import worker
-from pdtasks.app import StageTask, app
-from pdtasks.engine import ENGINE_VERSION, Generation
+from pdtasks.app import app
+from pdtasks.broker.publishing import Publish
+from pdtasks.engine.core import ENGINE_VERSION, Generation
+from pdtasks.engine.handover import decode_request, encode_request, make_prefill, may_go_on
+from pdtasks.engine.text import TextFrontend
 from pdtasks.errors import InvalidRequest, RequestAborted
-from pdtasks.handover import decode_request, encode_request, make_prefill, may_go_on
 from pdtasks.kv import params
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.pipeline import next_stage
-from pdtasks.publishing import Publish
-from pdtasks.text import TextFrontend
+from pdtasks.worker import service
+from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ SAVE_TIMEOUT_S = 20.0
 def prefill(self: StageTask, wire: bytes) -> None:
     """Run a `PrefillJob`, and hand it to the next stage unless it ends here."""
     job = read_message(PrefillJob, wire)
-    here = worker.current()
+    here = service.current()
     request = self.request
     hand_over = partial(
         next_stage, chain=request.chain, parent_id=request.id, root_id=request.root_id
@@ -60,7 +61,7 @@ class _Prefill:
 
     def __init__(
         self,
-        here: worker.Worker,
+        here: service.Worker,
         job: PrefillJob,
         reply_to: str | None,
         next_stage: Callable[[DecodeJob], Publish],

@@ -23,12 +23,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from pdtasks.bench.shapes import SHAPES
 from pdtasks.cluster.valkey import ValkeyServer
-from pdtasks.engine import Engine, Generation
-from pdtasks.handover import make_decode, make_prefill
+from pdtasks.engine.core import Engine, Generation
+from pdtasks.engine.handover import make_decode, make_prefill
+from pdtasks.engine.models import resolve_model
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.store import BlockStore
-from pdtasks.models import resolve_model
 from pdtasks.settings import Settings, make_settings
 
 _FIRST_TOKEN_ID, _LAST_TOKEN_ID = 100, 900  # in every vocabulary here

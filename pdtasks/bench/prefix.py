@@ -17,7 +17,7 @@ from typing import Any
 
 from pdtasks.bench.handover import Prompts, Run, engine_settings, running_engine
 from pdtasks.cluster.valkey import ValkeyServer
-from pdtasks.handover import make_prefill
+from pdtasks.engine.handover import make_prefill
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import valkey
 
+from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes
 from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import Member
 from pdtasks.messages import WorkerStatus
-from pdtasks.presence import read_workers
 
 #: Between two looks at all children.
 LOOP_S = 0.2
@@ -31,7 +31,7 @@ _ASK_S = 1.0  # between two questions to the same part
 _BACKOFF_MAX_S = 60.0
 _STEADY_S = 60.0  # ready for so long: the next failure is a new one
 
-#: Has a worker write all threads' stacks into its log (`pdtasks.celery_worker`).
+#: Has a worker write all threads' stacks into its log (`pdtasks.worker.celery_worker`).
 _STACKS_SIGNAL = signal.SIGUSR2
 _STACKS_S = 2.0
 _STACKS_PAUSE_S = 0.2  # of the log: they are complete

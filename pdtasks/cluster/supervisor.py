@@ -27,8 +27,8 @@ from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, StackState, clean_stale
+from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
-from pdtasks.models import is_ready, resolve_model
 from pdtasks.settings import Settings
 
 _START_S = 240.0

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pdtasks.engine import engine_arguments
-from pdtasks.models import resolve_model
+from pdtasks.engine.core import engine_arguments
+from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
 
 if TYPE_CHECKING:

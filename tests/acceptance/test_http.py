@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from pdtasks.presence import read_workers
+from pdtasks.bus.presence import read_workers
 from tests.acceptance.running_stack import MODEL, Stack, ask, free_ports, wait_until
 
 CAPITALS = {

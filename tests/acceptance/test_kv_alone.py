@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pdtasks.cluster.valkey import ValkeyServer
-from pdtasks.models import resolve_model
+from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
 from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports, wait_until
 

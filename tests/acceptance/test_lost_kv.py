@@ -11,7 +11,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pdtasks.models import resolve_model
+from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
 from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask, wait_until
 

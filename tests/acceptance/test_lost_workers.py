@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from pdtasks.liveness import EXIT_NO_ENGINE, EXIT_STALLED
+from pdtasks.worker.liveness import EXIT_NO_ENGINE, EXIT_STALLED
 from tests.acceptance.running_stack import MODEL, Stack, ask, started_stack, wait_until
 
 #: Makes a worker's main loop stand still for ever, as `_WEDGE` arranges.

@@ -24,9 +24,9 @@ import psutil
 import pytest
 import valkey
 
+from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.valkey import ValkeyServer
-from pdtasks.presence import read_workers
 from pdtasks.settings import load_settings
 from tests.integration.steering import Steering, steering_url
 
@@ -39,7 +39,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if "vllm" in module_path.read_text():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module("pdtasks.client")
+            importlib.import_module("api.client")
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
@@ -124,7 +124,7 @@ def publisher(our_app: Any) -> Iterator[Any]:
 @pytest.fixture
 def aborter(our_app: Any) -> Iterator[Any]:
     """An `Aborter` of this process."""
-    from pdtasks.aborting import Aborter
+    from pdtasks.broker.aborting import Aborter
 
     made = Aborter()
     yield made

@@ -55,7 +55,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
         FinishReason,
     )
 
-    from pdtasks.engine import Engine
+    from pdtasks.engine.core import Engine
     from pdtasks.errors import InvalidRequest
     from pdtasks.kv import params as kv_params
     from pdtasks.kv.handle import KVHandle
@@ -226,8 +226,8 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
 
 def run_worker(argv: list[str]) -> None:
     """Be a worker until it ends."""
-    from pdtasks import liveness
     from pdtasks.app import app
+    from pdtasks.worker import liveness
 
     # The product's patience would make tests long.
     after_s = os.environ.get("STUB_STALLED_AFTER_S", str(liveness.STALLED_AFTER_S))
@@ -246,14 +246,14 @@ def _stand() -> None:
 def _nursery() -> None:
     from celery.bin import celery, worker  # noqa: F401  # imported once, for all
 
-    import pdtasks.celery_worker
     import pdtasks.decode
     import pdtasks.prefill
-    import pdtasks.worker
+    import pdtasks.worker.celery_worker
+    import pdtasks.worker.service
 
-    # The only seams: names that `pdtasks.worker` has imported.
+    # The only seams: names that `pdtasks.worker.service` has imported.
     stub_engine, stub_text = make_stubs()
-    vars(pdtasks.worker).update(
+    vars(pdtasks.worker.service).update(
         Engine=stub_engine, TextFrontend=stub_text, resolve_model=lambda *_: "stub"
     )
     sys.stdout.write("ready\n")

@@ -9,9 +9,9 @@ from typing import Any
 import kombu
 import pytest
 
-from pdtasks import aborting
-from pdtasks.aborting import Aborter
 from pdtasks.background import Background
+from pdtasks.broker import aborting
+from pdtasks.broker.aborting import Aborter
 from tests.integration.conftest import Services, wait_until
 from tests.integration.test_publishing import memory_alarm
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from pdtasks.aborting import Aborter
 from pdtasks.bench.connections import count_connections
+from pdtasks.broker.aborting import Aborter
+from pdtasks.bus.presence import read_workers
 from pdtasks.messages import StepReply, read_message
 from pdtasks.pipeline import Publisher
-from pdtasks.presence import read_workers
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker, wait_until
 

@@ -13,8 +13,8 @@ import pytest
 import valkey
 import valkey.asyncio
 
-from pdtasks import bus
-from pdtasks.bus import BUS_ERRORS, connect_async
+from pdtasks.bus import connection as bus
+from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.settings import Settings
 

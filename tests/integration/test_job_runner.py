@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from api.main import _running_jobs
 from api.runner import JobRunner
 from pdtasks.background import Background
-from pdtasks.bus import connect_async
-from pdtasks.jobs import Job, JobStore
+from pdtasks.bus.connection import connect_async
+from pdtasks.bus.jobs import Job, JobStore
 from pdtasks.settings import Settings
 from tests.integration.conftest import ROOT, Services, wait_until
 

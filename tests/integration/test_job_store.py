@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from pdtasks import jobs
-from pdtasks.bus import connect_async
-from pdtasks.jobs import ENDED, Ended, Job, JobStore, KeyReused
+from pdtasks.bus import jobs
+from pdtasks.bus.connection import connect_async
+from pdtasks.bus.jobs import ENDED, Ended, Job, JobStore, KeyReused
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 

@@ -26,7 +26,7 @@ assert current_app.main == "mine", current_app.main
 assert app.main == "pdtasks"
 
 import sys
-for module in ("vllm", "torch", "pdtasks.worker", "pdtasks.celery_worker", "pdtasks.consumer"):
+for module in ("vllm", "torch", "pdtasks.worker"):
     assert module not in sys.modules, module
 
 # A worker of the other app, of another pool, in the same process

@@ -12,11 +12,11 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from vllm.v1.engine import FinishReason
 
+from pdtasks.bus.presence import read_workers
+from pdtasks.engine.handover import decode_request
 from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted, RequestTimeout
-from pdtasks.handover import decode_request
 from pdtasks.messages import DecodeJob, read_message
 from pdtasks.pipeline import submit
-from pdtasks.presence import read_workers
 from tests.integration.asker import Asker, engine_request
 from tests.integration.conftest import (
     Services,

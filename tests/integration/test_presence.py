@@ -7,9 +7,9 @@ import signal
 
 import msgspec
 
-from pdtasks.bus import connect_async
+from pdtasks.bus.connection import connect_async
+from pdtasks.bus.presence import read_workers, read_workers_async, worker_key
 from pdtasks.messages import WIRE_VERSION, WorkerStatus
-from pdtasks.presence import read_workers, read_workers_async, worker_key
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services, StartWorker, wait_until
 

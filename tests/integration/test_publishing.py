@@ -15,9 +15,9 @@ import kombu
 import pytest
 
 from pdtasks.background import Background
+from pdtasks.broker.publishing import ConfirmedSender, Publish
 from pdtasks.cluster.rabbitmq import server_programs
 from pdtasks.errors import BrokerUnavailable, PdtasksError, QueueFull
-from pdtasks.publishing import ConfirmedSender, Publish
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker, wait_until
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from pdtasks import pipeline
-from pdtasks.aborting import Aborter
+from pdtasks.broker.aborting import Aborter
 from pdtasks.cluster.probes import free_ports
 from pdtasks.errors import BrokerUnavailable, PdtasksError
 from pdtasks.messages import PrefillJob

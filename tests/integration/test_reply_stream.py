@@ -14,11 +14,12 @@ import pytest
 import valkey
 import valkey.asyncio
 
-from pdtasks import bus, reply
-from pdtasks.bus import connect_async
+from pdtasks.bus import connection as bus
+from pdtasks.bus import reply
+from pdtasks.bus.connection import connect_async
+from pdtasks.bus.reply import ReplyStream, ReplyWriter
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.messages import StepReply
-from pdtasks.reply import ReplyStream, ReplyWriter
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 

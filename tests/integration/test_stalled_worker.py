@@ -6,9 +6,9 @@ import signal
 import time
 from typing import Any
 
-from pdtasks.liveness import EXIT_STALLED
+from pdtasks.bus.presence import read_workers
 from pdtasks.messages import WorkerStatus
-from pdtasks.presence import read_workers
+from pdtasks.worker.liveness import EXIT_STALLED
 from tests.integration.asker import Asker
 from tests.integration.conftest import (
     Services,

@@ -17,4 +17,4 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if "vllm" in module_path.read_text():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module("pdtasks.client")
+            importlib.import_module("api.client")

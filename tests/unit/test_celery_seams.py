@@ -1,6 +1,6 @@
 """What of Celery, kombu and amqp do we replace or rely on? By name, so that an upgrade says so.
 
-A test that fails here after an upgrade means: read what changed, then `pdtasks/consumer.py`,
+A test that fails here after an upgrade means: read what changed, then `pdtasks/worker/consumer.py`,
 `celery_worker.py`, `celery_request.py` and `events.py`.
 """
 
@@ -26,8 +26,8 @@ from celery.worker.request import Request
 from kombu.asynchronous import Hub
 from kombu.pidbox import Node
 
-from pdtasks.consumer import EventsStep, StageConsumer
-from pdtasks.events import EventSender
+from pdtasks.worker.consumer import EventsStep, StageConsumer
+from pdtasks.worker.events import EventSender
 
 
 def source_of(thing: Any) -> str:

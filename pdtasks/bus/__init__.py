@@ -1,0 +1,1 @@
+"""What lies on the bus: replies, signs of life, jobs."""

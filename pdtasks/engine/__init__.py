@@ -1,0 +1,1 @@
+"""What knows vLLM on behalf of several: its engine, its requests as bytes, text, models."""

@@ -1,0 +1,104 @@
+"""How does a Celery worker of ours differ from a stock one?
+
+* It refuses another pool than threads, and more than one stage, with one sentence.
+* Its engine is up before it consumes: no connection exists yet.
+* It says on the bus how it is, and ends when it stands.
+* Its main loop (`consumer.py`) and its jobs (`celery_request.py`) are ours.
+
+All by subclass: another app's worker in the same process is a stock one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+from importlib import import_module
+from typing import Any
+
+from celery import signals
+from celery.apps.worker import Worker
+
+from pdtasks import naming
+from pdtasks.errors import PdtasksError, where
+from pdtasks.settings import load_settings
+from pdtasks.worker import service
+
+logger = logging.getLogger(__name__)
+
+#: Writes all threads' stacks into the log; also when the interpreter stands.
+STACKS_SIGNAL = signal.SIGUSR2
+
+
+class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
+    """A worker of one stage, with its engine."""
+
+    def on_before_init(self, quiet: bool = False, **options: Any) -> None:
+        """Refuse what cannot work, before Celery looks for queues."""
+        _check_call(options, self.app.conf)
+        super().on_before_init(quiet=quiet, **options)
+
+    def on_init_blueprint(self) -> None:
+        """Bring up the engine; a worker without one would consume all the same."""
+        (role,) = self.app.amqp.queues.consume_from
+        try:
+            import_module(f"pdtasks.{role}")  # registers the stage's task
+            super().on_init_blueprint()
+            if sys.__stderr__ is not None:
+                faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True)
+            # Celery tells of a signal that asks for a stop in no other way.
+            signals.worker_shutting_down.connect(
+                self._stop_is_requested, sender=self.hostname, weak=False
+            )
+            service.start(self.app, load_settings(), name=self.hostname, role=role)
+        except PdtasksError as exc:
+            _refuse(str(exc))
+        except Exception as exc:  # noqa: BLE001 - whatever it is, one sentence ends the start
+            logger.error("the worker did not start: %s", where(exc))  # noqa: TRY400
+            _refuse(f"{type(exc).__name__}: {exc}")
+
+    def on_consumer_ready(self, consumer: Any) -> None:
+        super().on_consumer_ready(consumer)
+        service.current().enter("ready")
+
+    def _stop_is_requested(self, **_: Any) -> None:
+        here = service.current()
+        here.liveness.stop_requested()
+        here.enter("draining")
+
+    def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
+        here = service.current()
+        here.enter("draining")
+        here.liveness.stopping()
+        super().stop(in_sighandler, exitcode)
+        here.stop()
+
+
+def _check_call(options: dict[str, Any], conf: Any) -> None:
+    pool = options.get("pool") or options.get("pool_cls") or conf.worker_pool
+    pool = str(getattr(pool, "__module__", pool))
+    if "thread" not in pool or _asks_for_prefork(sys.argv):
+        _refuse("pdtasks workers need the threads pool (-P threads): tasks share one engine")
+    queues = options.get("queues") or []
+    queues = queues.split(",") if isinstance(queues, str) else list(queues)
+    if len(queues) != 1 or queues[0] not in naming.STAGES:
+        _refuse("a pdtasks worker serves one stage: start it with -Q prefill or -Q decode")
+    try:
+        settings = load_settings()
+        settings.require_broker()
+        settings.require_bus()
+        settings.require_kv()
+    except PdtasksError as exc:
+        _refuse(str(exc))
+
+
+def _asks_for_prefork(arguments: list[str]) -> bool:
+    # Celery takes `-P prefork` for its own default and puts `worker_pool` in its place.
+    spelt = " ".join(arguments).replace("=", " ").replace("--pool", "-P").replace("-P ", "-P")
+    return "-Pprefork" in spelt.split() or "-Pprocesses" in spelt.split()
+
+
+def _refuse(why: str) -> None:
+    sys.stderr.write(f"pdtasks: {why}\n")
+    raise SystemExit(2)

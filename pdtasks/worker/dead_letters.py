@@ -1,0 +1,105 @@
+"""Who answers for a job that no worker survived? Any worker, from the dead-letter queue."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import kombu
+from celery import bootsteps
+from celery.worker.consumer import Consumer
+from kombu.serialization import loads
+
+from pdtasks import naming
+from pdtasks.errors import WorkerLost, where
+from pdtasks.settings import load_settings
+from pdtasks.worker import service
+from pdtasks.worker.task import wants_result
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before a dead job is tried again whose asker could not be told.
+_RETRY_S = 5.0
+
+
+class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery has no types
+    """Tells the askers of jobs that were delivered too often that there will be no answer."""
+
+    def __init__(self, parent: Consumer, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        self._consumer = parent
+
+    def get_consumers(self, channel: Any) -> list[kombu.Consumer]:
+        queue = kombu.Queue(
+            naming.DEAD_QUEUE,
+            exchange=kombu.Exchange(naming.DEAD_EXCHANGE, type="fanout", durable=True),
+            durable=True,
+            queue_arguments={"x-queue-type": "quorum"},
+        )
+        # Whole messages, undecoded: what kills workers may be unreadable as well.
+        return [kombu.Consumer(channel, queues=[queue], on_message=self.give_up, prefetch_count=1)]
+
+    def give_up(self, message: kombu.Message) -> None:
+        """Answer for one dead job. In the main loop: nothing here waits for the bus."""
+        acknowledge = partial(message.ack_log_error, logger, self._consumer.connection_errors)
+        try:
+            waits_for_result = self._answer(message)
+        except Exception as exc:  # noqa: BLE001 - what kills workers must not stop this one
+            logger.error("a dead job could not be answered for: %s", where(exc))  # noqa: TRY400
+            acknowledge()
+            return
+        if waits_for_result is None:
+            acknowledge()
+            return
+        request_id, error = waits_for_result
+
+        def stored(well: bool) -> None:
+            # From the thread that stored: back into the main loop, which owns the channel.
+            soon = self._consumer.call_soon
+            soon(acknowledge if well else partial(self._later, message))
+
+        service.current().results.fail(request_id, error, stored)
+
+    def _later(self, message: kombu.Message) -> None:
+        requeue = partial(
+            message.reject_log_error, logger, self._consumer.connection_errors, requeue=True
+        )
+        self._consumer.timer.call_after(_RETRY_S, requeue)
+
+    def _answer(self, message: kombu.Message) -> tuple[str, WorkerLost] | None:
+        """Tell whoever reads along; returns what a waiting Celery client is to get."""
+        task_id = message.headers.get("id")
+        if not task_id:
+            logger.error("dropped a message that is no task of ours")
+            return None
+        request_id = naming.request_id_of(task_id)
+        error = WorkerLost(f"{message.headers.get('task', 'the job')} {_why_dead(message)}")
+        logger.error("gave up %s: %s", request_id, error)
+        here = service.current()
+        here.publish_failure(message.properties.get("reply_to"), request_id, error)
+        here.discard(request_id)
+        is_last = task_id == request_id and not message.headers.get("ignore_result", False)
+        if is_last or wants_result(_rest_of_chain(message)):
+            return request_id, error
+        return None
+
+
+def _why_dead(message: kombu.Message) -> str:
+    deaths = message.headers.get("x-death") or [{}]
+    if deaths[0].get("reason") == "rejected":
+        return "was refused by a worker that cannot read it"
+    limit = load_settings().delivery_limit
+    return f"was given up: {limit + 1} deliveries ended with the loss of the worker"
+
+
+def _rest_of_chain(message: kombu.Message) -> list[dict[str, Any]] | None:
+    """The tasks after the one in `message`; Celery keeps them in the body's third part."""
+    _, _, embedded = loads(
+        message.body,
+        message.content_type,
+        message.content_encoding,
+        accept={"application/x-msgpack", "application/json"},
+    )
+    chain: list[dict[str, Any]] | None = embedded.get("chain")
+    return chain
