@@ -41,8 +41,8 @@ from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.reply import ReplyStream
-from pdtasks.engine.core import ENGINE_VERSION
-from pdtasks.engine.handover import encode_request
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.wire import encode_request
 from pdtasks.errors import (
     BrokerUnavailable,
     InvalidRequest,

@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from api import jobs
-    from pdtasks.engine.core import engine_arguments
+    from pdtasks.engine.arguments import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(

@@ -14,8 +14,9 @@ import msgspec
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from pdtasks.app import app
-from pdtasks.engine.core import Generation
-from pdtasks.engine.handover import decode_request, make_decode
+from pdtasks.engine.generation import Generation
+from pdtasks.engine.handover import make_decode
+from pdtasks.engine.wire import decode_request
 from pdtasks.errors import RequestAborted
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message

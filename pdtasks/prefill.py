@@ -18,9 +18,11 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from pdtasks.app import app
 from pdtasks.broker.publishing import Publish
-from pdtasks.engine.core import ENGINE_VERSION, Generation
-from pdtasks.engine.handover import decode_request, encode_request, make_prefill, may_go_on
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.generation import Generation
+from pdtasks.engine.handover import make_prefill, may_go_on
 from pdtasks.engine.text import TextFrontend
+from pdtasks.engine.wire import decode_request, encode_request
 from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.kv import params
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message

@@ -23,7 +23,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from pdtasks.bench.shapes import SHAPES
 from pdtasks.cluster.valkey import ValkeyServer
-from pdtasks.engine.core import Engine, Generation
+from pdtasks.engine.core import Engine
+from pdtasks.engine.generation import Generation
 from pdtasks.engine.handover import make_decode, make_prefill
 from pdtasks.engine.models import resolve_model
 from pdtasks.kv import params

@@ -4,9 +4,6 @@ The engine core runs in a process of its own (vLLM's `EngineCore`); here lives i
 event loop in its own thread, because Celery's tasks run in threads and vLLM's client is asyncio.
 `EngineCoreRequest`s go in, `EngineCoreOutputs` come out, one for each step: tokens, never text, so
 detokenising stays with whoever asked.
-
-vLLM 0.32's interfaces are used here, in the stages, `worker.py`, `handover.py`, `text.py`,
-`client.py`, `api/main.py` and `kv/`; not by publishers, supervisor and settings.
 """
 
 from __future__ import annotations
@@ -17,103 +14,22 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import vllm
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted, where
+from pdtasks.engine.arguments import engine_arguments
+from pdtasks.engine.generation import Generation
+from pdtasks.errors import EngineFailed, RequestAborted, where
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Which vLLM speaks here; structures of another version are refused.
-ENGINE_VERSION = f"vllm {vllm.__version__}"
-
-#: Context of a CPU engine unless `max_model_len` says otherwise: its start-up grows with it.
-DEFAULT_CPU_MODEL_LEN = 2048  # tokens
-
 T = TypeVar("T")
-
-
-def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
-    """vLLM's engine arguments, the same for workers and for the API that validates for them."""
-    arguments: dict[str, Any] = {
-        "model": model,
-        "served_model_name": settings.model_name,
-        "max_num_seqs": settings.max_num_seqs,
-    }
-    if settings.max_model_len is not None:
-        arguments["max_model_len"] = settings.max_model_len
-    if settings.device == "cuda":
-        # A block is one value in the store; vLLM's 16 tokens would make many small ones.
-        arguments["block_size"] = 64
-    if settings.device == "cpu":
-        length = arguments.setdefault("max_model_len", DEFAULT_CPU_MODEL_LEN)
-        arguments |= {
-            "enforce_eager": True,
-            # A seeded request whose prompt is computed in chunks kills vLLM 0.32's CPU engine.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(length, 2048),
-        }
-        if settings.engine_args.get("tensor_parallel_size", 1) == 1:
-            # One process less to start: 12 s instead of 45 s. vLLM rewrites the short name "uni".
-            arguments["distributed_executor_backend"] = (
-                "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-            )
-    if settings.engine_args.get("disable_log_stats"):
-        raise ConfigurationError(
-            "PDTASKS_ENGINE_ARGS: disable_log_stats cannot be used: that a prompt's KV is stored "
-            "travels in vLLM's statistics, and each hand-over would wait for it in vain"
-        )
-    return arguments | settings.engine_args
-
-
-@dataclass(eq=False)
-class Generation:
-    """One request in the engine. Touched only on the engine's loop."""
-
-    request: EngineCoreRequest  #: its `request_id` is the engine's own name of it
-    request_id: str  #: as the asker knows it
-    reply_to: str | None  #: reply stream, or None when nobody reads along
-    position: int  #: tokens of the answer that were made before
-    on_output: Callable[[Generation, EngineCoreOutput], None]  #: may move or hide the finish
-    token_ids: list[int] = field(default_factory=list)  #: made here
-    finish_reason: FinishReason | None = None  #: why this generation ended
-    stop_reason: int | str | None = None
-    entered_engine: bool = False
-    left_engine: bool = False  #: the engine core has ended it by itself
-    transfer_params: dict[str, Any] | None = None  #: vLLM's `kv_transfer_params` at the end
-    cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
-    finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
-    transfers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  #: records by op
-    saved: asyncio.Event = field(default_factory=asyncio.Event)  #: all ranks have saved, or failed
-
-    def take(self, output: EngineCoreOutput) -> int:
-        """Note `output`; returns the position of its first token in the whole answer."""
-        position = self.position + len(self.token_ids)
-        self.token_ids.extend(output.new_token_ids)
-        if output.prefill_stats is not None:
-            self.cached_tokens = output.prefill_stats.num_local_cached_tokens
-        if output.finish_reason is not None:
-            self.left_engine = True
-            self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.transfer_params, output.kv_transfer_params = output.kv_transfer_params, None
-        self.on_output(self, output)
-        return position
-
-    def end(self, error: Exception | None = None) -> None:
-        """Wake who waits for `finished`."""
-        if not self.finished.done():
-            if error is None:
-                self.finished.set_result(None)
-            else:
-                self.finished.set_exception(error)
 
 
 def _log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

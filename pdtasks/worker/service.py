@@ -29,7 +29,9 @@ from pdtasks.broker.publishing import ConfirmedSender
 from pdtasks.bus.connection import BUS_ERRORS, connect, connect_async
 from pdtasks.bus.presence import worker_key
 from pdtasks.bus.reply import ReplyWriter, is_reply_stream
-from pdtasks.engine.core import ENGINE_VERSION, Engine, Generation
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.core import Engine
+from pdtasks.engine.generation import Generation
 from pdtasks.engine.models import resolve_model
 from pdtasks.engine.text import TextFrontend
 from pdtasks.errors import (

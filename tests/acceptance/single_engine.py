@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pdtasks.engine.core import engine_arguments
+from pdtasks.engine.arguments import engine_arguments
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
 

@@ -12,8 +12,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from pdtasks.engine.core import ENGINE_VERSION
-from pdtasks.engine.handover import encode_request
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.wire import encode_request
 from pdtasks.messages import Failure, PrefillJob, StepReply, read_message
 from pdtasks.pipeline import Publisher
 

@@ -13,7 +13,7 @@ from celery.exceptions import TaskRevokedError
 from vllm.v1.engine import FinishReason
 
 from pdtasks.bus.presence import read_workers
-from pdtasks.engine.handover import decode_request
+from pdtasks.engine.wire import decode_request
 from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted, RequestTimeout
 from pdtasks.messages import DecodeJob, read_message
 from pdtasks.pipeline import submit

@@ -8,7 +8,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from pdtasks.engine.core import ENGINE_VERSION
+from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.messages import StepReply
 
 _encoder = MsgpackEncoder(size_threshold=1 << 60)

@@ -19,8 +19,8 @@ from vllm.v1.engine import FinishReason
 from api import client
 from api.client import PipelineCore, _to_http
 from pdtasks import background
-from pdtasks.engine.core import ENGINE_VERSION
-from pdtasks.engine.handover import decode_request
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.wire import decode_request
 from pdtasks.errors import (
     BrokerUnavailable,
     IncompatibleWorker,

@@ -12,7 +12,9 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
-from pdtasks.engine.core import Engine, Generation, _log_surprise, engine_arguments
+from pdtasks.engine.arguments import engine_arguments
+from pdtasks.engine.core import Engine, _log_surprise
+from pdtasks.engine.generation import Generation
 from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request, an_output

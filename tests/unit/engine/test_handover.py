@@ -8,13 +8,8 @@ import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from pdtasks.engine.handover import (
-    decode_request,
-    encode_request,
-    make_decode,
-    make_prefill,
-    may_go_on,
-)
+from pdtasks.engine.handover import make_decode, make_prefill, may_go_on
+from pdtasks.engine.wire import decode_request, encode_request
 from tests.unit.factories import a_request
 
 #: What decides which token comes next. Neither stage may touch it.

@@ -12,7 +12,7 @@ from celery import Celery
 from vllm.v1.engine import FinishReason
 
 from pdtasks import background
-from pdtasks.engine.core import Generation
+from pdtasks.engine.generation import Generation
 from pdtasks.messages import StageReport, StepReply, WorkerStatus
 from pdtasks.settings import Settings
 from pdtasks.worker import service
