@@ -13,26 +13,27 @@ import asyncio
 import logging
 import re
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -42,6 +43,7 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.grammar import require_possible
 from pdtasks.engine.wire import encode_request
 from pdtasks.errors import (
     BrokerUnavailable,
@@ -62,8 +64,10 @@ logger = logging.getLogger(__name__)
 
 #: Requests whose stage reports can still be asked for.
 _REMEMBERED_REPORTS = 1000
+#: Seconds in which a worker reports of a request that was ended here.
+_LATE_REPORT_S = 2.0
 #: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
-_MAX_ID_LENGTH = 200
+_MAX_ID_BYTES = 200
 #: Seconds without a further try after RabbitMQ could not be reached.
 _BROKER_PAUSE_S = 2.0
 #: Seconds that the publisher's thread may be late with its answer: it may hang in a write.
@@ -170,6 +174,8 @@ class PipelineCore(EngineCoreClient):
         self._reports: deque[tuple[str, tuple[StageReport, ...]]] = deque(
             maxlen=_REMEMBERED_REPORTS
         )
+        #: Ended by this process; no report has come yet.  By request: its name for the caller.
+        self._ended_here: OrderedDict[str, str] = OrderedDict()
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         settings.require_broker()
@@ -233,22 +239,32 @@ class PipelineCore(EngineCoreClient):
         deadline = now + self._settings.request_timeout_s
         watch = _stage_watch.get()
         self._open[request.request_id] = _Open(request, deadline, watch)
-        job = PrefillJob(
-            request_id=request.request_id,
-            engine=ENGINE_VERSION,
-            model=self._settings.model_name,
-            request=encode_request(request),
-            submitted_at=now,
-            deadline=deadline,
-            tells_start=watch is not None,
-        )
-        publishing = asyncio.create_task(self._publish(job))
+        try:
+            job = PrefillJob(
+                request_id=request.request_id,
+                engine=ENGINE_VERSION,
+                model=self._settings.model_name,
+                request=encode_request(request),
+                submitted_at=now,
+                deadline=deadline,
+                tells_start=watch is not None,
+            )
+        except InvalidRequest as exc:
+            # Not raised: vLLM would forget that it knows the request already.
+            self._in_background(self._give_up(request.request_id, exc))
+        else:
+            self._in_background(self._publish(job))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        publishing = asyncio.create_task(work)
         self._publications.add(publishing)
         publishing.add_done_callback(self._publications.discard)
 
     async def _publish(self, job: PrefillJob) -> None:
-        if len(job.request_id) > _MAX_ID_LENGTH:
-            await self._give_up(job.request_id, InvalidRequest("the X-Request-Id is too long"))
+        if len(job.request_id.encode()) > _MAX_ID_BYTES:
+            too_long = f"the X-Request-Id is too long: {_MAX_ID_BYTES} bytes at most, with what "
+            too_long += "vLLM adds"
+            await self._give_up(job.request_id, InvalidRequest(too_long))
             return
         if time.monotonic() < self._broker_away_until:
             # At once, not each after its own wait.
@@ -282,7 +298,15 @@ class PipelineCore(EngineCoreClient):
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""
-        known = [request_id for request_id in request_ids if self._forget(request_id)]
+        known = []
+        for request_id in request_ids:
+            entry = self._open.get(request_id)
+            if entry is not None and self._forget(request_id):
+                known.append(request_id)
+                # At a stop string, or nobody waits any more: the workers report all the same.
+                self._ended_here[request_id] = _external_id(entry.request)
+                if len(self._ended_here) > _REMEMBERED_REPORTS:
+                    self._ended_here.popitem(last=False)
         if known:
             self._tell_workers_to_drop(known)
 
@@ -307,6 +331,13 @@ class PipelineCore(EngineCoreClient):
             else:
                 self._missing_since.setdefault(stage, time.time())
 
+    async def look_again(self) -> None:
+        """`look_at_workers` if a stage has none that takes jobs: one may have come this moment."""
+        if all(any(w.state == "ready" for w in self._workers_of(stage)) for stage in STAGES):
+            return
+        with suppress(*BUS_ERRORS):  # then what was known last counts
+            await self.look_at_workers()
+
     def require_workers(self) -> None:
         """Raises NoWorker when a stage has nobody who could begin it now."""
         for stage in STAGES:
@@ -322,10 +353,17 @@ class PipelineCore(EngineCoreClient):
                 f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
             )
 
-    def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
-        """What the stages did for a request that finished lately; one entry for each sequence."""
+    async def reports(self, external_id: str) -> list[tuple[StageReport, ...]]:
+        """What the stages did for a request that finished lately; one entry for each sequence.
+
+        Where this process has ended a sequence itself, at a stop string, the report is on its way.
+        """
         # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
         numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LATE_REPORT_S):
+                while any(map(numbered.fullmatch, self._ended_here.values())):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
         return [reports for name, reports in self._reports if numbered.fullmatch(name)]
 
     # -- replies -----------------------------------------------------------------------------------
@@ -343,7 +381,9 @@ class PipelineCore(EngineCoreClient):
         _OUTPUTS.inc(len(reply.positions))
         for request_id, reports in reply.reports.items():
             if entry := self._open.get(request_id):
-                self._remember(entry.request, reports)
+                self._remember(_external_id(entry.request), reports)
+            elif external_id := self._ended_here.pop(request_id, None):
+                self._remember(external_id, reports)
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
                 entry.stage_watch(reply.stage, reply.worker)
@@ -410,8 +450,8 @@ class PipelineCore(EngineCoreClient):
             del self._open[output.request_id]
         return True
 
-    def _remember(self, request: EngineCoreRequest, reports: tuple[StageReport, ...]) -> None:
-        self._reports.append((request.external_req_id or request.request_id, reports))
+    def _remember(self, external_id: str, reports: tuple[StageReport, ...]) -> None:
+        self._reports.append((external_id, reports))
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
         if self._forget(request_id):
@@ -483,6 +523,10 @@ class PipelineCore(EngineCoreClient):
         return [w for w in self.workers if (w.role, w.model, w.engine) == ours]
 
 
+def _external_id(request: EngineCoreRequest) -> str:
+    return request.external_req_id or request.request_id
+
+
 async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:
     """Let the named `steps` of a close end side by side, for `_CLOSE_S` and whatever they raise."""
     names = {asyncio.ensure_future(step): name for name, step in steps}
@@ -547,6 +591,22 @@ class PipelineLLM(AsyncLLM):
             self.engine_core.require_workers()
         except NoWorker as exc:
             raise _to_http(exc) from exc
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
+    ) -> RequestOutputCollector:
+        """vLLM's, without answers that cannot exist."""
+        if isinstance(params, SamplingParams):
+            require_possible(params)
+        return await super().add_request(request_id, prompt, params, *args, **options)
+
+    def require_valid(self, request_id: str, prompt: Any, params: Any) -> None:
+        """Raises what `add_request` would raise for this request, and does nothing else."""
+        require_possible(params)
+        request = self.input_processor.process_inputs(
+            request_id, prompt, params, supported_tasks=("generate",)
+        )
+        encode_request(request)
 
     async def check_health(self) -> None:
         """This process is well; workers come and go (see /ready)."""

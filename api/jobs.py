@@ -7,6 +7,7 @@ it on the bus, `api.runner` runs it.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -16,11 +17,21 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from vllm.exceptions import VLLMValidationError
 
-from api.runner import ROUTES, STREAMED, JobRunner
+from api.errors import SURPRISES, unreadable_field
+from api.guard import error_response
+from api.runner import ROUTES, STREAMED, JobRunner, Refused, check
 from pdtasks.bus.connection import BUS_ERRORS
-from pdtasks.bus.jobs import Job, JobStore, KeyReused
+from pdtasks.bus.jobs import Job, JobStore, KeyReused, is_event_id, is_job_id
 
-router = APIRouter(prefix="/v1/jobs")
+
+class AnyTextResponse(JSONResponse):
+    """JSON in ASCII: a record with half a surrogate pair, from wherever, spoils no list."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+router = APIRouter(prefix="/v1/jobs", default_response_class=AnyTextResponse)
 
 #: Seconds that a reader's connection waits in the bus; a comment keeps it alive after each.
 _BLOCK_S = 1.0
@@ -47,30 +58,34 @@ def _jobs(request: Request) -> Jobs:
 @router.post("", status_code=202)
 async def submit(
     request: Request,
-    idempotency_key: Annotated[str | None, Header(max_length=_MAX_KEY_LENGTH)] = None,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=_MAX_KEY_LENGTH)] = None,
 ) -> JSONResponse:
     """Take the body of a chat or completion request; it is answered later."""
     body = await _read_body(request)
     jobs = _jobs(request)
     timeout_s = _take_timeout(body, jobs.timeout_s)
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    _check(path, body)
+    meaning = _require_possible_body(path, body)
     try:
+        await check(request.app, path, body)
         job = await jobs.store.create(
             path,
             body,
             timeout_s=timeout_s,
             seed=random.getrandbits(32),
             idempotency_key=idempotency_key,
+            meaning={"path": path, "timeout": timeout_s, "body": meaning},
         )
+    except Refused as exc:
+        return error_response(exc.status, exc.message, exc.param)
     except KeyReused as exc:
         raise HTTPException(
-            409, "this Idempotency-Key came before with another body: use a new key"
+            409, "this Idempotency-Key came before with another request: use a new key"
         ) from exc
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     jobs.runner.wake()
-    return JSONResponse(_shown(job), 202, headers={"Location": f"/v1/jobs/{job.id}"})
+    return AnyTextResponse(_shown(job), 202, headers={"Location": f"/v1/jobs/{job.id}"})
 
 
 @router.get("")
@@ -101,12 +116,19 @@ async def get_job(job_id: str, request: Request) -> dict[str, Any]:
 async def events(
     job_id: str,
     request: Request,
-    last_event_id: Annotated[str | None, Header(pattern=r"^\d+-\d+$")] = None,
+    last_event_id: Annotated[str | None, Header()] = None,
 ) -> StreamingResponse:
     """The chunks as server-sent events, from the beginning or behind `Last-Event-ID`."""
+    last = last_event_id or "0-0"  # a browser that has seen none sends an empty one
+    if not is_event_id(last):
+        raise HTTPException(400, "Last-Event-ID is none of this job's events")
     job = await _find(request, job_id)
-    follow = _follow(_jobs(request).store, job.id, last_event_id or "0")
-    return StreamingResponse(follow, media_type="text/event-stream")
+    return StreamingResponse(
+        _follow(_jobs(request).store, job.id, last),
+        media_type="text/event-stream",
+        # A proxy that keeps pieces back, or an answer of yesterday, is no stream.
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
 
 
 @router.delete("/{job_id}")
@@ -129,14 +151,21 @@ async def cancel(job_id: str, request: Request) -> dict[str, Any]:
 
 
 async def _read_body(request: Request) -> dict[str, Any]:
+    # Any web page may have a browser send text or a form here, unasked; JSON it may not.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, "the body has to be sent as Content-Type: application/json")
     try:
         body = await request.json()
     except ValueError as exc:
         raise HTTPException(400, "the body is not JSON") from exc
+    except RecursionError as exc:
+        raise HTTPException(400, "the body is nested too deeply") from exc
     if not isinstance(body, dict):
         raise HTTPException(400, "the body is not a JSON object")
-    # Names of KV belong to the workers: a client's could be those of somebody else's prompt.
-    for name in ("kv_transfer_params", "vllm_xargs"):
+    # Names of KV belong to the workers: a client's could be those of somebody else's prompt.  How
+    # a job is streamed is our own business.
+    for name in ("kv_transfer_params", "vllm_xargs", "stream", "stream_options"):
         body.pop(name, None)
     return body
 
@@ -148,25 +177,31 @@ def _take_timeout(body: dict[str, Any], longest_s: float) -> float:
     return min(float(timeout), longest_s)
 
 
-def _check(path: str, body: dict[str, Any]) -> None:
+def _require_possible_body(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What `body` means: the same for 4 and 4.0, for null and for nothing. Raises a 400."""
     if ("messages" in body) == ("prompt" in body):
         raise HTTPException(400, "give either messages, for a chat, or a prompt")
     if body.get("use_beam_search"):
         raise HTTPException(400, "jobs cannot use beam search")
+    kind = ROUTES[path].request
     try:
-        ROUTES[path].request.model_validate(body)
-        ROUTES[path].request.model_validate(body | STREAMED)
+        request = kind.model_validate(body)
+        kind.model_validate(body | STREAMED)
+        return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     except VLLMValidationError as exc:
         raise HTTPException(400, f"not as a job, for a job is streamed: {exc}") from exc
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise HTTPException(400, f"{where}: {first['msg']}") from exc
+    except SURPRISES as exc:
+        field = unreadable_field(kind, body) or "body"
+        raise HTTPException(400, f"{field}: cannot be understood") from exc
 
 
 async def _find(request: Request, job_id: str) -> Job:
     try:
-        job = await _jobs(request).store.get(job_id)
+        job = await _jobs(request).store.get(job_id) if is_job_id(job_id) else None
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     if job is None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
+from starlette.middleware import Middleware
 
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
@@ -34,7 +35,8 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from api import jobs
+    from api import errors, jobs
+    from api.guard import Guard
     from pdtasks.engine.arguments import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
@@ -51,6 +53,17 @@ def create_app(settings: Settings) -> FastAPI:
     app = build_app(arguments, ("generate",), config.model_config)
     app.include_router(router)
     app.include_router(jobs.router)
+    errors.install(app)
+
+    async def look_again() -> None:
+        await app.state.pdtasks_client.engine_core.look_again()
+
+    # Behind vLLM's own layers, which know whom they let in.
+    app.user_middleware.append(
+        Middleware(Guard, max_body_bytes=settings.max_body_bytes, before=look_again)
+    )
+    # vLLM has built it already, without what came since.
+    app.middleware_stack = app.build_middleware_stack()
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
@@ -115,7 +128,7 @@ async def ready(request: Request) -> dict[str, Any]:
 @router.get("/pdtasks/requests/{request_id}")
 async def request_report(request_id: str, request: Request) -> dict[str, Any]:
     """What each stage did for a request that this process answered lately."""
-    sequences = request.app.state.pdtasks_client.engine_core.reports(request_id)
+    sequences = await request.app.state.pdtasks_client.engine_core.reports(request_id)
     if not sequences:
         raise HTTPException(404, f"no request {request_id!r} has finished here lately")
     return {
@@ -129,11 +142,16 @@ async def request_report(request_id: str, request: Request) -> dict[str, Any]:
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish."""
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        log_level="info",
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    app = create_app(settings)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="info",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s),
+        )
     )
+    app.state.server = server  # vLLM's error handlers look for it
+    server.run()

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 
 from api.client import PipelineLLM
 
@@ -52,6 +53,11 @@ class Tape:
         yield whole
 
 
+class Checked(Exception):
+    """vLLM would begin with this request now: nothing is wrong with it."""
+
+
+_only_checks: ContextVar[bool] = ContextVar("only_checks", default=False)
 _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
 
 
@@ -65,20 +71,41 @@ def using(tape: Tape) -> Iterator[None]:
         _tape.reset(before)
 
 
+@contextmanager
+def only_checking() -> Iterator[None]:
+    """Have what is generated in this context validated, and end with `Checked` in place of work."""
+    before = _only_checks.set(True)
+    try:
+        yield
+    finally:
+        _only_checks.reset(before)
+
+
 class RecordingLLM(PipelineLLM):
-    """A `PipelineLLM` that obeys `using`; costs the other requests nothing for each token."""
+    """A `PipelineLLM` that obeys `using` and `only_checking`; costs others nothing for a token."""
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """What is only played needs no worker."""
+        """What is only played or checked needs no worker."""
         tape = _tape.get()
-        if tape is None or not tape.is_full:
+        if not _only_checks.get() and (tape is None or not tape.is_full):
             super().check_admission(n, request_id)
 
     def generate(  # a plain function that returns the generator
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
+        if _only_checks.get():
+            return self._check(prompt, sampling_params, request_id)
         tape = _tape.get()
         if tape is not None and tape.is_full:
             return tape.play(request_id)
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         return outputs if tape is None else tape.record(request_id, outputs)
+
+    async def _check(
+        self, prompt: Any, params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self.require_valid(request_id, prompt, params)
+        nothing: RequestOutput
+        for nothing in ():  # makes it a generator
+            yield nothing
+        raise Checked

@@ -24,7 +24,8 @@ from vllm.exceptions import GracefulHTTPError
 
 from api.client import stage_watcher
 from api.continuation import AnswerDiffers, Continuation
-from api.recording import Tape, using
+from api.errors import explained
+from api.recording import Checked, Tape, only_checking, using
 from pdtasks.app import app as celery_app
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS
@@ -261,6 +262,35 @@ def _look_away(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+async def check(app: FastAPI, path: str, body: dict[str, Any]) -> None:
+    """Find out all that can be known of a request before it is begun.
+
+    Raises Refused with the answer that its route would give at once.
+    """
+    handler = getattr(app.state, ROUTES[path].handler)
+    with only_checking():
+        try:
+            request = ROUTES[path].request.model_validate(body | {"stream": False})
+            answer = await getattr(handler, ROUTES[path].method)(request, None)
+        except Checked:
+            return
+        except PdtasksError as exc:
+            raise Refused(exc.http_status, str(exc), None) from exc
+        except Exception as exc:
+            error = handler.create_error_response(explained(exc, body)).error
+            raise Refused(error.code, error.message, error.param) from exc
+    if getattr(answer, "error", None) is not None:
+        raise Refused(answer.error.code, answer.error.message, answer.error.param)
+
+
+class Refused(Exception):
+    """A request is not taken."""
+
+    def __init__(self, status: int, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+
+
 class _Run:
     """One attempt at one job."""
 
@@ -341,7 +371,8 @@ class _Run:
                     continue
                 raise _Failed(handler.create_error_response(exc).error.model_dump()) from exc
             except Exception as exc:
-                raise _Failed(handler.create_error_response(exc).error.model_dump()) from exc
+                error = handler.create_error_response(explained(exc, self._job.body)).error
+                raise _Failed(error.model_dump()) from exc
             if hasattr(answer, "error") and answer.error is not None:
                 raise _Failed(answer.error.model_dump())
             return answer

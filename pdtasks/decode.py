@@ -82,6 +82,11 @@ class _Decode:
         )
         try:
             await self._here.generate(generation, lambda: (job.prefill, self._report()))
+        except RequestAborted:
+            # At a stop string, perhaps: then the asker may want to know.
+            reports = (job.prefill, self._report())
+            self._here.publish_reports(self._reply_to, job.request_id, reports)
+            raise
         finally:
             self._here.engine.forget(generation)
         return self._answer() if job.detokenise else None

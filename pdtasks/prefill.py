@@ -103,7 +103,10 @@ class _Prefill:
             self._here.require_wanted(job.request_id)
             if self._goes_on:
                 await self._hand_over(wire, generation)
-        except (asyncio.CancelledError, Exception):
+        except (asyncio.CancelledError, Exception) as exc:
+            if isinstance(exc, RequestAborted):
+                # At a stop string, perhaps: then the asker may want to know.
+                self._here.publish_reports(self._reply_to, job.request_id, (self._report(),))
             # The engine may be computing the prompt all the same, and write it when it is done.
             self._here.discard_when_saved(generation)
             raise

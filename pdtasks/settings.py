@@ -69,6 +69,9 @@ class Settings(BaseSettings):
 
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
+    max_body_bytes: int = Field(default=4 * 2**20, gt=0)  #: of one HTTP request
+    #: vLLM's own front-end flags, as on a command line: `--enable-auto-tool-choice …`.
+    api_args: str = ""
     flower_port: int = Field(default=5555, ge=0, le=65535)
 
     kv_ttl_s: int = Field(default=3600, gt=0)  #: seconds an unused KV block lives

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Mapping
@@ -228,21 +229,24 @@ class JobStore:
         timeout_s: float,
         seed: int | None = None,
         idempotency_key: str | None = None,
+        meaning: Mapping[str, Any] | None = None,
     ) -> Job:
-        """Take a job in; the same key and body give the job they gave before.
+        """Take a job in; the same key and meaning give the job they gave before.
 
         Args:
             path: the route that `body` is for.
             timeout_s: seconds until the job is given up.
             seed: for a body that names none, so that a second runner finds the same tokens.
+            meaning: what has to be the same under one key; None: path and body as they are.
 
-        Raises KeyReused when the key came with another body.
+        Raises KeyReused when the key came with another meaning.
         """
         now = time.time()
         job_id = f"job-{uuid.uuid4().hex}"
         # With n > 1 vLLM derives each choice's seed from it.
         wire = json.dumps({**body, "seed": seed} if body.get("seed") is None else body)
-        digest = hashlib.sha256(f"{path} {json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+        same = {"path": path, "body": body} if meaning is None else meaning
+        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
         fields: dict[str, Any] = {
             "path": path,
             "body": wire,
@@ -273,6 +277,7 @@ class JobStore:
                 timeout_s=timeout_s,
                 seed=seed,
                 idempotency_key=idempotency_key,
+                meaning=meaning,
             )
         return job
 
@@ -302,7 +307,12 @@ class JobStore:
                 break
             gone = []
             for name in page:
-                job = await self.get(name.decode())
+                try:
+                    job = await self.get(name.decode())
+                except (KeyError, TypeError, ValueError) as exc:
+                    # One record that cannot be read does not hide the others.
+                    logger.error("%s cannot be listed: %s", name.decode(), where(exc))  # noqa: TRY400
+                    continue
                 if job is None:
                     gone.append(name)
                 else:
@@ -383,6 +393,20 @@ class JobStore:
             args=[token, job_id, int(self._ttl_s), *_flat(fields)],
         )
         return bool(done)
+
+
+def is_job_id(text: str) -> bool:
+    """Could a job be called so?"""
+    return re.fullmatch(r"job-[0-9a-f]{32}", text) is not None
+
+
+def is_event_id(text: str) -> bool:
+    """Could an event be called so? Two numbers of 64 bits, as Valkey's streams have them."""
+    parts = text.split("-")
+    return len(parts) == 2 and all(
+        part.isascii() and part.isdecimal() and len(part) <= 20 and int(part) < 2**64
+        for part in parts
+    )
 
 
 def _record(job_id: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import vllm
+from vllm.config import StructuredOutputsConfig
 
 from pdtasks.errors import ConfigurationError
 from pdtasks.settings import Settings
@@ -46,4 +47,10 @@ def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
             "PDTASKS_ENGINE_ARGS: disable_log_stats cannot be used: that a prompt's KV is stored "
             "travels in vLLM's statistics, and each hand-over would wait for it in vain"
         )
-    return arguments | settings.engine_args
+    arguments |= settings.engine_args
+    # An engine has one backend for structured outputs: with vLLM's "auto" the first request decides
+    # for all that follow, and the same schema is taken or refused by what came before.
+    structured: dict[str, Any] = {"backend": "xgrammar"}
+    structured |= arguments.get("structured_outputs_config", {})
+    arguments["structured_outputs_config"] = StructuredOutputsConfig(**structured)
+    return arguments

@@ -17,6 +17,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 
+from pdtasks.engine.grammar import require_possible
 from pdtasks.errors import InvalidRequest
 from pdtasks.messages import TextRequest
 
@@ -38,6 +39,7 @@ class TextFrontend:
             # No limit unless the caller sets one: the answer ends where the model ends it.
             sampling = SamplingParams(**{"max_tokens": None, **text.sampling})
             _require_one_plain_answer(sampling)
+            require_possible(sampling)
             return self._inputs.process_inputs(
                 request_id, prompt, sampling, supported_tasks=("generate",)
             )

@@ -325,6 +325,13 @@ class Worker:
         reply = self._reply(failures={request_id: Failure.of(error)})
         self.engine.loop.call_soon_threadsafe(self._replies.put, stream, reply)
 
+    def publish_reports(
+        self, stream: str | None, request_id: str, reports: tuple[StageReport, ...]
+    ) -> None:
+        """Tell the asker what was done for a request that it ended itself. On the engine's loop."""
+        if stream is not None:
+            self._replies.put(stream, self._reply(reports={request_id: reports}))
+
     def publish_start(self, stream: str | None, request_id: str) -> None:
         """Tell the asker who does the stage that begins now. On the engine's loop."""
         if stream is not None:

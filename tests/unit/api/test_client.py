@@ -548,8 +548,8 @@ def test_stage_reports_can_be_asked_for_after_the_end() -> None:
             (0, an_output([7], finish_reason=FinishReason.STOP)), reports={"r": (report,)}
         )
 
-        assert bench.core.reports("external-r") == [(report,)]
-        assert bench.core.reports("external-x") == []
+        assert await bench.core.reports("external-r") == [(report,)]
+        assert await bench.core.reports("external-x") == []
 
     with_bench(test)
 

@@ -1,0 +1,145 @@
+"""What does no route have to think of? Bodies that are too large or no text, and surprises.
+
+The outermost layer of ours: what is refused here costs no parsing, no rendering and no worker.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pdtasks.errors import where
+
+logger = logging.getLogger(__name__)
+
+#: Where the body lies in a request's state, for whoever explains an error.
+BODY = "pdtasks_body"
+
+# Half of a surrogate pair: JSON can spell it, no text can hold it.
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """OpenAI's error object."""
+    kind = HTTPStatus(status).phrase
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return JSONResponse({"error": error}, status)
+
+
+class Guard:
+    """Stands before all routes of an app."""
+
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, before: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Args:
+        max_body_bytes: larger ones are a 413.
+        before: awaited before each request with a body goes on.
+        """
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._before = before
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            body = await self._read(scope, receive)
+            refused = self._refusal(body)
+            if refused is not None:
+                await refused(scope, receive, send)
+                return
+            assert body is not None
+            scope.setdefault("state", {})[BODY] = body
+            receive = _again(body, receive)
+            await self._before()
+        await self._surely_answered(scope, receive, send)
+
+    async def _surely_answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette would answer what nobody handles as well, and log its text: a prompt, maybe."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
+            logger.error("%s %s failed: %s", scope["method"], scope["path"], where(exc))  # noqa: TRY400
+            if begun:
+                # The connection has to break, for whoever reads must not take this for the end.
+                raise ConnectionError("the response was cut: see the log") from None
+            failed = error_response(500, f"an unforeseen {type(exc).__name__}: see the API's log")
+            await failed(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None when it is too large, or its sender has gone."""
+        told = dict(scope["headers"]).get(b"content-length", b"")
+        if told.isdigit() and int(told) > self._max_body_bytes:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                return None
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _refusal(self, body: bytes | None) -> JSONResponse | None:
+        if body is None:
+            return error_response(
+                413,
+                f"the body has more than {self._max_body_bytes} bytes: send less, or have "
+                f"PDTASKS_MAX_BODY_BYTES raised",
+            )
+        if _MAYBE_SURROGATE.search(body):
+            try:
+                broken = _broken_text(json.loads(body))
+            except (ValueError, RecursionError):
+                return None  # no JSON: the route says so
+            if broken is not None:
+                return error_response(
+                    400, f"{broken or 'body'}: half of a surrogate pair is no text", broken or None
+                )
+        return None
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return replay
+
+
+def _broken_text(value: Any) -> str | None:
+    """The path of a string in `value` that is no text; None: all are."""
+    if isinstance(value, str):
+        return "" if _SURROGATE.search(value) else None
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+        if any(_SURROGATE.search(name) for name in value):
+            return ""
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for name, item in items:
+        inner = _broken_text(item)
+        if inner is not None:
+            return f"{name}.{inner}" if inner else str(name)
+    return None
