@@ -43,6 +43,7 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.detokenise import begin_behind_prompt
 from pdtasks.engine.grammar import require_possible
 from pdtasks.engine.wire import encode_request
 from pdtasks.errors import (
@@ -546,6 +547,18 @@ def _described(worker: WorkerStatus) -> str:
     return f"{worker.name} {state}" + (f": {worker.reason}" if worker.reason else "")
 
 
+class _TextOutput(OutputProcessor):
+    """vLLM's, with text that begins behind the prompt."""
+
+    def add_request(
+        self, request: EngineCoreRequest, prompt: str | None, *args: Any, **options: Any
+    ) -> None:
+        super().add_request(request, prompt, *args, **options)
+        detokenizer = self.request_states[request.request_id].detokenizer
+        if detokenizer is not None:
+            begin_behind_prompt(detokenizer, request)
+
+
 class PipelineLLM(AsyncLLM):
     """vLLM's `AsyncLLM` over a `PipelineCore`."""
 
@@ -562,7 +575,7 @@ class PipelineLLM(AsyncLLM):
         self.log_requests = False
         self.log_stats = True
         self.admission_stats = None
-        self.output_processor = OutputProcessor(
+        self.output_processor = _TextOutput(
             self.renderer.tokenizer,
             log_stats=self.log_stats,
             stream_interval=config.scheduler_config.stream_interval,

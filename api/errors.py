@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -18,6 +18,8 @@ from pdtasks.errors import PdtasksError
 
 #: What a field of an unexpected kind makes vLLM's validators raise, beside what they mean to.
 SURPRISES = (AttributeError, TypeError, KeyError, IndexError, RecursionError)
+
+_Outcome = Literal["valid", "refused", "surprise"]
 
 #: Fields that ask for an answer of a certain form, and how vLLM speaks of them without a name.
 _STRUCTURED = ("structured_outputs", "response_format")
@@ -88,12 +90,27 @@ def explained(exc: Exception, body: dict[str, Any]) -> Exception:
 
 def unreadable_field(model: type[BaseModel], body: dict[str, Any]) -> str | None:
     """The field of `body` on which the validators of `model` stumble, if they do."""
-    if _is_understood(model, body):
+    if _outcome(model, body) != "surprise":
         return None
-    for name in body:
-        if _is_understood(model, {key: value for key, value in body.items() if key != name}):
-            return str(name)
+    without = {
+        str(name): _outcome(model, {key: value for key, value in body.items() if key != name})
+        for name in body
+    }
+    # Rather one that the rest can do without than one whose lack is complained of earlier.
+    for outcome in ("valid", "refused"):
+        if named := [name for name, found in without.items() if found == outcome]:
+            return named[0]
     return "body"
+
+
+def _outcome(model: type[BaseModel], body: dict[str, Any]) -> _Outcome:
+    try:
+        model.model_validate(body)
+    except SURPRISES:
+        return "surprise"
+    except Exception:  # noqa: BLE001 - in words
+        return "refused"
+    return "valid"
 
 
 def _body(request: Request) -> dict[str, Any]:
@@ -102,16 +119,6 @@ def _body(request: Request) -> dict[str, Any]:
     except (KeyError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _is_understood(model: type[BaseModel], body: dict[str, Any]) -> bool:
-    try:
-        model.model_validate(body)
-    except SURPRISES:
-        return False
-    except Exception:  # noqa: BLE001 - refused, but in words
-        return True
-    return True
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:

@@ -32,22 +32,18 @@ def create_app(settings: Settings) -> FastAPI:
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from api import errors, jobs
+    from api.flags import check_flags, front_end_arguments
     from api.guard import Guard
     from pdtasks.engine.arguments import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
-        # Usage says how many of the prompt's tokens did not have to be computed.
-        ["--model", model, "--enable-prompt-tokens-details"]
-    )
+    check_flags(settings.api_args)
+    arguments = front_end_arguments(settings.api_args, model)
     for name, value in engine_arguments(settings, model).items():
         setattr(arguments, name, value)
     arguments.served_model_name = [settings.model_name]
-    validate_parsed_serve_args(arguments)
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
 
     app = build_app(arguments, ("generate",), config.model_config)

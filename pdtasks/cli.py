@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,41 @@ def main() -> None:
     """Serve a language model in two Celery stages: prefill and decode."""
 
 
-@main.command()
+def _takes_front_end_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Unknown flags are for vLLM's front end."""
+    parser = click.option(
+        "--reasoning-parser", help="vLLM's parser of what a model thinks; workers need it too."
+    )
+    rest = click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM_FLAGS]...")
+    return rest(parser(command))
+
+
+def _front_end(flags: tuple[str, ...], reasoning_parser: str | None) -> dict[str, Any]:
+    """Settings for these flags. Raises ConfigurationError naming the one that cannot be used."""
+    from pdtasks.settings import load_settings
+
+    changes: dict[str, Any] = {}
+    if flags:
+        from api.flags import check_flags
+
+        changes["api_args"] = shlex.join(flags)
+        check_flags(changes["api_args"])
+    if reasoning_parser is not None:
+        from api.flags import check_reasoning_parser
+
+        check_reasoning_parser(reasoning_parser)
+        changes["engine_args"] = {
+            **load_settings().engine_args,
+            "reasoning_parser": reasoning_parser,
+        }
+    return changes
+
+
+#: `pdtasks up --enable-auto-tool-choice --tool-call-parser hermes`
+_FLAGS_PASS = {"ignore_unknown_options": True}
+
+
+@main.command(context_settings=_FLAGS_PASS)
 @click.option("--prefill", default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", default=1, show_default=True, help="Decode workers.")
 @click.option("--model", help="Folder or Hugging Face name; without it the embedded model.")
@@ -43,6 +79,7 @@ def main() -> None:
 @click.option("--flower-port", type=int, help="Port of Flower. [default: 5555]")
 @click.option("--concurrency", type=int, help="Jobs that one worker takes at once.")
 @click.option("--no-flower", is_flag=True, help="Do not start Flower.")
+@_takes_front_end_flags
 def up(
     *,
     prefill: int,
@@ -53,13 +90,20 @@ def up(
     flower_port: int | None,
     concurrency: int | None,
     no_flower: bool,
+    reasoning_parser: str | None,
+    flags: tuple[str, ...],
 ) -> None:
-    """Start services, workers, API and Flower; Ctrl-C drains and stops them."""
+    """Start services, workers, API and Flower; Ctrl-C drains and stops them.
+
+    Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
+    --chat-template, …
+    """
     from pdtasks.cluster.console import Console
     from pdtasks.cluster.supervisor import Size, run_stack
 
     given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
     overrides = {name: value for name, value in given.items() if value is not None}
+    overrides |= _front_end(flags, reasoning_parser)
     size = Size(prefill, decode, concurrency, flower=not no_flower)
     sys.exit(run_stack(overrides, size, Console()))
 
@@ -110,14 +154,21 @@ def demo(prompt: str) -> None:
     sys.exit(run_demo(prompt, Console()))
 
 
-@main.command()
+@main.command(context_settings=_FLAGS_PASS)
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [default: 8000]")
-def api(host: str | None, port: int | None) -> None:
-    """Run one API process beside workers that run already."""
-    from pdtasks.settings import load_settings
+@_takes_front_end_flags
+def api(
+    host: str | None, port: int | None, reasoning_parser: str | None, flags: tuple[str, ...]
+) -> None:
+    """Run one API process beside workers that run already.
 
-    settings = load_settings()
+    Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
+    --chat-template, …
+    """
+    from pdtasks.settings import make_settings
+
+    settings = make_settings(**_front_end(flags, reasoning_parser))
     from api.main import serve
 
     serve(settings, host or settings.api_host, settings.api_port if port is None else port)

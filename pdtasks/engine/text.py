@@ -17,6 +17,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 
+from pdtasks.engine.detokenise import begin_behind_prompt
 from pdtasks.engine.grammar import require_possible
 from pdtasks.errors import InvalidRequest
 from pdtasks.messages import TextRequest
@@ -65,7 +66,9 @@ class TextFrontend:
 
     def detokeniser(self, request: EngineCoreRequest) -> IncrementalDetokenizer:
         """Collects the answer to `request` as text and finds its stop strings."""
-        return IncrementalDetokenizer.from_new_request(self._renderer.tokenizer, request)
+        detokenizer = IncrementalDetokenizer.from_new_request(self._renderer.tokenizer, request)
+        begin_behind_prompt(detokenizer, request)
+        return detokenizer
 
 
 def _require_one_plain_answer(sampling: SamplingParams) -> None:

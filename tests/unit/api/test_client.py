@@ -298,6 +298,45 @@ def test_only_a_worker_that_is_ready_gets_new_requests_and_who_is_not_is_named(
     with_bench(test)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_that_has_come_this_moment_is_seen(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    looks: list[int] = []
+
+    def found() -> list[WorkerStatus]:
+        looks.append(1)
+        return READY
+
+    presence(monkeypatch, found)
+
+    async def test(bench: Bench) -> None:
+        bench.core.workers = [w for w in READY if w.role != stage]
+
+        await bench.core.look_again()
+        bench.core.require_workers()
+        # and the bus is not asked while all are there
+        await bench.core.look_again()
+        assert looks == [1]
+
+    with_bench(test)
+
+
+def test_what_cannot_be_sent_fails_its_request_and_leaves_nothing() -> None:
+    async def test(bench: Bench) -> None:
+        odd = a_request("odd")
+        assert odd.sampling_params is not None
+        odd.sampling_params.top_k = 2**64
+
+        await bench.core.add_request_async(odd)
+        await until(lambda: "odd" in bench.failed)
+
+        assert type(bench.failed["odd"]) is InvalidRequest
+        assert "top_k" in str(bench.failed["odd"])
+
+    with_bench(test)
+
+
 def test_a_burst_is_not_published_one_by_one() -> None:
     async def test(bench: Bench) -> None:
         # Given a broker that has confirmed nothing yet
@@ -532,24 +571,35 @@ def test_a_bus_that_lost_replies_fails_what_was_open_and_nothing_later() -> None
     with_bench(test, leaves=("c",))
 
 
-def test_stage_reports_can_be_asked_for_after_the_end() -> None:
-    report = StageReport(
-        stage="prefill",
-        worker="w",
-        queue_s=0,
-        seconds=1,
-        prompt_tokens=10,
-        output_tokens=1,
-    )
+REPORT = StageReport(
+    stage="prefill", worker="w", queue_s=0, seconds=1, prompt_tokens=10, output_tokens=1
+)
 
+
+def test_stage_reports_can_be_asked_for_after_the_end() -> None:
     async def test(bench: Bench) -> None:
         await bench.ask("r")
         await bench.take(
-            (0, an_output([7], finish_reason=FinishReason.STOP)), reports={"r": (report,)}
+            (0, an_output([7], finish_reason=FinishReason.STOP)), reports={"r": (REPORT,)}
         )
 
-        assert await bench.core.reports("external-r") == [(report,)]
+        assert await bench.core.reports("external-r") == [(REPORT,)]
         assert await bench.core.reports("external-x") == []
+
+    with_bench(test)
+
+
+def test_a_report_of_what_was_ended_here_is_waited_for() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.core.abort_requests_async(["r"])
+
+        asked = asyncio.create_task(bench.core.reports("external-r"))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await bench.core._take(a_reply(reports={"r": (REPORT,)}))
+
+        assert await asked == [(REPORT,)]
 
     with_bench(test)
 
