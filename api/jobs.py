@@ -65,8 +65,8 @@ async def submit(
     jobs = _jobs(request)
     timeout_s = _take_timeout(body, jobs.timeout_s)
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    meaning = _require_possible_body(path, body)
     try:
+        meaning = _meaning(path, body)
         await check(request.app, path, body)
         job = await jobs.store.create(
             path,
@@ -177,8 +177,8 @@ def _take_timeout(body: dict[str, Any], longest_s: float) -> float:
     return min(float(timeout), longest_s)
 
 
-def _require_possible_body(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What `body` means: the same for 4 and 4.0, for null and for nothing. Raises a 400."""
+def _meaning(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What `body` says, the same for 4 and 4.0, for null and for nothing. Raises Refused."""
     if ("messages" in body) == ("prompt" in body):
         raise HTTPException(400, "give either messages, for a chat, or a prompt")
     if body.get("use_beam_search"):
@@ -189,14 +189,15 @@ def _require_possible_body(path: str, body: dict[str, Any]) -> dict[str, Any]:
         kind.model_validate(body | STREAMED)
         return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     except VLLMValidationError as exc:
-        raise HTTPException(400, f"not as a job, for a job is streamed: {exc}") from exc
+        why = f"not as a job, for a job is streamed: {exc}"
+        raise Refused(400, why, exc.parameter) from exc
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise HTTPException(400, f"{where}: {first['msg']}") from exc
+        raise Refused(400, f"{where}: {first['msg']}", where) from exc
     except SURPRISES as exc:
         field = unreadable_field(kind, body) or "body"
-        raise HTTPException(400, f"{field}: cannot be understood") from exc
+        raise Refused(400, f"{field}: cannot be understood", field) from exc
 
 
 async def _find(request: Request, job_id: str) -> Job:
