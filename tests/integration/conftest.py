@@ -102,6 +102,9 @@ def our_app(services: Services) -> Iterator[Any]:
         load_settings.cache_clear()
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
+        # Whoever asked for a result before has made the app a backend of the old settings.
+        patch.setattr(app, "_backend_cache", None)
+        patch.setattr(app, "_local", threading.local())
         yield app
         # A process that asks keeps these for its life; here several lives follow each other.
         pipeline._shared.close()
