@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     model: str | None = None  #: folder or Hugging Face name; None: the embedded model
     served_model_name: str | None = None  #: name in the API; None: from `model`
     device: Literal["cpu", "cuda"] = Field(default_factory=_default_device)
-    max_model_len: int | None = Field(default=None, gt=1)  #: tokens; None: see `engine/arguments.py`
+    max_model_len: int | None = Field(
+        default=None, gt=1
+    )  #: tokens; None: see `engine/arguments.py`
     max_num_seqs: int = Field(default=64, gt=0)  #: requests that one engine runs at once
     cpu_kv_cache_gib: int = Field(default=2, gt=0)  #: memory for KV of one CPU engine
     engine_args: dict[str, Any] = Field(default_factory=dict)  #: further vLLM engine arguments

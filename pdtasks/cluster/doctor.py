@@ -199,8 +199,11 @@ def _torch(settings: Settings) -> Check:
         return Check("torch", False, "torch is not installed", _SET_UP)
     cuda = _torch_cuda()
     found = f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'CPU'}"
-    if (cuda is not None) != (settings.device == "cuda"):
-        return Check("torch", False, f"{found}, and this host is {settings.device}", _SET_UP)
+    if cuda is None and settings.device == "cuda":
+        return Check("torch", False, f"{found}, and this host is cuda", _SET_UP)
+    if cuda is not None and settings.device == "cpu":
+        # `./pd` takes it where no CPU build is to be had.
+        found += ", which runs on a CPU as well"
     return Check("torch", True, found)
 
 

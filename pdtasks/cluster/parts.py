@@ -22,6 +22,7 @@ from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes
 from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import Member
+from pdtasks.cluster.steps import step_of
 from pdtasks.messages import WorkerStatus
 
 #: Between two looks at all children.
@@ -38,8 +39,8 @@ _STACKS_PAUSE_S = 0.2  # of the log: they are complete
 #: Silent for so long, a worker is dead or stands; just after a restart of the bus all are silent.
 _SURELY_SILENT_S = 3.0
 
-# What Celery and vLLM write before each message: process, level, time, source.
-_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\[.*?\] |[A-Z]+ [\d: -]+\[.*?\] )?")
+#: Lines of a log in which the step of a start is looked for.
+_LOG_LINES = 1000
 
 
 @dataclass
@@ -143,11 +144,8 @@ class Parts:
             elapsed = time.monotonic() - began
             if elapsed > deadline_s:
                 raise waiting[0].process.failure(f"was not ready within {deadline_s:.0f} s")
-            names = ", ".join(part.name for part in waiting)
-            said = _last_sentence(waiting[0].process.log_tail())[:80]
-            self._console.progress(
-                f"{elapsed:4.0f} s  waiting for {names}" + (f" ({said})" if said else "")
-            )
+            steps = (f"{p.name}: {step_of(p.process.log_tail(_LOG_LINES))}" for p in waiting)
+            self._console.progress(f"{elapsed:4.0f} s  {', '.join(steps)}")
             time.sleep(LOOP_S)
 
     def _ask(self, part: Part) -> None:
@@ -190,6 +188,7 @@ class Parts:
     def watch(self) -> None:
         """One round: start again what ended, tell what changed."""
         for part in self._parts:
+            part.process.bound_log()
             self._watch(part)
 
     def _watch(self, part: Part) -> None:
@@ -338,9 +337,3 @@ def _size(log: Path) -> int:
         return log.stat().st_size
     except OSError:
         return 0
-
-
-def _last_sentence(log: str) -> str:
-    """The last line that says something by itself; indented ones belong to a warning."""
-    whole = [line for line in log.splitlines() if line[:1].strip()]
-    return _LOG_PREFIX.sub("", whole[-1]) if whole else ""

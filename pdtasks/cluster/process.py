@@ -35,6 +35,8 @@ import psutil
 from pdtasks.cluster.probes import Tick, wait_until
 from pdtasks.errors import PdtasksError
 
+#: Bytes of a child's log, beyond which it begins anew.
+MOST_LOGGED = 32 * 2**20
 _KILL_S = 10.0  # a killed process can take a moment to give back its memory
 # Runs before the command, in its process: a fresh interpreter and exec instead of `preexec_fn`,
 # which runs Python after a fork and can deadlock when the parent has threads.
@@ -244,6 +246,19 @@ class Process:
         except OSError:
             return ""
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+    def bound_log(self) -> None:
+        """Keep the log, and with it the disk, from growing for ever. Call it now and then.
+
+        Its last part stays as `*.log.1`.  The child goes on writing into the same file.
+        """
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size <= MOST_LOGGED:
+                return
+            # (A line between copy and cut is lost: better than a child that has to reopen it.)
+            shutil.copyfile(self.log, self.log.with_name(self.log.name + ".1"))
+            os.truncate(self.log, 0)
+            self._log_start = 0
 
     def failure(self, problem: str, lines: str | None = None) -> StartFailed:
         """An error that says `problem`, where the log is, and its telling `lines` (the last)."""

@@ -112,6 +112,8 @@ class Services:
     def check(self) -> None:
         """Raises StartFailed with the reason when one of ours ended by itself."""
         for _, service in self._private:
+            for process in service.processes:
+                process.bound_log()
             code = service.process.poll()
             if code is not None:
                 raise service.process.failure(f"ended by itself ({describe_exit(code)})")

@@ -192,9 +192,32 @@ def test_a_step_that_fails_says_which_why_and_what_to_do(checkout: Checkout) -> 
 def test_torch_comes_from_its_own_index_where_pip_s_places_lack_it(checkout: Checkout) -> None:
     checkout.run("demo", FAKE_PIP_FAILS="torch==")
 
-    first, second = (note for note in checkout.notes() if "torch==" in note)
+    first, second, _ = (note for note in checkout.notes() if "torch==" in note)
     assert "--index-url" not in first
     assert "--index-url https://download.pytorch.org/whl/cpu" in second
+
+
+def test_where_no_place_has_torch_for_cpu_the_plain_one_is_taken_and_its_size_is_said_before(
+    checkout: Checkout,
+) -> None:
+    status, output = checkout.run("demo", FAKE_PIP_FAILS="torch==2.13.0+cpu")
+
+    assert status == 0
+    asked = [note for note in checkout.notes() if "torch==" in note]
+    assert len(asked) == 3
+    assert asked[-1].endswith("torch==2.13.0")
+    assert "--no-deps" not in asked[-1], "it does not load without its libraries"
+    said = output.index("taking plain torch==2.13.0, which is several GB")
+    assert said < output.index("installing plain PyTorch")
+
+
+def test_without_any_torch_all_places_that_were_tried_are_named(checkout: Checkout) -> None:
+    status, output = checkout.run("demo", FAKE_PIP_FAILS="torch==")
+
+    assert status == 1
+    assert "failed while installing plain PyTorch" in output
+    for place in ("pip's configured places", "PIP_FIND_LINKS", "download.pytorch.org/whl/cpu"):
+        assert place in output
 
 
 def test_a_set_up_that_was_killed_is_made_anew(checkout: Checkout, tmp_path: Path) -> None:

@@ -137,15 +137,26 @@ def test_the_other_device_s_vllm_beside_ours_is_named(
     assert "both bring the module vllm" in check.detail
 
 
-def test_a_torch_for_the_other_device_is_named(
+def test_a_torch_that_cannot_use_the_device_is_named(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_torch_cuda", lambda: None)
+
+    check = find(settings(device="cuda"), "torch")
+
+    assert not check.ok
+    assert "built for CPU" in check.detail
+
+
+def test_a_torch_that_could_do_more_is_well(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
 
     check = find(settings(), "torch")
 
-    assert not check.ok
-    assert "built for CUDA 13.0" in check.detail
+    assert check.ok
+    assert "built for CUDA 13.0, which runs on a CPU as well" in check.detail
 
 
 def test_a_cuda_torchvision_beside_a_cpu_torch_is_named(

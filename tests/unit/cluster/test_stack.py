@@ -256,6 +256,30 @@ def test_a_process_that_cannot_be_killed_is_waited_for_no_longer_than_the_deadli
     assert time.monotonic() - began < 5
 
 
+def test_a_log_does_not_grow_for_ever_and_its_child_goes_on_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a child that writes and writes
+    monkeypatch.setattr(process_module, "MOST_LOGGED", 100_000)
+    code = "for n in range(30_000): print(f'line {n:05d}', flush=True)"
+    process = Process("p", [sys.executable, "-c", code], env={}, log=tmp_path / "p.log")
+
+    process.start()
+    largest = 0
+    while process.running:
+        largest = max(largest, process.log.stat().st_size)
+        process.bound_log()
+    process.bound_log()
+
+    # Then neither file is much larger than it may be, and the end is there
+    assert largest < 2_000_000
+    assert (tmp_path / "p.log.1").stat().st_size > 100_000
+    assert process.log.stat().st_size < 2_000_000
+    both = (tmp_path / "p.log.1").read_text() + process.log.read_text()
+    assert "line 29999" in both
+    assert process.poll() == 0
+
+
 def test_a_child_that_ignores_sigterm_is_killed_at_the_deadline(tmp_path: Path) -> None:
     stubborn = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
