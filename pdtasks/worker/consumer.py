@@ -1,7 +1,7 @@
 """How does our worker's main loop differ from Celery's?
 
 Celery's consumer is made of steps; these are left out or replaced (each against 5.7, and
-`tests/unit/test_celery_seams.py` says when a new Celery changes what they replace):
+`tests/unit/seams/test_celery.py` says when a new Celery changes what they replace):
 
 * Events go through `EventSender`: the main loop and pool threads never wait for them.
 * Control commands are answered on the main loop's own connection, and `revoke` stores nothing here.

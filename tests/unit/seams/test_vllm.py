@@ -1,0 +1,143 @@
+"""What of vLLM 0.32 do we rely on that it does not promise? By name, so that an upgrade says so.
+
+A test that fails here after an upgrade names what changed and who uses it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.entrypoints.generate import api_router
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.gpu_input_batch import InputBatch
+
+from api.client import PipelineCore, PipelineLLM
+from api.runner import ROUTES
+
+
+def assigned(function: Callable[..., Any]) -> set[str]:
+    """Attributes of `self` that `function` sets."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_our_engine_client_has_every_attribute_of_vllms() -> None:
+    # AsyncLLM's own __init__ would start an engine, so that ours sets what its methods read.
+    only_there = {"_frontend_profiler_worker_name"}  # of a profiler that we never make
+
+    assert assigned(AsyncLLM.__init__) - only_there == assigned(PipelineLLM.__init__)
+
+
+def test_our_engine_core_answers_all_that_requests_ask_for() -> None:
+    source = inspect.getsource(AsyncLLM)
+    asked = {name for name in dir(EngineCoreClient) if f"engine_core.{name}(" in source}
+
+    # The others are an operator's, of one engine of his own.
+    of_operators = re.compile(
+        r"elastic_ep|lora|sleep|wake_up|reset_|weight|profile|fault|status|kv_event|collective_rpc"
+        r"|kv_cache_memory|dp_engines"
+    )
+    wanted = {name for name in asked if not of_operators.search(name)}
+    assert len(wanted) > 3
+    assert wanted <= vars(PipelineCore).keys()
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (AsyncLLM.add_request, ["self", "request_id", "prompt", "params"]),
+        (AsyncLLM.generate, ["self", "prompt", "sampling_params", "request_id"]),
+        (AsyncLLM.check_admission, ["self", "n", "request_id"]),
+        (OutputProcessor.add_request, ["self", "request", "prompt"]),
+        (StructuredOutputManager.grammar_init, ["self", "request"]),
+        (StructuredOutputManager.accept_tokens, ["self", "request"]),
+        (InputBatch.add_request, ["self", "request"]),
+        (cpu_attn._get_attn_isa, ["dtype", "block_size"]),
+        (GenerateBaseServing._preflight, ["self", "n"]),
+    ],
+)
+def test_what_we_wrap_or_override_is_called_as_we_expect(
+    function: Callable[..., Any], expected: list[str]
+) -> None:
+    assert parameters(function)[: len(expected)] == expected
+
+
+def test_a_request_is_admitted_before_its_response_begins() -> None:
+    assert "self.engine_client.check_admission(n)" in inspect.getsource(
+        GenerateBaseServing._preflight
+    )
+
+
+def test_vllm_forgets_nothing_that_it_aborts_only_after_it_was_added() -> None:
+    # `PipelineCore.add_request_async` never suspends and never raises for this reason.
+    source = inspect.getsource(AsyncLLM._add_request)
+    assert source.index("output_processor.add_request") < source.index("add_request_async")
+
+
+def test_the_stream_of_text_is_where_we_put_another() -> None:
+    assert {"tokenizer", "skip_special_tokens", "stream"} <= assigned(
+        FastIncrementalDetokenizer.__init__
+    )
+    source = inspect.getsource(FastIncrementalDetokenizer._protected_step)
+    assert "self.stream.step(self.tokenizer, next_token_id)" in source
+
+
+@pytest.mark.parametrize(
+    ("route", "serving"),
+    [("/v1/chat/completions", OpenAIServingChat), ("/v1/completions", OpenAIServingCompletion)],
+)
+def test_jobs_find_vllms_handlers_in_the_apps_state(route: str, serving: type) -> None:
+    assert f"state.{ROUTES[route].handler} = " in inspect.getsource(api_router)
+    assert parameters(getattr(serving, ROUTES[route].method))[1:3] == ["request", "raw_request"]
+
+
+def test_vllms_error_handlers_look_for_what_our_app_has() -> None:
+    source = inspect.getsource(vllm_error)
+    assert "req.app.state.server" in source
+    assert "req.app.state.engine_client" in source
+
+
+def test_a_connector_has_what_ours_reads() -> None:
+    assert {"_kv_transfer_config", "_kv_cache_config"} <= assigned(KVConnectorBase_V1.__init__)
+    assert hasattr(KVConnectorBase_V1, "_get_connector_metadata")
+
+
+def test_records_of_transfers_travel_in_statistics() -> None:
+    source = inspect.getsource(Scheduler.make_stats)
+    assert "if not self.log_stats:\n            return None" in source
+    assert "kv_connector_stats" in source
+
+
+def test_a_cpu_sampler_draws_what_a_resumed_seed_skips() -> None:
+    source = inspect.getsource(topk_topp_sampler)
+    assert "torch.randint(" in source
+    assert "exponential_(" in source
