@@ -29,7 +29,7 @@ from api.recording import Checked, Tape, only_checking, using
 from pdtasks.app import app as celery_app
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS
-from pdtasks.bus.jobs import Job, JobStore, StageStart
+from pdtasks.bus.jobs import Job, JobStore, StageStart, State
 from pdtasks.errors import PdtasksError, RequestAborted, RequestTimeout, WorkerLost, where
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class JobRunner:
             await self._store.release(job)
         elif verdict == "late":
             await self._fail(job, RequestTimeout("the job took longer than its timeout"))
-        elif verdict == "cancel" and await self._store.finish(job, "cancelled"):
+        elif verdict == "cancel" and await self._store.finish(job, State.CANCELLED):
             await _tell_celery(job, RequestAborted("the job was cancelled"))
 
     async def _take_answer(self, job: Job, work: asyncio.Task[dict[str, Any]]) -> None:
@@ -223,7 +223,7 @@ class JobRunner:
         except _Lost:
             return
         except _Failed as exc:
-            if await self._store.finish(job, "failed", error=exc.error):
+            if await self._store.finish(job, State.FAILED, error=exc.error):
                 await _tell_celery(job, PdtasksError(str(exc)))
         except PdtasksError as exc:
             await self._fail(job, exc)
@@ -238,12 +238,12 @@ class JobRunner:
             name = type(exc).__name__
             await self._fail(job, PdtasksError(f"an unforeseen {name} ended the job"))
         else:
-            if await self._store.finish(job, "succeeded", result=result):
+            if await self._store.finish(job, State.SUCCEEDED, result=result):
                 await _tell_celery(job, result)
 
     async def _fail(self, job: Job, error: PdtasksError) -> None:
         shown = {"message": str(error), "type": error.code, "param": None}
-        if await self._store.finish(job, "failed", error=shown | {"code": error.http_status}):
+        if await self._store.finish(job, State.FAILED, error=shown | {"code": error.http_status}):
             await _tell_celery(job, error)
 
 

@@ -8,27 +8,26 @@ from typing import cast
 import valkey
 import valkey.asyncio
 
+from pdtasks.bus.keys import WORKER
 from pdtasks.errors import IncompatibleWorker
 from pdtasks.messages import WorkerStatus, read_message
-
-_PREFIX = "pd:worker:"
 
 
 def worker_key(name: str) -> str:
     """Where `name` leaves its status."""
-    return _PREFIX + name
+    return WORKER + name
 
 
 def read_workers(bus: valkey.Valkey) -> list[WorkerStatus]:
     """All workers with a sign of life, by role and name. Raises valkey.ValkeyError."""
-    keys = list(bus.scan_iter(match=_PREFIX + "*", count=1000))
+    keys = list(bus.scan_iter(match=WORKER + "*", count=1000))
     # Typed for the asynchronous client as well.
     return _parse(cast("list[bytes | None]", bus.mget(keys))) if keys else []
 
 
 async def read_workers_async(bus: valkey.asyncio.Valkey) -> list[WorkerStatus]:
     """`read_workers` for an event loop."""
-    keys = [key async for key in bus.scan_iter(match=_PREFIX + "*", count=1000)]
+    keys = [key async for key in bus.scan_iter(match=WORKER + "*", count=1000)]
     return _parse(await bus.mget(keys)) if keys else []
 
 

@@ -27,12 +27,12 @@ from valkey.exceptions import (
 
 from pdtasks.backoff import Backoff
 from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.keys import REPLY
 from pdtasks.errors import IncompatibleWorker
 from pdtasks.messages import StepReply, read_message
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "pd:reply:"
 _FIELD = b"m"
 #: Seconds a stream outlives its owner's last renewal.
 STREAM_TTL_S = 30
@@ -52,7 +52,7 @@ _Entry = tuple[str, bytes]
 
 def is_reply_stream(reply_to: str | None) -> bool:
     """True when `reply_to` names one of our streams; Celery else fills in a name of its own."""
-    return reply_to is not None and reply_to.startswith(_PREFIX)
+    return reply_to is not None and reply_to.startswith(REPLY)
 
 
 class ReplyWriter:
@@ -138,7 +138,7 @@ class ReplyStream:
         """`on_lost()` is awaited when the bus has lost the stream, and replies with it."""
         self._bus = bus
         self._on_lost = on_lost
-        self.name = f"{_PREFIX}{uuid.uuid4().hex}"
+        self.name = f"{REPLY}{uuid.uuid4().hex}"
         self._last_id = b"0"
 
     async def open(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import valkey
 
+from pdtasks.bus.keys import PROBE
 from pdtasks.errors import ConfigurationError
 
 #: Called while something is waited for; may raise to give up.
@@ -122,7 +123,7 @@ def valkey_answers(url: str) -> bool:
 def valkey_takes_writes(server: valkey.Valkey) -> bool:
     """Does it store a small value? Not when it is full, or the copy of another server."""
     try:
-        return bool(server.set("pd:probe", b"", px=1000))
+        return bool(server.set(PROBE, b"", px=1000))
     except (valkey.ValkeyError, OSError):
         return False
 

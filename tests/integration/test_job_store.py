@@ -10,7 +10,7 @@ import pytest
 
 from pdtasks.bus import jobs
 from pdtasks.bus.connection import connect_async
-from pdtasks.bus.jobs import ENDED, Ended, Job, JobStore, KeyReused
+from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 
@@ -65,7 +65,7 @@ def test_a_job_is_run_to_its_result(with_store: Run) -> None:
         assert (own.id, own.attempts) == (job.id, 1)
         assert await store.claim("other") is None
         assert await store.write(own, '{"a": 1}', state="prefill", first_token_at=1.5)
-        assert await store.finish(own, "succeeded", result={"text": "é"})
+        assert await store.finish(own, State.SUCCEEDED, result={"text": "é"})
 
         ended = await seen(store, job)
         assert (ended.state, ended.result, ended.first_token_at) == (
@@ -120,9 +120,9 @@ def test_a_lost_runners_job_goes_to_another_one(
         assert (own.id, own.attempts) == (lost.id, 2)
         assert await store.renew(lost) == "lost"
         assert not await store.write(lost, '"late"')
-        assert not await store.finish(lost, "failed")
+        assert not await store.finish(lost, State.FAILED)
         assert await store.renew(own) == "held"
-        assert await store.finish(own, "succeeded", result={})
+        assert await store.finish(own, State.SUCCEEDED, result={})
         events = await store.events(own.id, after="0", block_s=0.1)
         assert [event.data for event in events] == ['"first"', None]
 
@@ -182,7 +182,7 @@ def test_a_job_that_runs_is_cancelled_by_its_runner(with_store: Run) -> None:
         assert not await store.cancel(job.id)
 
         assert await store.renew(own) == "cancel"
-        assert await store.finish(own, "cancelled")
+        assert await store.finish(own, State.CANCELLED)
         assert (await seen(store, job)).state == "cancelled"
 
     with_store(test)
@@ -191,7 +191,7 @@ def test_a_job_that_runs_is_cancelled_by_its_runner(with_store: Run) -> None:
 def test_what_has_ended_stays_as_it_is(with_store: Run) -> None:
     async def test(store: JobStore) -> None:
         job = await submit(store)
-        await store.finish(await claimed(store, "t"), "succeeded", result={})
+        await store.finish(await claimed(store, "t"), State.SUCCEEDED, result={})
 
         await store.cancel(job.id)
         await store.cancel("job-nobody-has-made")
@@ -263,7 +263,7 @@ def test_nothing_stays_for_ever(with_store: Run, services: Services) -> None:
         await store.renew(own)
         await store.write(own, '"token"')
         assert all(ms > 0 for ms in lives().values()), lives()
-        await store.finish(own, "succeeded", result={})
+        await store.finish(own, State.SUCCEEDED, result={})
         await store.release(await claimed(store, "u"))
 
         after = lives()
@@ -277,9 +277,9 @@ def test_nothing_stays_for_ever(with_store: Run, services: Services) -> None:
     with_store(test)
 
 
-@pytest.mark.parametrize("ended", ENDED)
+@pytest.mark.parametrize("ended", [state for state in State if not NEXT[state]])
 def test_a_job_that_has_ended_is_in_no_queue(
-    with_store: Run, services: Services, ended: Ended
+    with_store: Run, services: Services, ended: State
 ) -> None:
     async def test(store: JobStore) -> None:
         for number in range(3):
@@ -335,7 +335,7 @@ def test_a_job_that_loses_its_runners_is_given_up(
         last = await claimed(store, "last")
         assert last.is_given_up
         assert last.attempts == 3 + jobs.MAX_ATTEMPTS
-        assert await store.finish(last, "failed", error={"code": 503})
+        assert await store.finish(last, State.FAILED, error={"code": 503})
         assert (await seen(store, job)).state == "failed"
         assert await store.claim("another") is None
 

@@ -45,3 +45,10 @@ def test_no_module_is_named_twice(listed: list[str]) -> None:
 @pytest.mark.parametrize("path", sorted(modules()))
 def test_every_module_says_what_it_is_for(path: str) -> None:
     assert (ROOT / path).read_text().lstrip().startswith('"""')
+
+
+def test_keys_of_the_bus_are_spelt_in_one_place() -> None:
+    spelling = re.compile(r"""f?["']pd:(?!kv:)""")  # (those of the kv servers: kv/keys.py)
+    spelt = [path for path in sorted(modules()) if spelling.search((ROOT / path).read_text())]
+
+    assert spelt == ["pdtasks/bus/keys.py"]

@@ -19,7 +19,7 @@ from api import runner as runner_module
 from api.runner import RESTART, JobRunner
 from pdtasks import background as background_module
 from pdtasks.background import Background
-from pdtasks.bus.jobs import Event, Job, JobStore
+from pdtasks.bus.jobs import Event, Job, JobStore, State
 
 
 def a_chunk(text: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def a_job(number: int = 1, **fields: Any) -> Job:
         id=f"job-{number}",
         path="/v1/completions",
         body={"model": "m", "prompt": "canary-prompt"},
-        state="queued",
+        state=State.QUEUED,
         attempts=1,
         created_at=now,
         deadline=now + 60,
@@ -113,7 +113,7 @@ class MemoryStore:
         await asyncio.sleep(self.release_s)
         self.released.append(job.id)
 
-    async def finish(self, job: Job, state: str, **fields: Any) -> bool:
+    async def finish(self, job: Job, state: State, **fields: Any) -> bool:
         self.ended = {"state": state, **fields}
         return False  # and so nothing is told to Celery
 

@@ -1,0 +1,115 @@
+"""The changes of a job, each done whole in the server or not at all: `lua/`, with named parameters.
+
+One that is made by a runner counts only as long as it holds the lease (`token`), so a runner that
+was frozen cannot write into its successor's work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import valkey.asyncio
+
+from pdtasks.bus import keys
+
+_FOLDER = Path(__file__).with_name("lua")
+#: Names of expired jobs that one submission forgets.
+_FORGOTTEN_AT_ONCE = 10
+
+
+def record_key(job_id: str) -> str:
+    """The key of a job's record."""
+    return keys.JOB + job_id
+
+
+def events_key(job_id: str) -> str:
+    """The key of a job's events."""
+    return record_key(job_id) + keys.EVENTS
+
+
+class JobScripts:
+    """All of them, on one bus. Every method raises what is in `bus.connection.BUS_ERRORS`."""
+
+    def __init__(self, bus: valkey.asyncio.Valkey) -> None:
+        common = (_FOLDER / "common.lua").read_text()
+
+        def script(name: str) -> Any:
+            return bus.register_script(common + (_FOLDER / f"{name}.lua").read_text())
+
+        self._create, self._claim, self._renew = map(script, ("create", "claim", "renew"))
+        self._write, self._finish = map(script, ("write", "finish"))
+        self._cancel, self._release = map(script, ("cancel", "release"))
+
+    async def create(
+        self, job_id: str, fields: Mapping[str, Any], *, digest: str, key: str | None, ttl_s: int
+    ) -> tuple[str, str]:
+        """Take a job in; returns digest and id, of an earlier one if `key` is known.
+
+        Args:
+        digest: of what has to be the same under one `key`, an Idempotency-Key's digest.
+        """
+        names = [record_key(job_id), keys.JOBS, keys.JOBS_WAITING]
+        if key is not None:
+            names.append(keys.IDEMPOTENCY + key)
+        known: bytes = await self._create(
+            keys=names,
+            args=[keys.JOB, job_id, digest, ttl_s, _FORGOTTEN_AT_ONCE, *_flat(fields)],
+        )
+        known_digest, known_id = known.decode().split()
+        return known_digest, known_id
+
+    async def claim(self, token: str, *, lease_s: float, most_attempts: int) -> str | None:
+        """The id of a job that this token's runner runs now; None when there is none."""
+        name: bytes | None = await self._claim(
+            keys=[keys.JOBS_RUNNING, keys.JOBS_WAITING],
+            args=[keys.JOB, token, lease_s, most_attempts],
+        )
+        return None if name is None else name.decode()
+
+    async def renew(
+        self, job_id: str, token: str, *, lease_s: float
+    ) -> Literal["held", "lost", "cancel"]:
+        """Hold a job for `lease_s` more."""
+        answer: bytes = await self._renew(
+            keys=[record_key(job_id), keys.JOBS_RUNNING], args=[job_id, token, lease_s]
+        )
+        return answer.decode()  # type: ignore[return-value]  # one of the three
+
+    async def write(
+        self, job_id: str, token: str, event: str | None, fields: Mapping[str, Any]
+    ) -> bool:
+        """Append `event`, set `fields`. False: another one runs the job."""
+        done = await self._write(
+            keys=[record_key(job_id), events_key(job_id)],
+            args=[token, event or "", *_flat(fields)],
+        )
+        return bool(done)
+
+    async def finish(
+        self, job_id: str, token: str, fields: Mapping[str, Any], *, ttl_s: int
+    ) -> bool:
+        """End a job; `token` is empty for one that nobody runs. False: somebody (else) does."""
+        indexes = [keys.JOBS_RUNNING, keys.JOBS_WAITING, keys.JOBS]
+        done = await self._finish(
+            keys=[record_key(job_id), events_key(job_id), *indexes],
+            args=[job_id, token, ttl_s, *_flat(fields)],
+        )
+        return bool(done)
+
+    async def cancel(self, job_id: str) -> None:
+        """Tell a job's runner that nobody wants it any more."""
+        await self._cancel(keys=[record_key(job_id)])
+
+    async def release(self, job_id: str, token: str) -> None:
+        """Hand a job over to the next that claims."""
+        await self._release(keys=[record_key(job_id), keys.JOBS_RUNNING], args=[job_id, token])
+
+
+def _flat(fields: Mapping[str, Any]) -> list[str]:
+    flat = []
+    for name, value in fields.items():
+        flat += [name, value if isinstance(value, str) else json.dumps(value)]
+    return flat

@@ -1,0 +1,22 @@
+"""What is called how on the bus? Every key of ours begins with `pd:`; Celery has its own."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Of one worker's sign of life; its name follows.
+WORKER: Final = "pd:worker:"
+#: Of one asker's reply stream; something unique follows.
+REPLY: Final = "pd:reply:"
+#: Of one job's record; its id follows.
+JOB: Final = "pd:job:"
+#: Behind a record's key: what its caller may read along.
+EVENTS: Final = ":events"
+#: All jobs by time, those that wait by time, those that run by the end of their lease.
+JOBS: Final = "pd:jobs"
+JOBS_WAITING: Final = "pd:jobs:waiting"
+JOBS_RUNNING: Final = "pd:jobs:running"
+#: Of one Idempotency-Key; its digest follows.
+IDEMPOTENCY: Final = "pd:jobs:key:"
+#: Written to find out whether the bus takes anything.
+PROBE: Final = "pd:probe"

@@ -1,0 +1,10 @@
+-- What all scripts share: the server's clock, and indexes that outlive none of their records.
+
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6 -- UNIX seconds
+
+local function keep(index, record)
+  local left = redis.call('PTTL', record)
+  redis.call('PEXPIRE', index, left, 'NX')
+  redis.call('PEXPIRE', index, left, 'GT')
+end
