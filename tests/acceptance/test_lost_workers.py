@@ -39,7 +39,8 @@ def wedge(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Changes to an environment whose workers obey `WEDGE_SIGNAL`."""
     folder = tmp_path_factory.mktemp("wedge")
     (folder / "sitecustomize.py").write_text(_WEDGE)
-    return {"PYTHONPATH": str(folder), "PDTASKS_STALL_TIMEOUT_S": "2"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PDTASKS_STALL_TIMEOUT_S": "2"}
 
 
 @pytest.fixture(scope="module")
