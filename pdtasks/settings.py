@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from pdtasks.errors import ConfigurationError
+from pdtasks.running_stack import UnreadableStack, running_stack
 
 
 def _default_home() -> Path:
@@ -175,9 +176,12 @@ class _RunningStack(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         home = Path(self.current_state.get("home") or _default_home())
         try:
-            env = dict(json.loads((home / "stack.json").read_text())["env"])
-        except (OSError, ValueError, KeyError, TypeError):
+            stack = running_stack(home)
+        except UnreadableStack:
+            return {}  # damaged, or of another release: `pdtasks up` and `doctor` say so
+        if stack is None:
             return {}
+        env = stack.env
         prefix = "PDTASKS_"
         values = {k.removeprefix(prefix).lower(): v for k, v in env.items() if k.startswith(prefix)}
         values.pop("home", None)

@@ -21,9 +21,10 @@ from typing import Final
 from pdtasks.cluster.probes import broker_accepts, port_is_taken, valkey_answers
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import server_programs
-from pdtasks.cluster.stack import UnreadableStack, redact, running_stack
+from pdtasks.cluster.stack import redact
 from pdtasks.cluster.valkey import memory_limit, server_program
 from pdtasks.engine import models
+from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.settings import Settings
 
 VLLM_VERSION: Final = "0.32.0"

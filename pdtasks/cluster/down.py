@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import wait_until
-from pdtasks.cluster.stack import StackLock, clean_stale, read_stack
+from pdtasks.cluster.stack import StackLock, clean_stale
+from pdtasks.running_stack import read_stack
 
 #: Draining API and workers may take two drain timeouts; longer than any sensible one.
 _DEADLINE_S = 600.0

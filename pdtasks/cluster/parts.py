@@ -21,9 +21,10 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, http_status, valkey_takes_writes
 from pdtasks.cluster.process import Process, describe_exit
-from pdtasks.cluster.stack import Member
+from pdtasks.cluster.stack import member_of
 from pdtasks.cluster.steps import step_of
 from pdtasks.messages import WorkerStatus
+from pdtasks.running_stack import Member
 
 #: Between two looks at all children.
 LOOP_S = 0.2
@@ -107,7 +108,7 @@ class Parts:
 
     def members(self) -> list[Member]:
         """Their last processes, for the record."""
-        return [Member.of(part.process, part.role) for part in self._parts]
+        return [member_of(part.process, part.role) for part in self._parts]
 
     # -- start ------------------------------------------------------------------------------------
 

@@ -27,13 +27,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from pdtasks.cluster.probes import Tick, wait_until
 from pdtasks.errors import PdtasksError
+from pdtasks.running_stack import Identity, identify
 
 #: Bytes of a child's log, beyond which it begins anew.
 MOST_LOGGED = 32 * 2**20
@@ -55,29 +55,6 @@ except OSError as exc:
 
 class StartFailed(PdtasksError):
     """A service or worker did not start; the message says why and where its log is."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """One process for ever: its pid and when the kernel started it (clock ticks since boot)."""
-
-    pid: int
-    started: int
-
-    def alive(self) -> bool:
-        """Does this very process still run?"""
-        return identify(self.pid) == self
-
-
-def identify(pid: int) -> Identity | None:
-    """The identity of the process that has `pid` now; None if there is none, or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The command's name is in parentheses and may contain anything, parentheses too.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else Identity(pid, int(fields[19]))
 
 
 def end(

@@ -16,8 +16,9 @@ from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, broker_accepts, valkey_answers, wait_until
 from pdtasks.cluster.process import Process, StartFailed, describe_exit
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
-from pdtasks.cluster.stack import Member, home_marker, redact
+from pdtasks.cluster.stack import home_marker, member_of, redact
 from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
+from pdtasks.running_stack import Member
 from pdtasks.settings import Settings
 
 _CONFIGURED_S = 15.0  # for services that run already
@@ -141,11 +142,11 @@ class Services:
 
     def members(self) -> list[Member]:
         """The servers themselves."""
-        return [Member.of(process, role) for role, process in self._processes(slice(0, 1))]
+        return [member_of(process, role) for role, process in self._processes(slice(0, 1))]
 
     def helpers(self) -> list[Member]:
         """What else they need to run (epmd)."""
-        return [Member.of(process, role) for role, process in self._processes(slice(1, None))]
+        return [member_of(process, role) for role, process in self._processes(slice(1, None))]
 
     def folders(self) -> list[Path]:
         """Folders outside home that hold their sockets."""

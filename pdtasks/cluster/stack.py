@@ -21,20 +21,24 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
 from pdtasks.cluster.probes import Tick
-from pdtasks.cluster.process import Identity, Process, end, identify
+from pdtasks.cluster.process import Process, end
 from pdtasks.errors import PdtasksError
+from pdtasks.running_stack import (
+    VERSION,
+    Member,
+    Stack,
+    StackState,
+    identify,
+    read_stack,
+    stack_path,
+)
 
-Role = Literal["broker", "bus", "kv", "api", "flower", "prefill", "decode"]
-#: What the supervisor does: `starting`, then `ready`, then `draining` until it is gone.
-StackState = Literal["starting", "ready", "draining"]
-
-_VERSION = 1
 _STOP_S = 40.0
 
 
@@ -42,87 +46,10 @@ class AlreadyRunning(PdtasksError):
     """Another supervisor runs a stack in this home."""
 
 
-class UnreadableStack(PdtasksError):
-    """The stack's file is damaged or of another version."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One process of the stack."""
-
-    name: str
-    role: str
-    pid: int
-    pid_started: int
-    log: str
-
-    @classmethod
-    def of(cls, process: Process, role: str) -> Self:
-        """The last start of `process`, which has been started."""
-        identity = process.identity
-        return cls(process.name, role, identity.pid, identity.started, str(process.log))
-
-    @property
-    def identity(self) -> Identity:
-        """The process that this entry means, and no other."""
-        return Identity(self.pid, self.pid_started)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The content of `stack.json`."""
-
-    pid: int
-    pid_started: int
-    state: StackState = "starting"
-    env: dict[str, str] = field(default_factory=dict)
-    urls: dict[str, str] = field(default_factory=dict)
-    operator_urls: dict[str, str] = field(default_factory=dict)  #: by role; for a person
-    services: tuple[Member, ...] = ()
-    #: Processes and folders outside home that belong to a service but are none (epmd, sockets).
-    helpers: tuple[Member, ...] = ()
-    folders: tuple[str, ...] = ()
-
-    @property
-    def supervisor(self) -> Identity:
-        """The process that runs this stack."""
-        return Identity(self.pid, self.pid_started)
-
-
-def stack_path(home: Path) -> Path:
-    """Where the stack of `home` is described."""
-    return home / "stack.json"
-
-
-def read_stack(home: Path) -> Stack | None:
-    """The stack described in `home`, alive or not; None when there is none.
-
-    Raises UnreadableStack.
-    """
-    path = stack_path(home)
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        if content.pop("version") != _VERSION:
-            raise UnreadableStack(
-                f"{path} was written by another version of pdtasks: stop that stack with the "
-                "version that started it, or remove the file when nothing of it runs"
-            )
-        for key in ("services", "helpers"):
-            content[key] = tuple(Member(**member) for member in content[key])
-        content["folders"] = tuple(content["folders"])
-        return Stack(**content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise UnreadableStack(
-            f"{path} cannot be read ({exc}): remove it when nothing of that stack runs"
-        ) from exc
-
-
-def running_stack(home: Path) -> Stack | None:
-    """The stack whose supervisor is alive; None when nothing runs. Raises UnreadableStack."""
-    stack = read_stack(home)
-    return stack if stack is not None and stack.supervisor.alive() else None
+def member_of(process: Process, role: str) -> Member:
+    """The last start of `process`, which has been started."""
+    identity = process.identity
+    return Member(process.name, role, identity.pid, identity.started, str(process.log))
 
 
 def write_stack(home: Path, stack: Stack) -> None:
@@ -131,7 +58,7 @@ def write_stack(home: Path, stack: Stack) -> None:
         "w", dir=home, prefix=".stack-", suffix=".json", delete=False
     ) as file:
         try:
-            json.dump({"version": _VERSION} | asdict(stack), file, indent=1)
+            json.dump({"version": VERSION} | asdict(stack), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, stack_path(home))

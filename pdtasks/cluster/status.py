@@ -16,9 +16,9 @@ import valkey
 
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.probes import broker_accepts, http_status, valkey_answers
-from pdtasks.cluster.process import identify
-from pdtasks.cluster.stack import Member, Stack, read_stack, redact
+from pdtasks.cluster.stack import redact
 from pdtasks.messages import WorkerStatus
+from pdtasks.running_stack import Member, Stack, identify, read_stack
 from pdtasks.settings import Settings
 
 _WORKER_ROLES = ("prefill", "decode")

@@ -26,9 +26,10 @@ from pdtasks.cluster.probes import choose_port, is_loopback
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.signals import StopRequested, StopSignals
-from pdtasks.cluster.stack import StackLock, StackRecord, StackState, clean_stale
+from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
+from pdtasks.running_stack import StackState
 from pdtasks.settings import Settings
 
 _START_S = 240.0

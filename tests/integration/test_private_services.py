@@ -29,11 +29,12 @@ from pdtasks.cluster.probes import (
     valkey_answers,
     valkey_takes_writes,
 )
-from pdtasks.cluster.process import StartFailed, identify
+from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.keys import block_key, tail_key
+from pdtasks.running_stack import identify
 from pdtasks.settings import make_settings
 
 _LOOPBACK = {"127.0.0.1", "::1"}

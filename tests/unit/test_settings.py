@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdtasks.cluster.stack import write_stack
 from pdtasks.errors import ConfigurationError
+from pdtasks.running_stack import Stack, identify
 from pdtasks.settings import Settings, load_settings
 
 URLS: dict[str, Any] = {
@@ -40,7 +42,9 @@ def running_stack(tmp_path: Path) -> Callable[..., Path]:
 
     def write(home: Path = tmp_path / "state" / "pdtasks", **env: str) -> Path:
         home.mkdir(parents=True, exist_ok=True)
-        (home / "stack.json").write_text(json.dumps({"version": 1, "env": env}))
+        own = identify(os.getpid())
+        assert own is not None
+        write_stack(home, Stack(own.pid, own.started, env=env))
         return home
 
     return write
@@ -104,6 +108,19 @@ def test_a_home_from_the_environment_is_where_the_stack_is_looked_for(
 
     assert settings.bus_url == "valkey://elsewhere"
     assert settings.home == elsewhere, "a stack does not say where its own file lies"
+
+
+@pytest.mark.parametrize("change", [{"version": 99}, {"pid_started": 1}, {"pid": 2**22 + 1}])
+def test_a_stack_that_is_gone_or_of_another_release_says_nothing(
+    running_stack: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    home = running_stack(PDTASKS_BUS_URL="valkey://gone")
+    assert Settings().bus_url == "valkey://gone"
+    file = home / "stack.json"
+
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    assert Settings().bus_url is None
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,24 @@ from pathlib import Path
 import pytest
 
 from pdtasks.cluster import process as process_module
-from pdtasks.cluster.process import Identity, Process, StartFailed, describe_exit, identify
+from pdtasks.cluster.process import Process, StartFailed, describe_exit
 from pdtasks.cluster.stack import (
     AlreadyRunning,
-    Member,
-    Stack,
     StackLock,
-    UnreadableStack,
     clean_stale,
     home_marker,
-    read_stack,
     redact,
+    write_stack,
+)
+from pdtasks.running_stack import (
+    Identity,
+    Member,
+    Stack,
+    UnreadableStack,
+    identify,
+    read_stack,
     running_stack,
     stack_path,
-    write_stack,
 )
 
 _SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pdtasks.cluster import status as module
-from pdtasks.cluster.process import Identity, identify
-from pdtasks.cluster.stack import Member, Stack, write_stack
+from pdtasks.cluster.stack import write_stack
 from pdtasks.cluster.status import Row, Status, format_status, read_status
 from pdtasks.messages import WorkerStatus
+from pdtasks.running_stack import Identity, Member, Stack, identify
 from pdtasks.settings import Settings
 
 _HERE = socket.gethostname()
