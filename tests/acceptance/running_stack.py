@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,18 +20,10 @@ import httpx
 import psutil
 import valkey
 
+from tests.waiting import wait_until
+
 MODEL = "SmolLM2-135M-Instruct"
 START_TIMEOUT_S = 240.0
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    """Return the first true value of `condition`; fail the test after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not within {timeout_s} s: {condition.__name__}")
 
 
 def free_ports(count: int) -> list[int]:

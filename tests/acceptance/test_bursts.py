@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.acceptance.running_stack import Stack, ask, wait_until
+from tests.acceptance.running_stack import Stack, ask
+from tests.waiting import wait_until
 
 ROUNDS = 5
 #: Of 300 at once; then twice "n": 512 and a plain one.

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 
-from tests.acceptance.running_stack import Stack, ask, wait_until
+from tests.acceptance.running_stack import Stack, ask
+from tests.waiting import wait_until
 
 CANARY = "xylophone"
 
@@ -40,6 +41,7 @@ def test_no_text_reaches_a_log(stack: Stack, client: httpx.Client) -> None:
     code = f"""
 from pdtasks.errors import InvalidRequest
 from pdtasks.pipeline import submit
+from tests.waiting import wait_until
 try:
     submit('{CANARY}', bad_words=['{CANARY}', '']).get(timeout=60)
 except InvalidRequest as exc:

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from pdtasks.bus.presence import read_workers
-from tests.acceptance.running_stack import MODEL, Stack, ask, free_ports, wait_until
+from tests.acceptance.running_stack import MODEL, Stack, ask, free_ports
+from tests.waiting import wait_until
 
 CAPITALS = {
     "France": "Paris",

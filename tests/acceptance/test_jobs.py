@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.acceptance.running_stack import MODEL, START_TIMEOUT_S, Stack, free_ports, wait_until
+from tests.acceptance.running_stack import MODEL, START_TIMEOUT_S, Stack, free_ports
+from tests.waiting import wait_until
 
 QUESTION = {
     "model": MODEL,

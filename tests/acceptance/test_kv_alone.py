@@ -19,7 +19,8 @@ import pytest
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
-from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports, wait_until
+from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports
+from tests.waiting import wait_until
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "kv-alone.md").read_text()
 BLOCK = 128  # tokens, vLLM's default on a CPU

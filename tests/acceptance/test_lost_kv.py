@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
-from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask, wait_until
+from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask
+from tests.waiting import wait_until
 
 #: A token that no text of these tests contains.
 _UNUSED_TOKEN = 3

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from pdtasks.worker.liveness import EXIT_NO_ENGINE, EXIT_STALLED
-from tests.acceptance.running_stack import MODEL, Stack, ask, started_stack, wait_until
+from tests.acceptance.running_stack import MODEL, Stack, ask, started_stack
+from tests.waiting import wait_until
 
 #: Makes a worker's main loop stand still for ever, as `_WEDGE` arranges.
 WEDGE_SIGNAL = signal.SIGRTMIN
@@ -22,6 +23,7 @@ WEDGE_SIGNAL = signal.SIGRTMIN
 # thread, which then waits for what nobody gives.  Nothing else of the worker is touched.
 _WEDGE = """
 import signal, threading
+from tests.waiting import wait_until
 
 def _stand(*_):
     lock = threading.Lock()

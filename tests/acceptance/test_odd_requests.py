@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.acceptance.running_stack import MODEL, Stack, ask, wait_until
+from tests.acceptance.running_stack import MODEL, Stack, ask
+from tests.waiting import wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 PLAIN = {"model": MODEL, "prompt": "hi", "max_tokens": 4}

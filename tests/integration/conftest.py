@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.settings import load_settings
 from tests.integration.steering import Steering, steering_url
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
@@ -40,15 +40,6 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("api.client")
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
-    """Return the first true value of `condition`; fail the test after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
-        time.sleep(0.02)
-    return value
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import pytest
 from pdtasks.background import Background
 from pdtasks.broker import aborting
 from pdtasks.broker.aborting import Aborter
-from tests.integration.conftest import Services, wait_until
+from tests.integration.conftest import Services
 from tests.integration.test_publishing import memory_alarm
+from tests.waiting import wait_until
 
 
 @pytest.fixture

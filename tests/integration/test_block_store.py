@@ -27,7 +27,8 @@ from pdtasks.cluster.process import Process
 from pdtasks.cluster.valkey import ValkeyServer, server_program
 from pdtasks.kv.store import BlockStore, StoreError, UnexpectedValue
 from tests.certificates import Certificate, make_certificate
-from tests.integration.conftest import Services, wait_until
+from tests.integration.conftest import Services
+from tests.waiting import wait_until
 
 MakeStore = Callable[..., BlockStore]
 MIB = 1 << 20

@@ -14,7 +14,8 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.messages import StepReply, read_message
 from pdtasks.pipeline import Publisher
 from tests.integration.asker import Asker
-from tests.integration.conftest import Services, StartWorker, wait_until
+from tests.integration.conftest import Services, StartWorker
+from tests.waiting import wait_until
 
 REQUESTS = 20_000
 BURST = 500

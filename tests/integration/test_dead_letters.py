@@ -12,8 +12,9 @@ import pytest
 from pdtasks.errors import WorkerLost
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
-from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker, wait_until
+from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker
 from tests.integration.stub_worker import POISON
+from tests.waiting import wait_until
 
 
 def test_a_job_that_kills_every_worker_is_answered_for(

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,8 @@ from pdtasks.background import Background
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import Job, JobStore
 from pdtasks.settings import Settings
-from tests.integration.conftest import ROOT, Services, wait_until
+from tests.integration.conftest import ROOT, Services
+from tests.waiting import until, wait_until
 
 NUM_JOBS = 8
 BODY = {"model": "m", "prompt": "hello", "seed": 1}
@@ -56,11 +57,6 @@ async def an_observer(settings: Settings) -> AsyncIterator[JobStore]:
 
 async def submit(store: JobStore, **changes: Any) -> Job:
     return await store.create("/v1/completions", BODY | changes, timeout_s=60)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():  # noqa: ASYNC110 - the condition is on a server
-        await asyncio.sleep(0.01)
 
 
 async def ended(store: JobStore, job: Job) -> Job:
@@ -125,7 +121,7 @@ def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
     # Given an API process whose jobs wait for workers
     made = asyncio.run(submit_all())
     with an_api(services, tmp_path / "api.log") as process:
-        wait_until(lambda: running().keys() == made, timeout_s=60, what="all jobs are run")
+        wait_until(lambda: running().keys() == made, within_s=60, what="all jobs are run")
 
         # When it is stopped while each change of a key takes more than a second
         bus.execute_command("CLIENT", "PAUSE", 1200, "WRITE")

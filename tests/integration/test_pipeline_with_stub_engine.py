@@ -18,12 +18,8 @@ from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted, Request
 from pdtasks.messages import DecodeJob, read_message
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker, engine_request
-from tests.integration.conftest import (
-    Services,
-    StartWorker,
-    cut_connections,
-    wait_until,
-)
+from tests.integration.conftest import Services, StartWorker, cut_connections
+from tests.waiting import wait_until
 
 ANSWER = [100, 101, 102, 103]
 

@@ -11,7 +11,8 @@ from pdtasks.bus.connection import connect_async
 from pdtasks.bus.presence import read_workers, read_workers_async, worker_key
 from pdtasks.messages import WIRE_VERSION, WorkerStatus
 from pdtasks.settings import Settings
-from tests.integration.conftest import Services, StartWorker, wait_until
+from tests.integration.conftest import Services, StartWorker
+from tests.waiting import wait_until
 
 
 def a_status(name: str, role: str = "decode", **fields: int) -> WorkerStatus:

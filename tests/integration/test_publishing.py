@@ -19,7 +19,8 @@ from pdtasks.broker.publishing import ConfirmedSender, Publish
 from pdtasks.cluster.rabbitmq import server_programs
 from pdtasks.errors import BrokerUnavailable, PdtasksError, QueueFull
 from tests.integration.asker import Asker
-from tests.integration.conftest import Services, StartWorker, wait_until
+from tests.integration.conftest import Services, StartWorker
+from tests.waiting import wait_until
 
 QUEUE = "test.publishing"
 

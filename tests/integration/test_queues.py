@@ -21,7 +21,8 @@ from pdtasks.errors import BrokerUnavailable, PdtasksError
 from pdtasks.messages import PrefillJob
 from pdtasks.pipeline import Publisher, submit
 from tests.integration.asker import Asker
-from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker, wait_until
+from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 

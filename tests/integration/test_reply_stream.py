@@ -22,6 +22,7 @@ from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.messages import StepReply
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
+from tests.waiting import until
 
 
 def a_reply(number: int) -> StepReply:
@@ -73,11 +74,6 @@ async def bench_on(url: str, *, reading: bool = True) -> Any:
             yield bench
     finally:
         await bench.close()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():  # noqa: ASYNC110  # the condition is on a server
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture

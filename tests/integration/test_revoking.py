@@ -11,8 +11,9 @@ import pytest
 from celery.exceptions import TaskRevokedError
 
 from pdtasks.pipeline import submit
-from tests.integration.conftest import Services, StartWorker, wait_until
+from tests.integration.conftest import Services, StartWorker
 from tests.integration.test_pipeline_with_stub_engine import wait_until_nothing_is_left
+from tests.waiting import wait_until
 
 
 def ping(our_app: Any) -> float:

@@ -10,14 +10,9 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.messages import WorkerStatus
 from pdtasks.worker.liveness import EXIT_STALLED
 from tests.integration.asker import Asker
-from tests.integration.conftest import (
-    Services,
-    StartWorker,
-    StubWorker,
-    cut_connections,
-    wait_until,
-)
+from tests.integration.conftest import Services, StartWorker, StubWorker, cut_connections
 from tests.integration.stub_worker import STALL_SIGNAL
+from tests.waiting import wait_until
 
 #: Seconds; the product's 10 and 30 would make these tests long.
 SOON = {"stub_stalled_after_s": "2"}

@@ -5,25 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 
 from pdtasks import background
 from pdtasks.background import Background
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_PAUSE_S", 0.05)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_thread_goes_on_after_a_surprise_and_ends_when_it_returns() -> None:

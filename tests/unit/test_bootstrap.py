@@ -14,13 +14,15 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "locks" / "cpu-py311.txt"
@@ -135,13 +137,6 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
 def test_help_needs_no_set_up(checkout: Checkout) -> None:
     for arguments in ((), ("--help",), ("help",)):
         status, output = checkout.run(*arguments)
@@ -224,7 +219,7 @@ def test_a_set_up_that_was_killed_is_made_anew(checkout: Checkout, tmp_path: Pat
     # Given a ./pd that was killed while its pip goes on
     release = tmp_path / "release"
     killed = checkout.start("demo", FAKE_PIP_WAITS=str(release))
-    wait_for(release.with_name("release.began").exists, "pip")
+    wait_until(release.with_name("release.began").exists, DEADLINE_S, "pip")
     killed.kill()
     killed.wait(DEADLINE_S)
 
@@ -246,7 +241,7 @@ def test_an_interrupt_ends_pip_too_and_the_next_run_succeeds(
 ) -> None:
     release = tmp_path / "release"  # never appears: only a signal ends that pip
     process = checkout.start("demo", FAKE_PIP_WAITS=str(release))
-    wait_for(release.with_name("release.began").exists, "pip")
+    wait_until(release.with_name("release.began").exists, DEADLINE_S, "pip")
 
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_S)
@@ -263,7 +258,7 @@ def test_an_interrupt_ends_pip_too_and_the_next_run_succeeds(
 def test_two_at_once_set_up_once(checkout: Checkout, tmp_path: Path) -> None:
     release = tmp_path / "release"
     first = checkout.start("up", FAKE_PIP_WAITS=str(release))
-    wait_for(release.with_name("release.began").exists, "pip")
+    wait_until(release.with_name("release.began").exists, DEADLINE_S, "pip")
     second = checkout.start("status")
     assert second.stdout is not None
     assert "another ./pd sets up" in second.stdout.readline()

@@ -34,6 +34,7 @@ from pdtasks.errors import (
 from pdtasks.messages import Failure, PrefillJob, StageReport, StepReply, WorkerStatus
 from pdtasks.settings import Settings
 from tests.unit.factories import a_reply, a_request, an_output
+from tests.waiting import until
 
 READY = [
     WorkerStatus(
@@ -637,11 +638,6 @@ def test_a_failure_becomes_an_http_error_of_its_status(error: PdtasksError, stat
     assert isinstance(http, GracefulHTTPError)
     assert http.http_status == status
     assert str(error) in str(http)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110  # it is no event's
-        await asyncio.sleep(0.005)
 
 
 async def watch_until(bench: Bench, condition: Callable[[], bool]) -> None:

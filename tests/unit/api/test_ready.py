@@ -20,8 +20,9 @@ from pdtasks.broker.aborting import Aborter
 from pdtasks.broker.publishing import ConfirmedSender
 from pdtasks.messages import WorkerStatus
 from pdtasks.settings import Settings
-from tests.unit.api.test_client import READY, StubStream, presence, until
+from tests.unit.api.test_client import READY, StubStream, presence
 from tests.unit.factories import a_request
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)

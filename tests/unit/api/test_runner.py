@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from api.runner import RESTART, JobRunner
 from pdtasks import background as background_module
 from pdtasks.background import Background
 from pdtasks.bus.jobs import Event, Job, JobStore, State
+from tests.waiting import until
 
 
 def a_chunk(text: str) -> dict[str, Any]:
@@ -116,12 +117,6 @@ class MemoryStore:
     async def finish(self, job: Job, state: State, **fields: Any) -> bool:
         self.ended = {"state": state, **fields}
         return False  # and so nothing is told to Celery
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the stubs have no events
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

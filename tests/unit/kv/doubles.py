@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from pdtasks.kv.store import StoreError, UnexpectedValue
 
@@ -93,11 +92,3 @@ class MemoryStore:
         finally:
             with self._change:
                 self.under_way[name] -= 1
-
-
-def wait_until(condition: Callable[[], Any], what: str = "") -> None:
-    """Return when `condition` has come true; fail the test when it does not."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 10 s: {what or condition}"
-        time.sleep(0.001)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pdtasks.kv import probe as probe_module
 from pdtasks.kv.probe import PrefixProbe
-from tests.unit.kv.doubles import MemoryStore, wait_until
+from tests.unit.kv.doubles import MemoryStore
+from tests.waiting import wait_until
 
 MakeProbe = Callable[[], PrefixProbe]
 

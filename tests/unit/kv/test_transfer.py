@@ -23,7 +23,8 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.pages import BlockPages, Staging
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
 from pdtasks.kv.transfer import BlockTransfer
-from tests.unit.kv.doubles import MemoryStore, wait_until
+from tests.unit.kv.doubles import MemoryStore
+from tests.waiting import wait_until
 
 FP = "0123456789abcdef"
 NUM_BLOCKS = 8
@@ -99,7 +100,7 @@ class Side:
             self.step()
             return condition()
 
-        wait_until(lambda: condition() or stepped(), "the transfer's end")
+        wait_until(lambda: condition() or stepped(), what="the transfer's end")
 
     def steps(self, count: int = 3) -> None:
         """Some steps, in which a report that comes twice would be seen."""
@@ -811,7 +812,7 @@ def test_what_is_to_be_sent_after_the_close_ends_too(
     closing = threading.Thread(target=side.transfer.close)
     closing.start()
     threads = side.transfer._threads
-    wait_until(lambda: threads is None or threads._shutdown, "the close")
+    wait_until(lambda: threads is None or threads._shutdown, what="the close")
     store.let_go()
     closing.join(10)
 

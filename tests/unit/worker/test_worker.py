@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from pdtasks.settings import Settings
 from pdtasks.worker import service
 from pdtasks.worker.service import Worker
 from tests.unit.factories import a_request, an_output
+from tests.waiting import wait_until
 
 
 class StubBus:
@@ -28,13 +28,6 @@ class StubBus:
 
     def set(self, key: str, value: bytes, px: int) -> None:
         self.told.append(value)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture
