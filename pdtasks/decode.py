@@ -20,13 +20,14 @@ from pdtasks.engine.wire import decode_request
 from pdtasks.errors import RequestAborted
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
+from pdtasks.naming import DECODE, DECODE_TASK
 from pdtasks.worker import service
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
 
 
-@app.task(base=StageTask, bind=True, name="pdtasks.decode")
+@app.task(base=StageTask, bind=True, name=DECODE_TASK)
 def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     """Run a `DecodeJob`; returns an `Answer` as plain values when the caller wants text."""
     job = read_message(DecodeJob, wire)
@@ -108,7 +109,7 @@ class _Decode:
         records = generation.transfers.get("load", [])
         loaded, recomputed = self._blocks(records)
         return StageReport(
-            stage="decode",
+            stage=DECODE,
             worker=self._here.name,
             queue_s=max(0.0, self._started_at - job.prefilled_at),
             seconds=time.monotonic() - self._started,

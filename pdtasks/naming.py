@@ -12,6 +12,11 @@ DEAD_EXCHANGE = "pdtasks.dead"
 #: Jobs whose every delivery ended with the worker's death.
 DEAD_QUEUE = "pdtasks.dead"
 
+#: Control command: drop the requests whose ids it names.
+ABORT = "pdtasks_abort"
+#: The model that comes along, where nobody names another.
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+
 PREFILL_TASK = "pdtasks.prefill"
 DECODE_TASK = "pdtasks.decode"
 

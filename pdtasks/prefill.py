@@ -26,6 +26,7 @@ from pdtasks.engine.wire import decode_request, encode_request
 from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.kv import params
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
+from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
 from pdtasks.worker import service
 from pdtasks.worker.task import StageTask
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 SAVE_TIMEOUT_S = 20.0
 
 
-@app.task(base=StageTask, bind=True, name="pdtasks.prefill", ignore_result=True)
+@app.task(base=StageTask, bind=True, name=PREFILL_TASK, ignore_result=True)
 def prefill(self: StageTask, wire: bytes) -> None:
     """Run a `PrefillJob`, and hand it to the next stage unless it ends here."""
     job = read_message(PrefillJob, wire)
@@ -182,7 +183,7 @@ class _Prefill:
         lost = any(r["missing"] for r in loaded)
         prompt = generation.request.prompt_token_ids or ()
         return StageReport(
-            stage="prefill",
+            stage=PREFILL,
             worker=self._here.name,
             queue_s=max(0.0, self._started_at - self._job.submitted_at),
             seconds=time.monotonic() - self._started,

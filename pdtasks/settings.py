@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from pdtasks.errors import ConfigurationError
+from pdtasks.naming import EMBEDDED_MODEL
 from pdtasks.running_stack import UnreadableStack, running_stack
 
 
@@ -119,7 +120,7 @@ class Settings(BaseSettings):
         """The name under which the API serves the model."""
         if self.served_model_name:
             return self.served_model_name
-        return Path(self.model).name if self.model else "SmolLM2-135M-Instruct"
+        return Path(self.model).name if self.model else EMBEDDED_MODEL
 
     @property
     def result_backend_url(self) -> str:

@@ -18,6 +18,7 @@ from prometheus_client import Counter
 from pdtasks.app import app
 from pdtasks.background import Background
 from pdtasks.backoff import Backoff
+from pdtasks.naming import ABORT
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Aborter:
         exchange = app.control.mailbox.exchange
         kombu.Producer(self._connection.default_channel, auto_declare=False).publish(
             {
-                "method": "pdtasks_abort",
+                "method": ABORT,
                 "arguments": {"request_ids": request_ids},
                 "destination": None,
                 "pattern": None,

@@ -43,9 +43,6 @@ def worker(settings: Settings, placement: Placement, concurrency: int, temporary
     argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
     argv += ["-E", "--without-mingle", "--without-gossip", "-l", "INFO"]
     env = {
-        # vLLM starts its engine in a process of its own; CUDA does not survive a fork.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         **_temporary_env(settings, temporary),
     }
     return _python(placement.name, argv, settings, {**env, **placement.env})

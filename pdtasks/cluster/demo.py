@@ -25,6 +25,7 @@ from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock
 from pdtasks.cluster.supervisor import Size, Supervisor
 from pdtasks.errors import PdtasksError
+from pdtasks.naming import DECODE, PREFILL
 
 _MAX_TOKENS = 64
 _TIMEOUT_S = 300.0
@@ -150,7 +151,7 @@ def _report(client: httpx.Client, request_id: str) -> dict[str, Any]:
 
 
 def _prove(stages: dict[str, Any], answer: _Answer, console: Console) -> None:
-    prefill, decode = stages["prefill"], stages.get("decode")
+    prefill, decode = stages[PREFILL], stages.get(DECODE)
     console.line(
         f"prefill  {prefill['worker']}: {prefill['prompt_tokens']} prompt tokens in "
         f"{prefill['seconds'] * 1000:.0f} ms, {prefill['kv_blocks_written']} KV blocks "

@@ -27,7 +27,6 @@ from pdtasks.engine import models
 from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.settings import Settings
 
-VLLM_VERSION: Final = "0.32.0"
 #: Their CUDA builds cannot load beside a CPU torch, and transformers imports what it finds.
 CUDA_ONLY: Final = ("torchvision", "torchaudio", "torchcodec")
 
@@ -176,9 +175,16 @@ def _vllm(settings: Settings) -> Check:
     if version is None:
         return Check("vllm", False, f"{right} is not installed", _SET_UP)
     # A CUDA wheel may carry a local part (0.32.0+cu130).
-    if version.partition("+")[0] != VLLM_VERSION:
-        return Check("vllm", False, f"{right} {version}, not {VLLM_VERSION}", _SET_UP)
+    wanted = _required(right)
+    if version.partition("+")[0] != wanted:
+        return Check("vllm", False, f"{right} {version}, not {wanted}", _SET_UP)
     return Check("vllm", True, f"{right} {version}")
+
+
+def _required(package: str) -> str:
+    """The version of `package` that pyproject.toml names."""
+    found = (re.match(rf"{package}==([\d.]+)", line) for line in metadata.requires("pdtasks") or ())
+    return next(match[1] for match in found if match)
 
 
 def _torch_cuda() -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdtasks.errors import ConfigurationError
+from pdtasks.naming import DECODE, PREFILL
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def ranks_per_worker(engine_args: Mapping[str, object]) -> int:
 
 def _workers(prefill: int, decode: int) -> list[tuple[str, int]]:
     return [
-        *(("prefill", number) for number in range(1, prefill + 1)),
-        *(("decode", number) for number in range(1, decode + 1)),
+        *((PREFILL, number) for number in range(1, prefill + 1)),
+        *((DECODE, number) for number in range(1, decode + 1)),
     ]
 
 

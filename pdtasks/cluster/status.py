@@ -18,10 +18,9 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.probes import broker_accepts, http_status, valkey_answers
 from pdtasks.cluster.stack import redact
 from pdtasks.messages import WorkerStatus
+from pdtasks.naming import PREFILL, STAGES
 from pdtasks.running_stack import Member, Stack, identify, read_stack
 from pdtasks.settings import Settings
-
-_WORKER_ROLES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,13 @@ def _left_behind(stack: Stack) -> Status:
         if member.identity.alive()
     ]
     return Status(
-        services=tuple(row for row in left if row.role not in _WORKER_ROLES),
-        workers=tuple(row for row in left if row.role in _WORKER_ROLES),
+        services=tuple(row for row in left if row.role not in STAGES),
+        workers=tuple(row for row in left if row.role in STAGES),
     )
 
 
 def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -> tuple[Row, ...]:
-    started = {member.role: member for member in members if member.role not in _WORKER_ROLES}
+    started = {member.role: member for member in members if member.role not in STAGES}
     probes: dict[str, Callable[[str], bool]] = {
         "broker": broker_accepts,
         "bus": valkey_answers,
@@ -158,7 +157,7 @@ def _present_workers(bus_url: str | None) -> list[WorkerStatus]:
 def _workers(
     members: Sequence[Member], present: Sequence[WorkerStatus], draining: bool
 ) -> tuple[Row, ...]:
-    own = {member.pid: member for member in members if member.role in _WORKER_ROLES}
+    own = {member.pid: member for member in members if member.role in STAGES}
     names = {member.name for member in own.values()}
     here = socket.gethostname()
     rows = []
@@ -184,7 +183,7 @@ def _workers(
             alive = member.identity.alive()
             state = ("draining" if draining else "starting") if alive else "dead"
             rows.append(Row(member.name, member.role, member.pid, state, 0, 0.0))
-    return tuple(sorted(rows, key=lambda row: (row.role != "prefill", row.name)))
+    return tuple(sorted(rows, key=lambda row: (row.role != PREFILL, row.name)))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

