@@ -33,7 +33,9 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     job = read_message(DecodeJob, wire)
     here = service.current()
     try:
-        answer = here.run(self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline)
+        answer = here.stages.run(
+            self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline
+        )
     except RequestAborted:
         self.end_aborted()
         return None
@@ -63,7 +65,7 @@ class _Decode:
         job = self._job
         self._here.check_origin(job.engine, job.model)
         if job.tells_start:
-            self._here.publish_start(self._reply_to, job.request_id)
+            self._here.answers.start(self._reply_to, job.request_id)
         request = decode_request(job.request)
         if job.detokenise:
             self._detokeniser = self._here.text.detokeniser(request)
@@ -86,7 +88,7 @@ class _Decode:
         except RequestAborted:
             # At a stop string, perhaps: then the asker may want to know.
             reports = (job.prefill, self._report())
-            self._here.publish_reports(self._reply_to, job.request_id, reports)
+            self._here.answers.report(self._reply_to, job.request_id, reports)
             raise
         finally:
             self._here.engine.forget(generation)

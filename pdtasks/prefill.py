@@ -49,7 +49,7 @@ def prefill(self: StageTask, wire: bytes) -> None:
     stage = _Prefill(here, job, self.reply_stream, hand_over)
     answer = None
     try:
-        answer = here.run(request.id, stage.run, job.deadline)
+        answer = here.stages.run(request.id, stage.run, job.deadline)
     except InvalidRequest as exc:
         # Not raised: the text of a task's exception goes into events and logs, and this one may
         # quote the request.
@@ -82,9 +82,9 @@ class _Prefill:
     async def run(self) -> Answer | None:
         """Returns the answer that ends here and that somebody waits for."""
         job = self._job
-        self._here.require_wanted(job.request_id)
+        self._here.aborted.require_wanted(job.request_id)
         if job.tells_start:
-            self._here.publish_start(self._reply_to, job.request_id)
+            self._here.answers.start(self._reply_to, job.request_id)
         original = await self._request(self._here.text)
         wire = job.request if job.request is not None else encode_request(original)
         request = decode_request(wire)
@@ -101,13 +101,13 @@ class _Prefill:
         try:
             await self._here.generate(generation, lambda: (self._report(),))
             await self._saved(generation)
-            self._here.require_wanted(job.request_id)
+            self._here.aborted.require_wanted(job.request_id)
             if self._goes_on:
                 await self._hand_over(wire, generation)
         except (asyncio.CancelledError, Exception) as exc:
             if isinstance(exc, RequestAborted):
                 # At a stop string, perhaps: then the asker may want to know.
-                self._here.publish_reports(self._reply_to, job.request_id, (self._report(),))
+                self._here.answers.report(self._reply_to, job.request_id, (self._report(),))
             # The engine may be computing the prompt all the same, and write it when it is done.
             self._here.discard_when_saved(generation)
             raise

@@ -60,7 +60,7 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
         here, request_id = service.current(), naming.request_id_of(self.id)
         if self.store_errors or wants_result(self._context.chain):
             here.results.revoke(request_id)
-        here.publish_failure(self.reply_to, request_id, RequestAborted("the request was revoked"))
+        here.fail(self.reply_to, request_id, RequestAborted("the request was revoked"))
         here.discard(request_id)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:

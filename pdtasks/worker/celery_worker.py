@@ -60,16 +60,16 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
 
     def on_consumer_ready(self, consumer: Any) -> None:
         super().on_consumer_ready(consumer)
-        service.current().enter("ready")
+        service.current().presence.enter("ready")
 
     def _stop_is_requested(self, **_: Any) -> None:
         here = service.current()
         here.liveness.stop_requested()
-        here.enter("draining")
+        here.presence.enter("draining")
 
     def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
         here = service.current()
-        here.enter("draining")
+        here.presence.enter("draining")
         here.liveness.stopping()
         super().stop(in_sighandler, exitcode)
         here.stop()

@@ -77,7 +77,7 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
         error = WorkerLost(f"{message.headers.get('task', 'the job')} {_why_dead(message)}")
         logger.error("gave up %s: %s", request_id, error)
         here = service.current()
-        here.publish_failure(message.properties.get("reply_to"), request_id, error)
+        here.fail(message.properties.get("reply_to"), request_id, error)
         here.discard(request_id)
         is_last = task_id == request_id and not message.headers.get("ignore_result", False)
         if is_last or wants_result(_rest_of_chain(message)):

@@ -72,7 +72,7 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     def refuse(self, request_id: str, error: PdtasksError) -> None:
         """Tell whoever asked that there will be no answer; the chain ends with this task."""
         here = service.current()
-        here.publish_failure(self.reply_stream, request_id, error)
+        here.fail(self.reply_stream, request_id, error)
         here.wait_for_replies()
         if wants_result(self.request.chain):
             self.backend.store_result(request_id, error, states.FAILURE)

@@ -267,6 +267,7 @@ def start_worker(
 ) -> Iterator[StartWorker]:
     """Starts workers on empty queues, an empty bus and an empty kv server; ends what it started."""
     nursery.wait_ready()
+    _delete_queues(services)
     services.bus.flushall()
     services.kv.flushall()
     started: list[StubWorker] = []
@@ -312,6 +313,10 @@ def start_worker(
         if not worker.has_ended():
             worker.signal(signal.SIGKILL)
         worker.wait()
+    _delete_queues(services)
+
+
+def _delete_queues(services: Services) -> None:
     with kombu.Connection(services.rabbit.url) as connection:
         for queue in ("prefill", "decode", "pdtasks.dead"):
             try:

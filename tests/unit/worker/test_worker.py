@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
 from vllm.v1.engine import FinishReason
 
 from pdtasks import background
+from pdtasks.background import Background
 from pdtasks.engine.generation import Generation
+from pdtasks.errors import RequestAborted
 from pdtasks.messages import StageReport, StepReply, WorkerStatus
 from pdtasks.settings import Settings
-from pdtasks.worker import service
-from pdtasks.worker.service import Worker
+from pdtasks.worker import aborted, announcing, liveness
+from pdtasks.worker.aborted import AbortMemory
+from pdtasks.worker.announcing import Figures, Presence
+from pdtasks.worker.answering import Answers
+from pdtasks.worker.liveness import Liveness
 from tests.unit.factories import a_request, an_output
 from tests.waiting import wait_until
 
@@ -33,47 +37,61 @@ class StubBus:
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> StubBus:
     made = StubBus()
-    monkeypatch.setattr(service, "connect", lambda settings: made)
-    monkeypatch.setattr(service, "_ANNOUNCE_S", 0.01)
+    monkeypatch.setattr(announcing, "connect", lambda settings: made)
+    monkeypatch.setattr(announcing, "_ANNOUNCE_S", 0.01)
     monkeypatch.setattr(background, "_PAUSE_S", 0.05)
     return made
 
 
 @pytest.fixture
-def here(bus: StubBus) -> Iterator[Worker]:
-    """A worker that has not been started."""
-    settings = Settings(kv_urls=("valkey://127.0.0.1:1",), bus_url="valkey://nowhere")
-    app = Celery("other", set_as_current=False)
-    made = Worker(app, settings, name="w@h", role="decode")
+def beside() -> Background:
+    return Background()
+
+
+@pytest.fixture
+def alive() -> Liveness:
+    return Liveness()
+
+
+@pytest.fixture
+def presence(bus: StubBus, beside: Background, alive: Liveness) -> Iterator[Presence]:
+    """Of a worker that starts."""
+    made = Presence(
+        Settings(bus_url="valkey://nowhere"),
+        name="w@h",
+        role="decode",
+        liveness=alive,
+        background=beside,
+    )
+    made.start()
     yield made
     made.enter("stopped")
-    made._ended.set()
-    made._discarder.close()
-    made.results.close()
-    made.background.close()
+    made.wait_until_silent()
 
 
 def test_presence_survives_a_surprise(
-    here: Worker, bus: StubBus, monkeypatch: pytest.MonkeyPatch
+    presence: Presence, bus: StubBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, surprises = here.status, [KeyError("surprise")]
+    surprises: list[Exception] = [KeyError("surprise")]
+    status = presence.status
 
     def once_odd() -> WorkerStatus:
         if surprises:
             raise surprises.pop()
         return status()
 
-    monkeypatch.setattr(here, "status", once_odd)
-    here.background.thread("presence", here._announce)
+    monkeypatch.setattr(presence, "status", once_odd)
+    wait_until(lambda: not surprises)
+    told = len(bus.told)
 
-    wait_until(lambda: len(bus.told) > 2)
+    wait_until(lambda: len(bus.told) > told + 2)
 
 
 def test_the_watchdog_survives_a_surprise(
-    here: Worker, bus: StubBus, monkeypatch: pytest.MonkeyPatch
+    beside: Background, alive: Liveness, bus: StubBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    looked_again = threading.Event()
+    looked_again, ended = threading.Event(), threading.Event()
 
     def once_odd(*_: object) -> str | None:
         looks.append(1)
@@ -82,40 +100,79 @@ def test_the_watchdog_survives_a_surprise(
         looked_again.set()
         return None
 
-    monkeypatch.setattr(here.liveness, "overdue", once_odd)
-    here.background.thread("watchdog", here._watch)
+    monkeypatch.setattr(alive, "overdue", once_odd)
+    watchdog = beside.thread("watchdog", lambda: liveness.watch(alive, 30, 30, ended))
 
     assert looked_again.wait(10)
-    assert here.background.failures()["watchdog"] == 1
+    assert beside.failures()["watchdog"] == 1
+    ended.set()
+    watchdog.join(10)
 
 
 def test_a_worker_is_ready_only_while_its_loop_turns(
-    here: Worker, monkeypatch: pytest.MonkeyPatch
+    presence: Presence, alive: Liveness, beside: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine: Any = type("StubEngine", (), {"num_running": 0, "num_held": 0, "kv_usage": 0.0})()
-    config: Any = type("C", (), {"model_config": type("M", (), {"max_model_len": 9})})
-    engine.config = config
-    here.engine = engine
-    here.enter("ready")
+    def said() -> tuple[str, str]:
+        status = presence.status()
+        return status.state, status.reason
 
-    here.liveness.beat(consumes=True)
-    assert (here.status().state, here.status().reason) == ("ready", "")
-    here.liveness.connecting("RabbitMQ closed the connection")
-    assert (here.status().state, here.status().reason) == (
-        "stalled",
-        "RabbitMQ closed the connection",
-    )
-    here.liveness.beat(consumes=True)
-    assert here.status().state == "ready"
+    assert said() == ("starting", "")
+    presence.enter("ready")
+    alive.beat(consumes=True)
+    assert said() == ("ready", "")
+    alive.connecting("RabbitMQ closed the connection")
+    assert said() == ("stalled", "RabbitMQ closed the connection")
+    alive.beat(consumes=True)
+    assert said() == ("ready", "")
     # What is wrong beside its jobs is told as well
-    monkeypatch.setattr(here.background, "problems", lambda: ["discard has failed"])
-    assert (here.status().state, here.status().reason) == ("ready", "discard has failed")
+    monkeypatch.setattr(beside, "problems", lambda: ["discard has failed"])
+    assert said() == ("ready", "discard has failed")
 
 
-def test_a_report_that_fails_ends_its_own_request_alone(here: Worker) -> None:
+def test_how_much_there_is_to_do_is_told_once_it_is_known(presence: Presence) -> None:
+    presence.enter("ready")
+    assert presence.status().active == 0
+
+    presence.observe(lambda: Figures(active=3, held=4, kv_usage=0.5, max_model_len=9))
+
+    status = presence.status()
+    assert (status.active, status.held, status.kv_usage, status.max_model_len) == (3, 4, 0.5, 9)
+
+
+def test_what_an_idle_worker_holds_is_told_once(
+    presence: Presence, bus: StubBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    presence.observe(lambda: Figures(stages=1, held=2))
+    presence.enter("ready")
+    told = len(bus.told)
+    wait_until(lambda: len(bus.told) > told + 5)
+    assert "still held" not in caplog.text, "it is at work"
+
+    presence.observe(lambda: Figures(held=2))
+    wait_until(lambda: "2 requests that have ended are still held" in caplog.text)
+    told = len(bus.told)
+    wait_until(lambda: len(bus.told) > told + 5)
+
+    assert caplog.text.count("still held") == 1
+
+
+def test_the_oldest_aborts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aborted, "_REMEMBERED", 2)
+    memory = AbortMemory()
+
+    memory.remember(["a", "b", "c"])
+
+    memory.require_wanted("a")
+    for request_id in ("b", "c"):
+        with pytest.raises(RequestAborted):
+            memory.require_wanted(request_id)
+
+
+def test_a_report_that_fails_ends_its_own_request_alone() -> None:
     # Given two requests whose last outputs come in one step
     sent: list[StepReply] = []
-    here._replies = type("StubReplies", (), {"put": lambda _, s, r: sent.append(r)})()
+    replies: Any = type("StubReplies", (), {"put": lambda _, s, r: sent.append(r)})()
+    answers = Answers(replies, worker="w@h", stage="decode")
     loop_less: Any = Generation
     odd, good = (
         loop_less(
@@ -132,9 +189,10 @@ def test_a_report_that_fails_ends_its_own_request_alone(here: Worker) -> None:
     def no_report() -> tuple[StageReport, ...]:
         raise KeyError("canary")
 
-    here._final_reports = {odd: no_report, good: lambda: ()}
+    answers.begin(odd, no_report)
+    answers.begin(good, lambda: ())
 
-    here._publish_step(
+    answers.publish_step(
         [
             (odd, 0, an_output([1], "odd", FinishReason.STOP)),
             (good, 0, an_output([2], "good", FinishReason.STOP)),

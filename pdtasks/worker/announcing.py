@@ -1,0 +1,140 @@
+"""What does a worker say of itself on the bus, and when?"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import Counter
+
+from pdtasks.background import Background
+from pdtasks.bus.connection import BUS_ERRORS, connect
+from pdtasks.bus.presence import worker_key
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.errors import where
+from pdtasks.messages import WorkerStatus
+from pdtasks.settings import Settings
+from pdtasks.worker.liveness import Liveness
+
+logger = logging.getLogger(__name__)
+
+_ANNOUNCE_S = 2.0
+#: Longest wait for the last sign of life.
+_CLOSE_S = 5.0
+
+_LEAKS = Counter("pdtasks_leaks", "Times that an idle worker was found to hold ended requests")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How much a worker has to do."""
+
+    active: int = 0  #: requests in its engine
+    stages: int = 0  #: tasks at work
+    held: int = 0  #: requests that anything is kept of
+    kv_usage: float = 0.0  #: share of the engine's KV blocks in use, 0 to 1
+    max_model_len: int = 0  #: tokens
+
+
+NOTHING: Final = Figures()
+
+
+class Presence:
+    """A worker's sign of life: a thread, and a key on the bus that expires when it falls silent."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        role: str,
+        liveness: Liveness,
+        background: Background,
+    ) -> None:
+        self._settings = settings
+        self._name = name
+        self._role = role
+        self._liveness = liveness
+        self._background = background
+        self._state = "starting"
+        self._changed = threading.Event()
+        self._figures: Callable[[], Figures] = lambda: NOTHING
+        self._leaked_before = self._leaks_told = 0
+
+    def start(self) -> None:
+        """Begin to say it."""
+        self._thread = self._background.thread("presence", self._announce)
+
+    def observe(self, figures: Callable[[], Figures]) -> None:
+        """Tell `figures` from now on; asked in the thread."""
+        self._figures = figures
+
+    def enter(self, state: str) -> None:
+        """Change to `state` ("ready", "draining" or "stopped") and say so at once."""
+        self._state = state
+        self._changed.set()
+
+    def leave(self) -> None:
+        """Take the sign of life away. After `enter("stopped")`."""
+        with connect(self._settings) as bus, suppress(*BUS_ERRORS):
+            bus.delete(worker_key(self._name))
+
+    def wait_until_silent(self) -> None:
+        """Return when nothing is said any more, or soon."""
+        self._thread.join(_CLOSE_S)
+
+    def status(self) -> WorkerStatus:
+        """What this worker says of itself."""
+        state, reason = self._state, ""
+        if state == "ready":
+            if stall := self._liveness.stall():
+                state, reason = "stalled", stall.reason
+            else:
+                reason = "; ".join(self._background.problems())
+        figures = self._figures() if self._state in ("ready", "draining") else NOTHING
+        return WorkerStatus(
+            name=self._name,
+            role=self._role,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            state=state,
+            reason=reason,
+            active=figures.active,
+            held=figures.held,
+            kv_usage=figures.kv_usage,
+            model=self._settings.model_name,
+            max_model_len=figures.max_model_len,
+            engine=ENGINE_VERSION,
+        )
+
+    def _announce(self) -> None:
+        bus = connect(self._settings)
+        ttl_ms = int(self._settings.worker_ttl_s * 1000)
+        while self._state != "stopped":
+            self._changed.clear()
+            try:
+                bus.set(worker_key(self._name), self.status().to_wire(), px=ttl_ms)
+            except BUS_ERRORS as exc:
+                logger.warning("bus is away: %s", type(exc).__name__)
+            except Exception as exc:  # noqa: BLE001
+                # A worker that works but is not seen would be a riddle: say it and go on.
+                logger.error("the worker's status could not be announced: %s", where(exc))  # noqa: TRY400
+            self._look_for_leaks()
+            self._changed.wait(min(_ANNOUNCE_S, self._settings.worker_ttl_s / 3))
+
+    def _look_for_leaks(self) -> None:
+        """An idle worker that holds anything will hold more and more: say so, once."""
+        figures = self._figures() if self._state == "ready" else NOTHING
+        leaked = 0 if figures.stages else figures.held
+        # Twice in a row: between the two numbers a request may have begun.
+        if leaked and self._leaked_before and leaked != self._leaks_told:
+            _LEAKS.inc()
+            self._leaks_told = leaked
+            logger.warning("%d requests that have ended are still held: please report this", leaked)
+        self._leaked_before = leaked

@@ -1,0 +1,73 @@
+"""How does a task's thread run a stage on the engine's loop? Once, within the deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+from pdtasks.errors import EngineFailed, PdtasksError, RequestTimeout, where
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RunsCoroutines(Protocol):
+    """`pdtasks.engine.core.Engine`, as far as this module needs it."""
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]: ...
+
+
+class StageRunner:
+    """Runs stages, each job once. For any thread."""
+
+    def __init__(self, engine: RunsCoroutines) -> None:
+        self._engine = engine
+        self._running: dict[str, Future[Any]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Stages under way."""
+        return len(self._running)
+
+    def run(self, task_id: str, stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T:
+        """Run a stage and wait for it.
+
+        A job that RabbitMQ delivers again while it runs here (the connection was lost, the work
+        was not) joins the stage under way; `stage` is not called then.
+
+        Raises RequestTimeout when `deadline` (UNIX seconds) passes; the stage is cancelled then.
+        An error that is none of ours becomes EngineFailed without its text, which Celery would
+        put into results, logs and events: it may quote a prompt.
+        """
+        with self._lock:
+            future = self._running.get(task_id)
+            if future is None:
+                future = self._engine.call(_within(stage, deadline))
+                self._running[task_id] = future
+        try:
+            found: T = future.result()
+        except PdtasksError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it is, its text stays here
+            logger.error("%s failed: %s", task_id, where(exc))  # noqa: TRY400
+            raise EngineFailed(f"the stage failed: {type(exc).__name__}") from None
+        finally:
+            with self._lock:
+                if self._running.get(task_id) is future:
+                    del self._running[task_id]
+        return found
+
+
+async def _within(stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T:
+    try:
+        # Also when the deadline has passed: the stage begins, and cleans up when it is cancelled.
+        async with asyncio.timeout(deadline - time.time()):
+            return await stage()
+    except TimeoutError as exc:
+        raise RequestTimeout("the deadline passed before the answer was finished") from exc
