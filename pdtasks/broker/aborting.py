@@ -45,6 +45,7 @@ class Aborter:
     def __init__(self, background: Background | None = None) -> None:
         self._connection: Any = None
         self._pending: OrderedDict[str, None] = OrderedDict()
+        self._num_leaving = 0  # taken out of them, and not said yet
         self._wake = threading.Condition()
         self._closed = False
         self._backoff = Backoff(maximum_s=5.0)
@@ -64,7 +65,7 @@ class Aborter:
             self._wake.notify()
         self._thread.join(_CLOSE_S)
         with self._wake:
-            _UNSAID.inc(len(self._pending))
+            _UNSAID.inc(len(self._pending) + self._num_leaving)
             self._pending.clear()
 
     def _drop_oldest(self) -> None:
@@ -79,6 +80,7 @@ class Aborter:
                 request_ids = list(islice(self._pending, MOST_AT_ONCE))
                 for request_id in request_ids:
                     del self._pending[request_id]
+                self._num_leaving = len(request_ids)
                 is_all = not self._pending
             said = False
             try:
@@ -88,7 +90,10 @@ class Aborter:
                 # not the one it may have come from.
                 if not said:
                     self._disconnect()
-                    self._put_back(request_ids)
+                with self._wake:
+                    self._num_leaving = 0
+                    if not said:
+                        self._put_back(request_ids)
             if self._closed and (not said or not self._pending):
                 self._disconnect()
                 return
@@ -97,10 +102,9 @@ class Aborter:
                 self._pause(ABORT_PAUSE_S if said else self._backoff.pause_s)
 
     def _put_back(self, request_ids: list[str]) -> None:
-        with self._wake:
-            later, self._pending = self._pending, OrderedDict.fromkeys(request_ids)
-            self._pending.update(later)
-            self._drop_oldest()
+        later, self._pending = self._pending, OrderedDict.fromkeys(request_ids)
+        self._pending.update(later)
+        self._drop_oldest()
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

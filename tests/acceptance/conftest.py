@@ -7,12 +7,16 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.acceptance.running_stack import Stack, started_stack
+from tests.acceptance.running_stack import Stack, started_stack, wedge_by_signal
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with started_stack(tmp_path_factory.mktemp("stack")) as running:
+    changes = wedge_by_signal(tmp_path_factory.mktemp("wedge"))
+    # Seconds, beyond the 10 after which a worker counts as silent or stalled: no test that pauses
+    # one takes so long.
+    changes["PDTASKS_STALL_TIMEOUT_S"] = "4"
+    with started_stack(tmp_path_factory.mktemp("stack"), changes) as running:
         yield running
 
 

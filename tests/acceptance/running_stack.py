@@ -25,6 +25,29 @@ from tests.waiting import wait_until
 MODEL = "SmolLM2-135M-Instruct"
 START_TIMEOUT_S = 240.0
 
+#: Makes a process's main thread stand still for ever, where `wedge_by_signal` has arranged it.
+WEDGE_SIGNAL = signal.SIGRTMIN
+# Python runs a module of this name in each process that starts; the handler runs in the main
+# thread, which then waits for what nobody gives.  Nothing else of the process is touched.
+_WEDGE = """
+import signal, threading
+
+def _stand(*_):
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGRTMIN, _stand)
+"""
+
+
+def wedge_by_signal(folder: Path) -> dict[str, str]:
+    """Changes to an environment whose Python processes obey `WEDGE_SIGNAL`."""
+    (folder / "sitecustomize.py").write_text(_WEDGE)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path}
+
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]

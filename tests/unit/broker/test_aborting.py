@@ -21,6 +21,10 @@ from pdtasks.broker.aborting import Aborter
 from tests.waiting import wait_until
 
 
+def unsaid() -> float:
+    return REGISTRY.get_sample_value("pdtasks_aborts_unsaid_total") or 0.0
+
+
 class StubBroker:
     """Takes the place of `Aborter._broadcast`."""
 
@@ -99,6 +103,22 @@ def test_who_asks_never_waits_and_what_waits_is_said_once(
 
     wait_until(lambda: len(broker.said) == 2)
     assert broker.said == [["a"], ["b", "c"]]
+
+
+def test_what_a_hanging_broker_was_being_told_counts_as_unsaid_at_a_close(
+    aborter: Aborter, broker: StubBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = unsaid()
+    broker.may_answer.clear()
+    aborter.abort(["a", "b"])
+    wait_until(lambda: broker.said)
+    aborter.abort(["c"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aborting, "_CLOSE_S", 0.1)
+        aborter.close()
+
+    assert unsaid() == before + 3
 
 
 def test_a_broker_that_is_away_does_not_lose_what_is_to_be_said(
@@ -236,9 +256,6 @@ def test_many_are_said_in_messages_of_bounded_size(
 def test_what_could_not_be_said_by_the_end_is_counted(
     beside: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsaid() -> float:
-        return REGISTRY.get_sample_value("pdtasks_aborts_unsaid_total") or 0.0
-
     def away(_request_ids: list[str]) -> None:
         raise OperationalError("gone")
 
