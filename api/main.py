@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
 
     async def look_again() -> None:
-        await app.state.pdtasks_client.engine_core.look_again()
+        await app.state.pdtasks_client.engine_core.workers.look_again()
 
     # Behind vLLM's own layers, which know whom they let in.
     app.user_middleware.append(
@@ -109,8 +109,8 @@ async def ready(request: Request) -> dict[str, Any]:
     """200 when both stages have a worker that takes jobs and this process is well, else 503."""
     core = request.app.state.pdtasks_client.engine_core
     try:
-        await core.look_at_workers()
-        core.require_workers()
+        await core.workers.look()
+        core.workers.require()
     except NoWorker as exc:
         raise HTTPException(exc.http_status, str(exc)) from exc
     except BUS_ERRORS as exc:
@@ -124,7 +124,7 @@ async def ready(request: Request) -> dict[str, Any]:
 @router.get("/pdtasks/requests/{request_id}")
 async def request_report(request_id: str, request: Request) -> dict[str, Any]:
     """What each stage did for a request that this process answered lately."""
-    sequences = await request.app.state.pdtasks_client.engine_core.reports(request_id)
+    sequences = await request.app.state.pdtasks_client.engine_core.reports.of(request_id)
     if not sequences:
         raise HTTPException(404, f"no request {request_id!r} has finished here lately")
     return {

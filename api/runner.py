@@ -22,8 +22,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GracefulHTTPError
 
-from api.client import stage_watcher
 from api.continuation import AnswerDiffers, Continuation
+from api.core import stage_watcher
 from api.errors import explained
 from api.recording import Checked, Tape, only_checking, using
 from pdtasks.app import app as celery_app

@@ -12,15 +12,15 @@ import pytest
 import valkey
 from fastapi import HTTPException
 
-from api import client
-from api.client import PipelineCore
+from api import core as api_core
+from api.core import PipelineCore
 from api.main import ready
 from pdtasks import background
 from pdtasks.broker.aborting import Aborter
 from pdtasks.broker.publishing import ConfirmedSender
 from pdtasks.messages import WorkerStatus
 from pdtasks.settings import Settings
-from tests.unit.api.test_client import READY, StubStream, presence
+from tests.unit.api.core_bench import READY, StubStream, presence
 from tests.unit.factories import a_request
 from tests.waiting import until
 
@@ -28,7 +28,7 @@ from tests.waiting import until
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_PAUSE_S", 0.3)
-    monkeypatch.setattr(client, "_WATCH_S", 0.01)
+    monkeypatch.setattr(api_core, "_WATCH_S", 0.01)
 
 
 async def answer(core: PipelineCore) -> tuple[int, Any]:
@@ -160,8 +160,8 @@ def test_each_thread_and_task_that_dies_is_told_and_lives_on(
             monkeypatch.setattr(core, "_look_for_leaks", raises_once(core._look_for_leaks))
         if name == "workers":
             # (`/ready` looks as well, by itself)
-            look = core.look_at_workers
-            monkeypatch.setattr(core, "look_at_workers", raises_once(look))
+            look = core.workers.look
+            monkeypatch.setattr(core.workers, "look", raises_once(look))
 
         # Then it is told while it lasts
         await until(core.background.problems)

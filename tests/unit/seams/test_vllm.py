@@ -29,7 +29,8 @@ from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
-from api.client import PipelineCore, PipelineLLM
+from api.client import PipelineLLM
+from api.core import PipelineCore
 from api.runner import ROUTES
 
 

@@ -1,0 +1,457 @@
+"""An engine core that is a pipeline of Celery tasks.
+
+`EngineCoreRequest`s are published as prefill jobs; the `EngineCoreOutputs` that come on the reply
+stream are put together to each request's answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar, Protocol
+
+from prometheus_client import Counter
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from api.reports import Reports
+from api.workers import Workers
+from pdtasks.background import Background
+from pdtasks.broker.aborting import Aborter
+from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.reply import ReplyStream
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.wire import encode_request
+from pdtasks.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    NoWorker,
+    PdtasksError,
+    RepliesLost,
+    RequestTimeout,
+    WorkerLost,
+    where,
+)
+from pdtasks.messages import PrefillJob, StepReply
+from pdtasks.naming import STAGES
+from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
+from pdtasks.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
+_MAX_ID_BYTES = 200
+#: Seconds without a further try after RabbitMQ could not be reached.
+_BROKER_PAUSE_S = 2.0
+#: Seconds that the publisher's thread may be late with its answer: it may hang in a write.
+_LATE_S = 1.0
+#: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
+#: the `Aborter`, which says what is left, takes 5.
+_CLOSE_S = 6.0
+#: Seconds between two looks at the workers and the deadlines.
+_WATCH_S = 1.0
+
+_REPLIES = Counter("pdtasks_replies", "Messages on this API's reply stream")
+_LEAKS = Counter("pdtasks_api_leaks", "Requests that were kept although nobody waited for them")
+_OUTPUTS = Counter(
+    "pdtasks_outputs", "Outputs in them; more than one each where requests share steps"
+)
+
+
+#: Called with stage and worker when a worker begins a stage of a request made in this context.
+StageWatch = Callable[[str, str], None]
+_stage_watch: ContextVar[StageWatch | None] = ContextVar("stage_watch", default=None)
+
+
+@contextmanager
+def stage_watcher(watch: StageWatch) -> Iterator[None]:
+    """Have `watch` called for the requests that are made in this context."""
+    before = _stage_watch.set(watch)
+    try:
+        yield
+    finally:
+        _stage_watch.reset(before)
+
+
+class SendsJobs(Protocol):
+    """`pdtasks.pipeline.Publisher`, as far as this module needs it."""
+
+    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]: ...
+
+    def close(self) -> None: ...
+
+
+class TellsAborts(Protocol):
+    """`pdtasks.broker.aborting.Aborter`, as far as this module needs it."""
+
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BringsReplies(Protocol):
+    """`pdtasks.bus.reply.ReplyStream`, as far as this module needs it."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def open(self) -> None: ...
+
+    async def keep(self) -> None: ...
+
+    def read(self) -> AsyncIterator[StepReply]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass
+class _Open:
+    """A request whose answer is not finished."""
+
+    request: EngineCoreRequest
+    deadline: float  # UNIX seconds
+    stage_watch: StageWatch | None = None
+    token_ids: list[int] = field(default_factory=list)
+    stage_waited_for: str = STAGES[0]
+    sent: Future[None] | None = None  #: when RabbitMQ has it
+
+
+class PipelineCore(EngineCoreClient):
+    """An engine core that is a pipeline of Celery tasks. Lives in one event loop."""
+
+    engine_ranks_managed: ClassVar = [0]
+
+    def __init__(
+        self,
+        settings: Settings,
+        fail: Callable[[str, PdtasksError], Awaitable[None]],
+        *,
+        is_known: Callable[[str], bool] = lambda _: True,
+        publisher: SendsJobs | None = None,
+        aborter: TellsAborts | None = None,
+        stream: BringsReplies | None = None,
+    ) -> None:
+        """Args:
+        is_known: tells of a request id whether whoever asked still waits for it.
+        fail: `fail(request_id, error)` ends a request with an error that is not the model's.
+        publisher, aborter, stream: None: of RabbitMQ and the bus that `settings` name.
+        """
+        self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
+        self.reports = Reports()
+        self._settings = settings
+        self._fail = fail
+        self._is_known = is_known
+        self._unknown_before: set[str] = set()
+        self._open: dict[str, _Open] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        settings.require_broker()
+        self._bus = connect_async(settings)
+        self.workers = Workers(self._bus, settings.model_name)
+        self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
+        self.background = Background()
+        self._publisher: SendsJobs = publisher or Publisher(self.background)
+        self._broker_away_until = 0.0  # monotonic
+        self._publications: set[asyncio.Task[None]] = set()
+        self._aborter: TellsAborts = aborter or Aborter(self.background)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Begin to listen. Raises valkey.ValkeyError when the bus cannot be reached."""
+        await self._stream.open()
+        await self.workers.look()
+        # Without these no answer comes and no deadline holds: they survive any surprise.
+        self._tasks = [
+            self.background.task("reply-stream", self._stream.keep),
+            self.background.task("replies", self._listen),
+            self.background.task("workers", self._watch_workers),
+            self.background.task("deadlines", self._watch_deadlines),
+        ]
+
+    async def close(self) -> None:
+        """Stop listening; workers drop what is left. Bounded, whatever hangs or fails."""
+        self.background.close()
+        for task in self._tasks:
+            task.cancel()
+        await _end(
+            [
+                *((task.get_name(), task) for task in self._tasks),
+                *(("a publication", publishing) for publishing in self._publications),
+                ("closing the reply stream", self._stream.close()),
+            ]
+        )
+        await _end(
+            [
+                ("closing the bus", self._bus.aclose()),
+                # Each joins its thread for some seconds at most.
+                ("closing the publisher", asyncio.to_thread(self._publisher.close)),
+                ("closing the aborter", asyncio.to_thread(self._aborter.close)),
+            ]
+        )
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """vLLM's hook; what needs an event loop is done in `close`."""
+        self.resources.engine_dead = True
+
+    # -- requests, called by vLLM ----------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Have `request` published. A broker that does not take it fails this request alone.
+
+        Never suspends: a caller that hangs up while vLLM awaits this would be forgotten, for vLLM
+        aborts only what it has finished adding.
+        """
+        now = time.time()
+        deadline = now + self._settings.request_timeout_s
+        watch = _stage_watch.get()
+        self._open[request.request_id] = _Open(request, deadline, watch)
+        try:
+            job = PrefillJob(
+                request_id=request.request_id,
+                engine=ENGINE_VERSION,
+                model=self._settings.model_name,
+                request=encode_request(request),
+                submitted_at=now,
+                deadline=deadline,
+                tells_start=watch is not None,
+            )
+        except InvalidRequest as exc:
+            # Not raised: vLLM would forget that it knows the request already.
+            self._in_background(self._give_up(request.request_id, exc))
+        else:
+            self._in_background(self._publish(job))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        publishing = asyncio.create_task(work)
+        self._publications.add(publishing)
+        publishing.add_done_callback(self._publications.discard)
+
+    async def _publish(self, job: PrefillJob) -> None:
+        if len(job.request_id.encode()) > _MAX_ID_BYTES:
+            too_long = f"the X-Request-Id is too long: {_MAX_ID_BYTES} bytes at most, with what "
+            too_long += "vLLM adds"
+            await self._give_up(job.request_id, InvalidRequest(too_long))
+            return
+        if time.monotonic() < self._broker_away_until:
+            # At once, not each after its own wait.
+            error: PdtasksError = BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
+            await self._give_up(job.request_id, error)
+            return
+        entry = self._open.get(job.request_id)
+        if entry is None:
+            return
+        try:
+            entry.sent = self._publisher.send(job, self._stream.name)
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
+                await asyncio.wrap_future(entry.sent)
+        except asyncio.CancelledError:
+            if job.request_id in self._open:
+                raise
+            # Nobody wants it any more.
+        except (BrokerUnavailable, TimeoutError) as exc:
+            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
+            if isinstance(exc, BrokerUnavailable):
+                error = exc
+            else:
+                error = BrokerUnavailable("RabbitMQ did not confirm the request in time")
+            await self._give_up(job.request_id, error)
+        except PdtasksError as exc:
+            await self._give_up(job.request_id, exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
+            logger.error("could not publish %s: %s", job.request_id, where(exc))  # noqa: TRY400
+            error = PdtasksError(f"the request was not published: {type(exc).__name__}")
+            await self._give_up(job.request_id, error)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Forget `request_ids` and have the workers drop them."""
+        known = []
+        for request_id in request_ids:
+            entry = self._open.get(request_id)
+            if entry is not None and self._forget(request_id):
+                known.append(request_id)
+                self.reports.ended_here(entry.request)
+        if known:
+            self._tell_workers_to_drop(known)
+
+    def _tell_workers_to_drop(self, request_ids: list[str]) -> None:
+        # Not waited for: a broker that is slow to hear it must not hold up other answers.
+        self._aborter.abort(request_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._outputs.get()
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        async for reply in self._stream.read():
+            try:
+                await self._take(reply)
+            except Exception as exc:  # noqa: BLE001
+                # One bad reply must not end the answers of all others.
+                logger.error("a reply of %s could not be used: %s", reply.worker, where(exc))  # noqa: TRY400
+
+    async def _take(self, reply: StepReply) -> None:
+        _REPLIES.inc()
+        _OUTPUTS.inc(len(reply.positions))
+        for request_id, reports in reply.reports.items():
+            if entry := self._open.get(request_id):
+                self.reports.remember(entry.request, reports)
+            else:
+                self.reports.remember_late(request_id, reports)
+        for request_id in reply.started:
+            if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
+                entry.stage_watch(reply.stage, reply.worker)
+        for request_id, failure in reply.failures.items():
+            await self._give_up(request_id, failure.to_error())
+        if reply.outputs and reply.engine == ENGINE_VERSION:
+            await self._take_outputs(reply)
+        elif reply.outputs:
+            logger.error("%s runs %s, this API %s", reply.worker, reply.engine, ENGINE_VERSION)
+
+    async def _take_outputs(self, reply: StepReply) -> None:
+        step = self._decoder.decode(reply.outputs)
+        now = time.monotonic()
+        wanted, unknown = [], []
+        for position, output in zip(reply.positions, step.outputs, strict=True):
+            entry = self._open.get(output.request_id)
+            if entry is None:
+                unknown.append(output.request_id)
+            elif await self._takes(entry, position, output):
+                wanted.append(output)
+        for event in (event for output in wanted for event in output.events or ()):
+            # Each host has a monotonic clock of its own: shift the worker's times to ours.
+            event.timestamp += now - step.timestamp
+        if wanted:
+            self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
+        if unknown:
+            # A worker that was started after the abort has not heard of it.
+            self._tell_workers_to_drop(unknown)
+
+    async def _takes(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
+        """`_merge`; whatever is raised fails this request and no other of the step."""
+        try:
+            return await self._merge(entry, position, output)
+        except Exception as exc:  # noqa: BLE001
+            logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
+            error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
+            await self._drop(output.request_id, error)
+            return False
+
+    async def _merge(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
+        """Add `output` to the answer; False when there is nothing new in it.
+
+        A stage whose worker died is run again by another and repeats what we have.
+        """
+        have = len(entry.token_ids)
+        repeated = entry.token_ids[position : position + len(output.new_token_ids)]
+        if position > have or repeated != output.new_token_ids[: len(repeated)]:
+            await self._give_up(
+                output.request_id,
+                WorkerLost("a worker was lost and its successor's answer differs: ask again"),
+            )
+            return False
+        if repeated:
+            if len(repeated) == len(output.new_token_ids) and output.finish_reason is None:
+                return False
+            output.new_token_ids = output.new_token_ids[len(repeated) :]
+            if output.new_logprobs is not None:
+                output.new_logprobs = output.new_logprobs.slice_request(
+                    len(repeated), len(output.new_token_ids)
+                )
+        entry.token_ids.extend(output.new_token_ids)
+        entry.stage_waited_for = STAGES[1]
+        if output.finish_reason is not None:
+            del self._open[output.request_id]
+        return True
+
+    async def _give_up(self, request_id: str, error: PdtasksError) -> None:
+        if self._forget(request_id):
+            logger.warning("%s failed: %s", request_id, error.code)
+            await self._fail(request_id, error)
+
+    def _forget(self, request_id: str) -> bool:
+        """False when nobody waits for it anyhow."""
+        entry = self._open.pop(request_id, None)
+        if entry is not None and entry.sent is not None:
+            entry.sent.cancel()  # what has not left yet need not
+        return entry is not None
+
+    # -- watching ----------------------------------------------------------------------------------
+
+    async def _watch_workers(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                await self.workers.look()
+            except BUS_ERRORS as exc:
+                # Deadlines hold all the same.
+                logger.warning("bus is away: %s", type(exc).__name__)
+                self.workers.unknown()
+
+    async def _watch_deadlines(self) -> None:
+        """Nothing waits for ever: not beyond its deadline, not for a stage without workers.
+
+        Waits for nobody: a bus that does not answer makes no deadline late.
+        """
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            self._look_for_leaks()
+            now = time.time()
+            for request_id, entry in list(self._open.items()):
+                if now > entry.deadline:
+                    await self._drop(request_id, RequestTimeout("the request took too long"))
+                    continue
+                stage = entry.stage_waited_for
+                # A worker that was killed is restarted by its supervisor: give it time.
+                if self.workers.missing_s(stage) > self._settings.stage_grace_s:
+                    await self._drop(request_id, NoWorker(f"no {stage} worker is alive"))
+
+    def _look_for_leaks(self) -> None:
+        """Requests that vLLM knows nothing of any more would stay here for ever: drop them, loudly.
+
+        Twice in a row: between the two a request may just be on its way.
+        """
+        unknown = {r for r in self._open if not self._is_known(r)}
+        for request_id in unknown & self._unknown_before:
+            _LEAKS.inc()
+            logger.warning("%s has ended without our hearing of it: please report this", request_id)
+            self._tell_workers_to_drop([request_id])
+            self._forget(request_id)
+        self._unknown_before = unknown - self._unknown_before
+
+    async def _replies_are_lost(self) -> None:
+        for request_id in list(self._open):
+            error = RepliesLost("the bus was restarted, tokens of this answer are lost: ask again")
+            await self._drop(request_id, error)
+
+    async def _drop(self, request_id: str, error: PdtasksError) -> None:
+        self._tell_workers_to_drop([request_id])
+        await self._give_up(request_id, error)
+
+
+async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:
+    """Let the named `steps` of a close end side by side, for `_CLOSE_S` and whatever they raise."""
+    names = {asyncio.ensure_future(step): name for name, step in steps}
+    if not names:
+        return
+    done, late = await asyncio.wait(names, timeout=_CLOSE_S)
+    for task in late:
+        task.cancel()
+        logger.warning("%s has not ended within %g s", names[task], _CLOSE_S)
+    for task in done:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("%s failed: %s", names[task], where(exc))

@@ -1,0 +1,78 @@
+"""Who is there to run this API's requests?
+
+A worker of another model or another vLLM is no help and does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import valkey.asyncio
+
+from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.presence import read_workers_async
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.errors import NoWorker
+from pdtasks.messages import WorkerStatus
+from pdtasks.naming import STAGES
+
+
+class Workers:
+    """What presence said when it was last looked at. For one event loop."""
+
+    def __init__(self, bus: valkey.asyncio.Valkey, model: str) -> None:
+        self.known: list[WorkerStatus] = []
+        self._bus = bus
+        self._model = model
+        self._missing_since: dict[str, float] = {}  # by stage, UNIX seconds
+
+    async def look(self) -> None:
+        """Read from the bus who is there. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
+        self.known = await read_workers_async(self._bus)
+        for stage in STAGES:
+            # In any state: one that starts will take the jobs that wait, one that drains finishes
+            # what it has.
+            if self._of(stage):
+                self._missing_since.pop(stage, None)
+            else:
+                self._missing_since.setdefault(stage, time.time())
+
+    async def look_again(self) -> None:
+        """`look` if a stage has none that takes jobs: one may have come this moment."""
+        if all(any(w.state == "ready" for w in self._of(stage)) for stage in STAGES):
+            return
+        with suppress(*BUS_ERRORS):  # then what was known last counts
+            await self.look()
+
+    def require(self) -> None:
+        """Raises NoWorker when a stage has nobody who could begin it now."""
+        for stage in STAGES:
+            workers = self._of(stage)
+            if any(worker.state == "ready" for worker in workers):
+                continue
+            if workers:
+                states = "; ".join(_described(worker) for worker in workers)
+                raise NoWorker(f"no {stage} worker takes jobs for {self._model} now: {states}")
+            raise NoWorker(
+                f"no {stage} worker is alive that serves {self._model}: start "
+                f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
+            )
+
+    def missing_s(self, stage: str) -> float:
+        """Seconds for which `stage` has had no worker in any state."""
+        now = time.time()
+        return now - self._missing_since.get(stage, now)
+
+    def unknown(self) -> None:
+        """The bus is away: whether workers are missing is not known now."""
+        self._missing_since.clear()
+
+    def _of(self, stage: str) -> list[WorkerStatus]:
+        ours = (stage, self._model, ENGINE_VERSION)
+        return [w for w in self.known if (w.role, w.model, w.engine) == ours]
+
+
+def _described(worker: WorkerStatus) -> str:
+    state = {"starting": "starts", "draining": "stops"}.get(worker.state, f"is {worker.state}")
+    return f"{worker.name} {state}" + (f": {worker.reason}" if worker.reason else "")

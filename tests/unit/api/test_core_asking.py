@@ -1,0 +1,172 @@
+"""What becomes of a request on its way to the broker? Without network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from vllm.v1.engine import FinishReason
+
+from api import core
+from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.wire import decode_request
+from pdtasks.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    RequestTimeout,
+)
+from tests.unit.api.core_bench import (
+    READY,
+    Bench,
+    presence,
+    watch_until,
+    with_bench,
+)
+from tests.unit.factories import a_request, an_output
+from tests.waiting import until
+
+
+def test_a_request_is_published_as_the_client_meant_it() -> None:
+    async def test(bench: Bench) -> None:
+        before = time.time()
+        await bench.ask("r")
+
+        (job,) = bench.broker.published
+        assert job.request_id == "r"
+        assert job.engine == ENGINE_VERSION
+        assert job.request is not None
+        assert decode_request(job.request) == a_request("r")
+        assert before + 30 <= job.deadline <= time.time() + 30
+
+    with_bench(test, leaves=("r",), request_timeout_s=30)
+
+
+def test_a_broker_that_is_away_fails_the_request_alone() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+        bench.broker.away = True
+        await bench.ask("b")
+
+        assert [type(e) for e in bench.failed.values()] == [BrokerUnavailable]
+        await bench.take((0, an_output([7], "a", FinishReason.STOP)))
+        assert bench.answer() == [("a", [7], FinishReason.STOP)]
+
+    with_bench(test)
+
+
+def test_an_id_that_amqp_cannot_carry_is_refused() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("x" * 201)
+
+        (error,) = bench.failed.values()
+        assert type(error) is InvalidRequest
+        assert not bench.broker.published
+
+    with_bench(test)
+
+
+def test_what_cannot_be_sent_fails_its_request_and_leaves_nothing() -> None:
+    async def test(bench: Bench) -> None:
+        odd = a_request("odd")
+        assert odd.sampling_params is not None
+        odd.sampling_params.top_k = 2**64
+
+        await bench.core.add_request_async(odd)
+        await until(lambda: "odd" in bench.failed)
+
+        assert type(bench.failed["odd"]) is InvalidRequest
+        assert "top_k" in str(bench.failed["odd"])
+
+    with_bench(test)
+
+
+def test_a_burst_is_not_published_one_by_one() -> None:
+    async def test(bench: Bench) -> None:
+        # Given a broker that has confirmed nothing yet
+        bench.broker.hangs = True
+        for n in range(50):
+            await bench.core.add_request_async(a_request(f"r{n}"))
+        await asyncio.sleep(0)
+
+        assert len(bench.broker.unsent) == 50
+        for sent in bench.broker.unsent:
+            sent.set_result(None)
+        await asyncio.gather(*bench.core._publications)
+
+    with_bench(test, leaves=tuple(f"r{n}" for n in range(50)))
+
+
+def test_a_request_that_is_hung_up_before_it_was_sent_is_not_sent() -> None:
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.core.add_request_async(a_request("r"))
+        await asyncio.sleep(0)
+
+        await bench.core.abort_requests_async(["r"])
+
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+        await asyncio.gather(*bench.core._publications)
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_publisher_that_hangs_fails_the_request_long_before_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "CONFIRM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(core, "_LATE_S", 0.05)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.ask("r")
+
+        assert type(bench.failed["r"]) is BrokerUnavailable
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+
+    with_bench(test, request_timeout_s=600)
+
+
+def test_a_request_that_has_ended_is_not_sent_any_more(
+    fast_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presence(monkeypatch, lambda: READY)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.hangs = True
+        await bench.core.add_request_async(a_request("r"))
+        await watch_until(bench, lambda: "r" in bench.failed)
+
+        assert type(bench.failed["r"]) is RequestTimeout
+        assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
+        await until(lambda: not bench.core._publications)
+
+    with_bench(test, request_timeout_s=0.05)
+
+
+def test_while_the_broker_is_away_requests_fail_at_once_and_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "_BROKER_PAUSE_S", 0.1)
+
+    async def test(bench: Bench) -> None:
+        bench.broker.away = True
+        await bench.ask("a")
+        bench.broker.away = False
+        # Within the pause nobody asks the broker
+        await bench.ask("b")
+        assert set(bench.failed) == {"a", "b"}
+
+        # Steady load does not put off the next try
+        began = time.monotonic()
+        n = 0
+        while not bench.broker.published:
+            assert time.monotonic() - began < 5
+            n += 1
+            await bench.ask(f"c{n}")
+            await asyncio.sleep(0.01)
+
+        await bench.take((0, an_output([7], f"c{n}", FinishReason.STOP)))
+
+    with_bench(test)

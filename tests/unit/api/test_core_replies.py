@@ -1,0 +1,271 @@
+"""How are replies put together to one answer? Without network."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import FinishReason
+
+from api.client import to_http
+from pdtasks.errors import (
+    IncompatibleWorker,
+    NoWorker,
+    PdtasksError,
+    RepliesLost,
+    RequestTimeout,
+    WorkerLost,
+)
+from pdtasks.messages import Failure, StageReport
+from tests.unit.api.core_bench import (
+    Bench,
+    with_bench,
+)
+from tests.unit.factories import a_reply, an_output
+from tests.waiting import until
+
+
+def test_tokens_of_both_stages_make_one_answer() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+
+        await bench.take((0, an_output([7])))
+        await bench.take((1, an_output([8])))
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)))
+
+        assert bench.answer() == [("r", [7], None), ("r", [8], None), ("r", [9], FinishReason.STOP)]
+        assert bench.core._open == {}
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_step_with_several_requests_is_one_message_for_vllm_as_well() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+
+        await bench.take((0, an_output([7], "a")), (0, an_output([8], "b")))
+
+        assert bench.core._outputs.qsize() == 1
+        assert bench.answer() == [("a", [7], None), ("b", [8], None)]
+
+    with_bench(test, leaves=("a", "b"))
+
+
+def test_a_successor_that_repeats_what_is_known_is_not_heard_twice() -> None:
+    # Given an answer of two tokens whose worker dies
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+        await bench.take((1, an_output([8])))
+
+        # When another worker begins again after the first token
+        await bench.take((1, an_output([8])))
+        await bench.take((2, an_output([9])))
+        await bench.take((3, an_output([10], finish_reason=FinishReason.LENGTH)))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9], [10]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_an_end_is_heard_even_if_its_token_is_known() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((0, an_output([7], finish_reason=FinishReason.STOP)))
+
+        assert bench.answer() == [("r", [7], None), ("r", [], FinishReason.STOP)]
+        assert bench.core._open == {}
+
+    with_bench(test)
+
+
+def test_new_tokens_behind_known_ones_are_heard() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((0, an_output([7, 8])))
+        await bench.take((2, an_output([9])))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+        assert bench.failed == {}
+
+    with_bench(test, leaves=("r",))
+
+
+def test_a_successor_with_another_answer_fails_the_request_rather_than_mixing_them() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r", "other")
+        await bench.take((0, an_output([7])), (0, an_output([1], "other")))
+        await bench.take((1, an_output([8])))
+        bench.answer()
+
+        await bench.take((1, an_output([666])), (1, an_output([2], "other")))
+
+        assert type(bench.failed["r"]) is WorkerLost
+        assert bench.answer() == [("other", [2], None)], "the other request goes on"
+
+    with_bench(test, leaves=("other",))
+
+
+def test_a_gap_fails_the_request_rather_than_hiding_it() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take((0, an_output([7])))
+
+        await bench.take((2, an_output([9])))
+
+        assert type(bench.failed["r"]) is WorkerLost
+
+    with_bench(test)
+
+
+def test_tokens_for_nobody_are_answered_with_an_abort() -> None:
+    # The worker was started after the abort, or did not hear of it.
+    async def test(bench: Bench) -> None:
+        await bench.ask("known")
+
+        await bench.take((0, an_output([7], "known")), (3, an_output([8], "forgotten")))
+
+        assert bench.aborted == ["forgotten"]
+        assert bench.answer() == [("known", [7], None)]
+
+    with_bench(test, leaves=("known",))
+
+
+def test_a_client_that_hangs_up_is_forgotten_and_the_workers_are_told_once() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+
+        await bench.core.abort_requests_async(["a", "never heard of"])
+        await bench.core.abort_requests_async(["a"])
+
+        assert bench.aborted == ["a"]
+        assert list(bench.core._open) == ["b"]
+
+    with_bench(test, leaves=("b",))
+
+
+def test_a_bus_that_lost_replies_fails_what_was_open_and_nothing_later() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+        await bench.take((0, an_output([7], "a")))
+
+        await bench.core._replies_are_lost()
+
+        assert {r: type(e) for r, e in bench.failed.items()} == {"a": RepliesLost, "b": RepliesLost}
+        assert sorted(bench.aborted) == ["a", "b"]
+        await bench.ask("c")
+        assert list(bench.core._open) == ["c"]
+
+    with_bench(test, leaves=("c",))
+
+
+REPORT = StageReport(
+    stage="prefill", worker="w", queue_s=0, seconds=1, prompt_tokens=10, output_tokens=1
+)
+
+
+def test_stage_reports_can_be_asked_for_after_the_end() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take(
+            (0, an_output([7], finish_reason=FinishReason.STOP)), reports={"r": (REPORT,)}
+        )
+
+        assert await bench.core.reports.of("external-r") == [(REPORT,)]
+        assert await bench.core.reports.of("external-x") == []
+
+    with_bench(test)
+
+
+def test_a_report_of_what_was_ended_here_is_waited_for() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.core.abort_requests_async(["r"])
+
+        asked = asyncio.create_task(bench.core.reports.of("external-r"))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await bench.core._take(a_reply(reports={"r": (REPORT,)}))
+
+        assert await asked == [(REPORT,)]
+
+    with_bench(test)
+
+
+def test_a_workers_failure_fails_the_request_with_its_kind() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+
+        await bench.take(
+            failures={"r": Failure.of(WorkerLost("died")), "x": Failure.of(WorkerLost())}
+        )
+
+        assert type(bench.failed["r"]) is WorkerLost
+        assert list(bench.failed) == ["r"]
+
+    with_bench(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestTimeout("late"), 504),
+        (NoWorker("nobody"), 503),
+        (WorkerLost("died"), 503),
+        (IncompatibleWorker("old"), 503),
+        (PdtasksError("odd"), 500),
+    ],
+)
+def test_a_failure_becomes_an_http_error_of_its_status(error: PdtasksError, status: int) -> None:
+    http = to_http(Failure.of(error).to_error())
+
+    assert isinstance(http, GracefulHTTPError)
+    assert http.http_status == status
+    assert str(error) in str(http)
+
+
+def test_one_bad_reply_does_not_end_the_answers_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        bench.stream.replies = [
+            a_reply(outputs=b"\xc1 no outputs at all", positions=(0,)),
+            a_reply((0, an_output([7], finish_reason=FinishReason.STOP))),
+        ]
+
+        listening = asyncio.create_task(bench.core._listen())
+        await until(lambda: not bench.core._open)
+        listening.cancel()
+
+        assert bench.answer() == [("r", [7], FinishReason.STOP)]
+        assert "could not be used" in caplog.text
+        assert "invalid opcode" not in caplog.text, "an error's text may quote"
+
+    with_bench(test)
+
+
+def test_an_output_that_cannot_be_used_fails_its_own_request_alone() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("odd", "r")
+        bench.core._open["odd"].token_ids = None  # type: ignore[assignment]  # whatever is wrong
+
+        await bench.core._take(
+            a_reply(
+                (0, an_output([5], request_id="odd")),
+                (0, an_output([7], finish_reason=FinishReason.STOP)),
+            )
+        )
+
+        assert bench.answer() == [("r", [7], FinishReason.STOP)]
+        assert type(bench.failed["odd"]) is WorkerLost
+        assert bench.aborted == ["odd"]
+
+    with_bench(test)
