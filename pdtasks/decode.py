@@ -7,14 +7,13 @@ answer is the task's result.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import msgspec
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine import EngineCoreOutput
 
 from pdtasks.app import app
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Verdict
 from pdtasks.engine.handover import make_decode
 from pdtasks.engine.wire import decode_request
 from pdtasks.errors import RequestAborted
@@ -22,6 +21,7 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
 from pdtasks.naming import DECODE, DECODE_TASK
 from pdtasks.worker import service
+from pdtasks.worker.stage import Stage
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
@@ -42,108 +42,72 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     return None if answer is None else msgspec.to_builtins(answer)
 
 
-class _Decode:
+class _Decode(Stage[DecodeJob]):
     """One request's way through stage 2."""
 
-    def __init__(self, here: service.Worker, job: DecodeJob, reply_to: str | None) -> None:
-        self._here = here
-        self._job = job
-        self._reply_to = reply_to
-        self._started = time.monotonic()
-        self._started_at = time.time()
-        self._text_stop: str | None = None
-        self._detokeniser: Any = None
+    name = DECODE
 
     async def run(self) -> Answer | None:
+        """Returns the answer if somebody waits for it as a result."""
         try:
             return await self._run()
         finally:
             # Also when the request was aborted or has failed: nobody else will read it.
-            self._here.discard(self._job.request_id)
+            self.here.discard(self.job.request_id)
 
     async def _run(self) -> Answer | None:
-        job = self._job
-        self._here.check_origin(job.engine, job.model)
-        if job.tells_start:
-            self._here.answers.start(self._reply_to, job.request_id)
+        job = self.job
+        self.begin()
         request = decode_request(job.request)
         if job.detokenise:
-            self._detokeniser = self._here.text.detokeniser(request)
-            self._detokeniser.update(list(job.output_token_ids), False)
+            self.detokeniser = self.here.text.detokeniser(request)
+            self.detokeniser.update(list(job.output_token_ids), False)
         make_decode(
             request,
-            self._here.engine_id(job.request_id),
+            self.here.engine_id(job.request_id),
             tokens=list(job.output_token_ids),
             handle=job.handle,
         )
-        self._generation = generation = Generation(
-            request=request,
-            request_id=job.request_id,
-            reply_to=self._reply_to,
-            position=len(job.output_token_ids),
-            on_output=self._on_output,
-        )
+        generation = self.new_generation(request, position=len(job.output_token_ids))
         try:
-            await self._here.generate(generation, lambda: (job.prefill, self._report()))
+            await self.here.generate(generation, self.reports)
         except RequestAborted:
-            # At a stop string, perhaps: then the asker may want to know.
-            reports = (job.prefill, self._report())
-            self._here.answers.report(self._reply_to, job.request_id, reports)
+            self.tell_of_aborted()
             raise
         finally:
-            self._here.engine.forget(generation)
-        return self._answer() if job.detokenise else None
+            self.here.engine.forget(generation)
+        return self.make_answer(
+            before=job.output_token_ids,
+            prompt_tokens=job.prefill.prompt_tokens,
+            first_token_at=job.first_token_at,
+        )
 
-    def _on_output(self, generation: Generation, output: EngineCoreOutput) -> None:
+    def judge(self, output: EngineCoreOutput) -> Verdict:
         # The asker has them from prefill, by that engine's clock.
         output.events = None
         output.prefill_stats = None
-        if self._detokeniser is None:
-            return
-        stopped = generation.finish_reason == FinishReason.STOP
-        self._text_stop = self._detokeniser.update(output.new_token_ids, stopped)
-        if self._text_stop is not None:
-            generation.finish_reason = FinishReason.STOP
-            generation.stop_reason = self._text_stop
+        return super().judge(output)
 
-    def _report(self) -> StageReport:
-        generation, job = self._generation, self._job
-        records = generation.transfers.get("load", [])
+    def reports(self) -> tuple[StageReport, ...]:
+        records = self.generation.transfers.get("load", [])
         loaded, recomputed = self._blocks(records)
-        return StageReport(
-            stage=DECODE,
-            worker=self._here.name,
-            queue_s=max(0.0, self._started_at - job.prefilled_at),
-            seconds=time.monotonic() - self._started,
-            prompt_tokens=job.prefill.prompt_tokens,
-            output_tokens=len(generation.token_ids),
-            cached_tokens=generation.cached_tokens,
+        report = self.make_report(
+            since=self.job.prefilled_at,
+            prompt_tokens=self.job.prefill.prompt_tokens,
             kv_blocks_loaded=loaded,
             kv_bytes_loaded=sum(r["bytes"] for r in records),
             kv_blocks_recomputed=recomputed,
             kv_seconds=max((r["seconds"] for r in records), default=0.0),
         )
+        return (self.job.prefill, report)
 
     def _blocks(self, records: list[dict[str, Any]]) -> tuple[int, int]:
         """Blocks of the prompt that were loaded, and that had to be computed again."""
-        block_size = self._here.engine.config.cache_config.block_size
-        in_prompt = -(-self._job.prefill.prompt_tokens // block_size)
-        if self._job.handle is not None:
-            in_prompt = KVHandle.from_wire(self._job.handle).num_blocks
+        block_size = self.here.engine.config.cache_config.block_size
+        in_prompt = -(-self.job.prefill.prompt_tokens // block_size)
+        if self.job.handle is not None:
+            in_prompt = KVHandle.from_wire(self.job.handle).num_blocks
         if records and not any(r["missing"] for r in records):
             return min(r["blocks"] for r in records), 0
         # vLLM recomputes the whole prompt, but for what its own prefix cache holds.
-        return 0, in_prompt - self._generation.cached_tokens // block_size
-
-    def _answer(self) -> Answer:
-        generation, job = self._generation, self._job
-        return Answer(
-            request_id=job.request_id,
-            text=self._detokeniser.get_next_output_text(finished=True, delta=False),
-            token_ids=(*job.output_token_ids, *generation.token_ids),
-            finish_reason=str(generation.finish_reason),
-            stop_reason=generation.stop_reason,
-            prompt_tokens=job.prefill.prompt_tokens,
-            stages=(job.prefill, self._report()),
-            time_to_first_token_s=job.first_token_at - job.submitted_at,
-        )
+        return 0, in_prompt - self.generation.cached_tokens // block_size

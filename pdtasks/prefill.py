@@ -19,7 +19,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from pdtasks.app import app
 from pdtasks.broker.publishing import Publish
 from pdtasks.engine.arguments import ENGINE_VERSION
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.handover import make_prefill, may_go_on
 from pdtasks.engine.text import TextFrontend
 from pdtasks.engine.wire import decode_request, encode_request
@@ -29,6 +29,7 @@ from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_me
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
 from pdtasks.worker import service
+from pdtasks.worker.stage import Stage
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,10 @@ def prefill(self: StageTask, wire: bytes) -> None:
     self.end_chain(answer)
 
 
-class _Prefill:
+class _Prefill(Stage[PrefillJob]):
     """One request's way through stage 1."""
+
+    name = PREFILL
 
     def __init__(
         self,
@@ -69,64 +72,54 @@ class _Prefill:
         reply_to: str | None,
         next_stage: Callable[[DecodeJob], Publish],
     ) -> None:
-        self._here = here
-        self._job = job
-        self._reply_to = reply_to
+        super().__init__(here, job, reply_to)
         self._next_stage = next_stage
-        self._started = time.monotonic()
-        self._started_at = time.time()
         self._first_token_at = 0.0
-        self._text_stop: str | None = None
-        self._detokeniser: Any = None
+        self._goes_on = False  # whether there is anything for the next stage to do
 
     async def run(self) -> Answer | None:
         """Returns the answer that ends here and that somebody waits for."""
-        job = self._job
-        self._here.aborted.require_wanted(job.request_id)
-        if job.tells_start:
-            self._here.answers.start(self._reply_to, job.request_id)
-        original = await self._request(self._here.text)
+        job = self.job
+        self.here.aborted.require_wanted(job.request_id)
+        self.begin()
+        original = await self._request(self.here.text)
         wire = job.request if job.request is not None else encode_request(original)
         request = decode_request(wire)
-        make_prefill(request, self._here.engine_id(job.request_id), transfer_id=job.request_id)
-        self._goes_on = may_go_on(original, self._here.engine.config.model_config.max_model_len)
-        generation = Generation(
-            request=request,
-            request_id=job.request_id,
-            reply_to=self._reply_to,
-            position=0,
-            on_output=self._on_output,
-        )
-        self._generation = generation
+        make_prefill(request, self.here.engine_id(job.request_id), transfer_id=job.request_id)
+        self._goes_on = may_go_on(original, self.here.engine.config.model_config.max_model_len)
+        generation = self.new_generation(request, position=0)
         try:
-            await self._here.generate(generation, lambda: (self._report(),))
+            await self.here.generate(generation, self.reports)
             await self._saved(generation)
-            self._here.aborted.require_wanted(job.request_id)
+            self.here.aborted.require_wanted(job.request_id)
             if self._goes_on:
                 await self._hand_over(wire, generation)
         except (asyncio.CancelledError, Exception) as exc:
             if isinstance(exc, RequestAborted):
-                # At a stop string, perhaps: then the asker may want to know.
-                self._here.answers.report(self._reply_to, job.request_id, (self._report(),))
+                self.tell_of_aborted()
             # The engine may be computing the prompt all the same, and write it when it is done.
-            self._here.discard_when_saved(generation)
+            self.here.discard_when_saved(generation)
             raise
-        self._here.engine.forget(generation)
+        self.here.engine.forget(generation)
         if self._goes_on:
             return None
-        self._here.discard(job.request_id)
-        return self._make_answer(original)
+        self.here.discard(job.request_id)
+        return self.make_answer(
+            before=(),
+            prompt_tokens=len(original.prompt_token_ids or ()),
+            first_token_at=self._first_token_at,
+        )
 
     async def _hand_over(self, wire: bytes, generation: Generation) -> None:
         """Send the next stage's job; returns when RabbitMQ has confirmed it."""
-        job = self._job
+        job = self.job
         next_job = DecodeJob(
             request_id=job.request_id,
             engine=ENGINE_VERSION,
             model=job.model,
             request=wire,
             output_token_ids=tuple(generation.token_ids),
-            handle=self._handle() if self._is_complete(generation) else None,
+            handle=self._handle() if self._is_complete() else None,
             prefill=self._report(),
             detokenise=job.text is not None,
             submitted_at=job.submitted_at,
@@ -137,27 +130,24 @@ class _Prefill:
         )
         publish = self._next_stage(next_job)
         within_s = max(0.0, job.deadline - time.time())
-        sent = self._here.sender.send(publish, within_s=within_s, insist=True)
+        sent = self.here.sender.send(publish, within_s=within_s, insist=True)
         await asyncio.wrap_future(sent)
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
-        self._here.check_origin(self._job.engine, self._job.model)
-        if self._job.request is not None:
-            return decode_request(self._job.request)
-        assert self._job.text is not None
-        request = await text.prepare(self._job.request_id, self._job.text)
-        self._detokeniser = text.detokeniser(request)
+        if self.job.request is not None:
+            return decode_request(self.job.request)
+        assert self.job.text is not None
+        request = await text.prepare(self.job.request_id, self.job.text)
+        self.detokeniser = text.detokeniser(request)
         return request
 
-    def _on_output(self, generation: Generation, output: EngineCoreOutput) -> None:
+    def judge(self, output: EngineCoreOutput) -> Verdict:
         self._first_token_at = self._first_token_at or time.time()
-        stopped = generation.finish_reason == FinishReason.STOP
-        if self._detokeniser is not None:
-            self._text_stop = self._detokeniser.update(output.new_token_ids, stopped)
-        if generation.finish_reason != FinishReason.LENGTH or self._text_stop is not None:
+        stopped_at = super().judge(output).stopped_at
+        # An end by length is only the end of this stage.
+        if output.finish_reason != FinishReason.LENGTH or stopped_at is not None:
             self._goes_on = False
-        if self._goes_on:
-            output.finish_reason = None
+        return Verdict(stopped_at, hides_end=self._goes_on)
 
     async def _saved(self, generation: Generation) -> None:
         """Wait until the blocks are in the store, or it is clear that they will not be."""
@@ -165,31 +155,28 @@ class _Prefill:
             async with asyncio.timeout(SAVE_TIMEOUT_S):
                 await generation.saved.wait()
         except TimeoutError:
-            logger.warning("KV of %s is late: decode will recompute it", self._job.request_id)
+            logger.warning("KV of %s is late: decode will recompute it", self.job.request_id)
 
     def _handle(self) -> dict[str, Any] | None:
-        return params.ours(self._generation.transfer_params).get("handle")
+        return params.ours(self.generation.transfer_params).get("handle")
 
-    def _is_complete(self, generation: Generation) -> bool:
-        records = generation.transfers.get("save", [])
+    def _is_complete(self) -> bool:
+        records = self.generation.transfers.get("save", [])
         return bool(records) and all(not r["error"] for r in records)
 
+    def reports(self) -> tuple[StageReport, ...]:
+        return (self._report(),)
+
     def _report(self) -> StageReport:
-        generation = self._generation
+        generation = self.generation
         records = generation.transfers.get("save", [])
         # A prefix that earlier prompts have left in the store.
         loaded = generation.transfers.get("load", [])
         prefix_blocks = min((r["blocks"] + r["missing"] for r in loaded), default=0)
         lost = any(r["missing"] for r in loaded)
-        prompt = generation.request.prompt_token_ids or ()
-        return StageReport(
-            stage=PREFILL,
-            worker=self._here.name,
-            queue_s=max(0.0, self._started_at - self._job.submitted_at),
-            seconds=time.monotonic() - self._started,
-            prompt_tokens=len(prompt),
-            output_tokens=len(generation.token_ids),
-            cached_tokens=generation.cached_tokens,
+        return self.make_report(
+            since=self.job.submitted_at,
+            prompt_tokens=len(generation.request.prompt_token_ids or ()),
             # Each rank writes its part of every block.
             kv_blocks_written=min((r["blocks"] for r in records), default=0),
             kv_bytes_written=sum(r["bytes"] for r in records),
@@ -197,20 +184,4 @@ class _Prefill:
             kv_bytes_loaded=sum(r["bytes"] for r in loaded),
             kv_blocks_recomputed=prefix_blocks if lost else 0,
             kv_seconds=max((r["seconds"] for r in records), default=0.0),
-        )
-
-    def _make_answer(self, original: EngineCoreRequest) -> Answer | None:
-        if self._detokeniser is None:
-            return None
-        generation = self._generation
-        reason = FinishReason.STOP if self._text_stop is not None else generation.finish_reason
-        return Answer(
-            request_id=self._job.request_id,
-            text=self._detokeniser.get_next_output_text(finished=True, delta=False),
-            token_ids=tuple(generation.token_ids),
-            finish_reason=str(reason),
-            stop_reason=self._text_stop or generation.stop_reason,
-            prompt_tokens=len(original.prompt_token_ids or ()),
-            stages=(self._report(),),
-            time_to_first_token_s=self._first_token_at - self._job.submitted_at,
         )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from pdtasks.bench.shapes import SHAPES
 from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.engine.boot import start_core
 from pdtasks.engine.core import Engine
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.handover import make_decode, make_prefill
 from pdtasks.engine.models import resolve_model
 from pdtasks.kv import params
@@ -129,7 +131,9 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
     def die() -> None:
         raise SystemExit("the engine died")
 
-    engine = Engine(settings, settings.model, lambda _step, _time: None, on_death=die)
+    engine = Engine(
+        partial(start_core, settings, settings.model), lambda _step, _time: None, on_death=die
+    )
     engine.start()
     try:
         yield engine
@@ -244,15 +248,16 @@ class Run:
     async def _generate(self, engine: Engine, saved: bool) -> None:
         started = time.perf_counter()
 
-        def note(_generation: Generation, _output: EngineCoreOutput) -> None:
+        def note(_output: EngineCoreOutput) -> Verdict:
             self.first_output_after = self.first_output_after or time.perf_counter() - started
+            return Verdict()
 
         self.generation = Generation(
             request=self.request,
             request_id=self.request.request_id,
             reply_to=None,
             position=0,
-            on_output=note,
+            judge=note,
         )
         await engine.generate(self.generation)
         if saved:

@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from vllm.config import KVTransferConfig, VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.executor import Executor
 
-from pdtasks.engine.arguments import engine_arguments
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import EngineFailed, RequestAborted, where
-from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def _log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What nobody has looked at: asyncio's own words have the error's text, which may quote."""
     exc = context.get("exception")
     logger.error("in the engine's loop: %s", "an unknown error" if exc is None else where(exc))
@@ -41,26 +36,35 @@ def _log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 #: Called on the engine's loop with all outputs of one step and vLLM's timestamp of it.
 StepListener = Callable[[list[tuple[Generation, int, EngineCoreOutput]], float], None]
 
+#: Starts vLLM's engine core, in a process of its own: its configuration, and its client.
+StartCore = Callable[[], Awaitable[tuple[VllmConfig, EngineCoreClient]]]
+
 
 class Engine:
     """One engine core and the loop that talks to it."""
 
     def __init__(
-        self, settings: Settings, model: str, on_step: StepListener, on_death: Callable[[], None]
+        self,
+        start_core: StartCore,
+        on_step: StepListener,
+        on_death: Callable[[], None],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Args:
+        start_core: `pdtasks.engine.boot.start_core` for a model; called on the engine's loop.
         on_step: gets every step's outputs.
         on_death: called once when the engine core is gone; the process should end then.
+        loop: None: one of the engine's own, for `start` and a thread.
         """
-        self._settings = settings
-        self._model = model
+        self._start_core = start_core
         self._on_step = on_step
         self._on_death = on_death
         self._running: dict[str, Generation] = {}
         self._num_running = 0
         self._stopping = False
         self.kv_usage = 0.0  #: share of the KV cache's blocks that requests hold, as vLLM counts
-        self.loop = asyncio.new_event_loop()
+        self.loop = loop or asyncio.new_event_loop()
         self.config: VllmConfig
 
     @property
@@ -104,14 +108,14 @@ class Engine:
 
     def _main(self, ready: Future[None]) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.set_exception_handler(_log_surprise)
+        self.loop.set_exception_handler(log_surprise)
         try:
-            self.loop.run_until_complete(self._boot())
+            self.loop.run_until_complete(self.boot())
         except BaseException as exc:  # noqa: BLE001 - whatever it is, `start` raises it
             ready.set_exception(exc)
             return
         ready.set_result(None)
-        self._pumping = self.loop.create_task(self._pump())
+        self._pumping = self.loop.create_task(self.pump())
         self.loop.run_forever()
         if not self._stopping:
             self._on_death()  # nobody could do anything with this engine any more
@@ -121,40 +125,12 @@ class Engine:
                 task.cancel()
             self.loop.run_until_complete(asyncio.wait(tasks, timeout=1))
 
-    async def _boot(self) -> None:
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        if self._settings.device == "cpu":
-            # The first request with logprobs would otherwise wait 40 s for a C++ compiler.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._settings.cpu_kv_cache_gib))
-        # The connector reads its URLs there: vLLM logs its configuration, passwords and all.
-        os.environ["PDTASKS_KV_URLS"] = ",".join(self._settings.kv_urls)
-        arguments = engine_arguments(self._settings, self._model)
-        options = {
-            "ttl_s": self._settings.kv_ttl_s,
-            "timeout_s": self._settings.kv_timeout_s,
-            "connections": self._settings.kv_connections,
-            "min_prefix_tokens": self._settings.kv_min_prefix_tokens,
-            "exit_with_pid": os.getpid(),
-        }
-        transfer = KVTransferConfig(
-            kv_connector="ValkeyConnector",
-            kv_connector_module_path="pdtasks.kv.connector",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config={k: v for k, v in options.items() if v is not None},
-        )
-        self.config = AsyncEngineArgs(
-            **arguments, kv_transfer_config=transfer
-        ).create_engine_config()
-        self._core = EngineCoreClient.make_async_mp_client(
-            self.config,
-            Executor.get_class(self.config),
-            # Not for its figures: the connector's records of what is stored travel there.
-            log_stats=True,
-        )
+    async def boot(self) -> None:
+        """Start the engine core. `start` does it, and goes on with `pump`."""
+        self.config, self._core = await self._start_core()
 
-    async def _pump(self) -> None:
+    async def pump(self) -> None:
+        """Hand on what the engine core makes, as long as it lives."""
         try:
             while True:
                 outputs = await self._core.get_output_async()
@@ -171,7 +147,7 @@ class Engine:
                 return
             logger.critical("the engine is dead: %s", exc)
             for generation in list(self._running.values()):
-                generation.end(EngineFailed("the engine died"))
+                generation.fail(EngineFailed("the engine died"))
             self._on_death()
 
     def _take_records(self, records: list[dict[str, Any]]) -> None:
@@ -186,21 +162,21 @@ class Engine:
         step = []
         for output in outputs:
             generation = self._running.get(output.request_id)
-            if generation is not None and not generation.finished.done():
+            if generation is not None and not generation.is_over:
                 output.request_id = generation.request_id
                 try:
                     step.append((generation, generation.take(output), output))
                 except Exception as exc:  # noqa: BLE001 - see below
                     # One odd request must not take the engine, and with it all others, along.
                     logger.error("output of %s: %s", generation.request_id, where(exc))  # noqa: TRY400
-                    generation.end(EngineFailed(type(exc).__name__))
+                    generation.fail(EngineFailed(type(exc).__name__))
         if step:
             try:
                 self._on_step(step, timestamp)
             except Exception as exc:  # noqa: BLE001 - nor must an odd step
                 logger.error("the outputs of a step were lost: %s", where(exc))  # noqa: TRY400
                 for generation, _, _ in step:
-                    generation.end(EngineFailed("an output was lost"))
+                    generation.fail(EngineFailed("an output was lost"))
         for generation, _, _ in step:
             if generation.finish_reason is not None:
                 generation.end()
@@ -215,12 +191,12 @@ class Engine:
         self._running[engine_id] = generation
         self._num_running += 1
         try:
+            generation.begin()
             await self._core.add_request_async(generation.request)
-            generation.entered_engine = True
             await generation.finished
         finally:
             self._num_running -= 1
-            if not generation.left_engine:
+            if generation.state is not State.ANSWERED:
                 await self._core.abort_requests_async([engine_id])
         if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise EngineFailed("vLLM reported an internal error for this request")
@@ -234,8 +210,8 @@ class Engine:
         found = [
             generation
             for generation in self._running.values()
-            if generation.request_id == request_id and not generation.finished.done()
+            if generation.request_id == request_id and not generation.is_over
         ]
         for generation in found:
-            generation.end(RequestAborted("the caller hung up"))
+            generation.fail(RequestAborted("the caller hung up"))
         return bool(found)

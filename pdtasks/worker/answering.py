@@ -77,7 +77,7 @@ class Answers:
                     reports = self._reports[generation]()
                 except Exception as exc:  # noqa: BLE001 - it ends one request, not the engine
                     logger.error("no report of %s: %s", generation.request_id, where(exc))  # noqa: TRY400
-                    generation.end(EngineFailed(f"the answer was lost: {type(exc).__name__}"))
+                    generation.fail(EngineFailed(f"the answer was lost: {type(exc).__name__}"))
                     continue
             part = by_stream.setdefault(generation.reply_to, _StreamStep())
             part.outputs.append(output)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 
 from celery import Celery
 
@@ -22,8 +23,9 @@ from pdtasks.broker.publishing import ConfirmedSender
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.reply import ReplyWriter
 from pdtasks.engine.arguments import ENGINE_VERSION
+from pdtasks.engine.boot import start_core
 from pdtasks.engine.core import Engine
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Generation, State
 from pdtasks.engine.models import resolve_model
 from pdtasks.engine.text import TextFrontend
 from pdtasks.errors import IncompatibleWorker, PdtasksError
@@ -80,7 +82,9 @@ class Worker:
 
         model = resolve_model(settings.model, settings.cache_dir, logger.info)
         self.engine = Engine(
-            settings, model, self.answers.publish_step, on_death=_exit_without_engine
+            partial(start_core, settings, model),
+            self.answers.publish_step,
+            on_death=_exit_without_engine,
         )
         self.stages = StageRunner(self.engine)
         started = time.monotonic()
@@ -155,7 +159,7 @@ class Worker:
         """`discard`, after what the engine may still write for an aborted `generation`."""
 
         async def wait() -> None:
-            if generation.entered_engine:
+            if generation.state is not State.NEW:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_ABORTED_SAVE_S):
                         await generation.saved.wait()

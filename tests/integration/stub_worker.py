@@ -45,7 +45,7 @@ def token_text(token_id: int) -> str:
     return f"canary-answer-{token_id} "
 
 
-def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
+def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
     """The stub classes; vLLM is imported here, not where tests read names of this file."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import (
@@ -55,7 +55,6 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
         FinishReason,
     )
 
-    from pdtasks.engine.core import Engine
     from pdtasks.errors import InvalidRequest
     from pdtasks.kv import params as kv_params
     from pdtasks.kv.handle import KVHandle
@@ -171,17 +170,13 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
             extra = request.sampling_params.extra_args or {}
             return kv_params.ours(extra["kv_transfer_params"])
 
-    class StubEngine(Engine):
-        """Our `Engine` over a stub core."""
-
-        async def _boot(self) -> None:
-            config: Any = SimpleNamespace(
-                model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
-                cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
-                parallel_config=SimpleNamespace(tensor_parallel_size=1),
-            )
-            core: Any = StubCore(self._settings)
-            self.config, self._core = config, core
+    async def start_stub_core(settings: Settings, _model: str) -> tuple[Any, StubCore]:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
+            cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        )
+        return config, StubCore(settings)
 
     class StubDetokeniser:
         """Collects a text without a tokenizer."""
@@ -221,7 +216,7 @@ def make_stubs() -> tuple[type, type]:  # noqa: C901  # four small classes
         def detokeniser(self, request: EngineCoreRequest) -> StubDetokeniser:
             return StubDetokeniser()
 
-    return StubEngine, StubText
+    return start_stub_core, StubText
 
 
 def run_worker(argv: list[str]) -> None:
@@ -252,9 +247,9 @@ def _nursery() -> None:
     import pdtasks.worker.service
 
     # The only seams: names that `pdtasks.worker.service` has imported.
-    stub_engine, stub_text = make_stubs()
+    start_stub_core, stub_text = make_stubs()
     vars(pdtasks.worker.service).update(
-        Engine=stub_engine, TextFrontend=stub_text, resolve_model=lambda *_: "stub"
+        start_core=start_stub_core, TextFrontend=stub_text, resolve_model=lambda *_: "stub"
     )
     sys.stdout.write("ready\n")
     sys.stdout.flush()

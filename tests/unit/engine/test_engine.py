@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
 from pdtasks.engine.arguments import engine_arguments
-from pdtasks.engine.core import Engine, _log_surprise
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.core import Engine, StepListener, log_surprise
+from pdtasks.engine.generation import Generation, State, Verdict
 from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request, an_output
+from tests.waiting import until
 
 Step = list[tuple[Generation, int, EngineCoreOutput]]
 
@@ -40,8 +42,23 @@ class StubCore:
             raise outputs
         return outputs
 
+    def records(self, *records: dict[str, Any]) -> None:
+        stats: Any = SimpleNamespace(
+            kv_cache_usage=0.5, kv_connector_stats={"records": list(records)}
+        )
+        self.outputs.put_nowait(EngineCoreOutputs(scheduler_stats=stats))
+
     def step(self, *outputs: EngineCoreOutput) -> None:
         self.outputs.put_nowait(EngineCoreOutputs(outputs=list(outputs), timestamp=5.0))
+
+
+def an_engine(core: StubCore, *listeners: Any, loop: Any = None) -> Engine:
+    """An `Engine` over `core`."""
+
+    async def start_core() -> Any:
+        return None, core
+
+    return Engine(start_core, *listeners, loop=loop)
 
 
 class Bench:
@@ -50,14 +67,21 @@ class Bench:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.deaths = 0
-        self.engine = Engine(Settings(), "model", self._on_step, self._on_death)
-        self.engine.loop.close()
-        self.engine.loop = asyncio.get_running_loop()
         self.core = StubCore()
-        self.engine._core = self.core
-        self._pump = asyncio.create_task(self.engine._pump())
+        self.on_step: StepListener = self.note_step
+        self.engine = an_engine(
+            self.core,
+            lambda step, timestamp: self.on_step(step, timestamp),  # noqa: PLW0108 - tests set it
+            self._on_death,
+            loop=asyncio.get_running_loop(),
+        )
+        self._pump = asyncio.create_task(self._serve())
 
-    def _on_step(self, step: Step, _timestamp: float) -> None:
+    async def _serve(self) -> None:
+        await self.engine.boot()
+        await self.engine.pump()
+
+    def note_step(self, step: Step, _timestamp: float) -> None:
         self.steps.append(step)
 
     def _on_death(self) -> None:
@@ -89,7 +113,6 @@ def a_generation(request_id: str = "r", position: int = 0, **fields: Any) -> Gen
         "request_id": request_id,
         "reply_to": "pd:reply:a",
         "position": position,
-        "on_output": lambda generation, output: None,
     }
     return Generation(**values | fields)
 
@@ -183,11 +206,11 @@ def test_a_request_that_vllm_gives_up_has_failed(reason: FinishReason) -> None:
 def test_one_request_that_cannot_be_handled_does_not_take_the_others_along(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def on_output(generation: Generation, output: EngineCoreOutput) -> None:
+    def judge(output: EngineCoreOutput) -> Verdict:
         raise ValueError("a canary that nobody should read")
 
     async def test(bench: Bench) -> None:
-        odd, other = a_generation("odd", on_output=on_output), a_generation("b")
+        odd, other = a_generation("odd", judge=judge), a_generation("b")
         task, other_task = bench.run(odd), bench.run(other)
         await asyncio.sleep(0)
 
@@ -212,12 +235,12 @@ def test_a_step_that_cannot_be_told_fails_its_requests_and_not_the_engine() -> N
         def surprise(step: Step, timestamp: float) -> None:
             raise KeyError("canary")
 
-        bench.engine._on_step = surprise
+        bench.on_step = surprise
         bench.core.step(an_output([7], "a#1"))
         with pytest.raises(EngineFailed):
             await tasks[0]
 
-        bench.engine._on_step = bench._on_step
+        bench.on_step = bench.note_step
         bench.core.step(an_output([8], "b#1", FinishReason.STOP))
         await tasks[1]
         assert bench.deaths == 0
@@ -262,15 +285,9 @@ def test_a_dead_engine_fails_all_requests_and_is_reported_once() -> None:
     with_bench(test)
 
 
-def test_a_loop_that_ends_by_itself_is_the_engines_death(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_ends_by_itself_is_the_engines_death() -> None:
     died = threading.Event()
-    engine = Engine(Settings(), "model", lambda *_: None, died.set)
-    engine._core = StubCore()
-
-    async def boot() -> None:
-        """There is a core already."""
-
-    monkeypatch.setattr(engine, "_boot", boot)
+    engine = an_engine(StubCore(), lambda *_: None, died.set)
     engine.start()
 
     engine.loop.call_soon_threadsafe(engine.loop.stop)
@@ -281,14 +298,14 @@ def test_a_loop_that_ends_by_itself_is_the_engines_death(monkeypatch: pytest.Mon
 
 
 def test_a_surprise_in_a_callback_does_not_end_the_loop(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(Settings(), "model", lambda *_: None, lambda: None)
+    engine = an_engine(StubCore(), lambda *_: None, lambda: None)
     ran: list[int] = []
     prompt = "canary"
 
     def surprise() -> None:
         raise KeyError(prompt)
 
-    engine.loop.set_exception_handler(_log_surprise)
+    engine.loop.set_exception_handler(log_surprise)
     engine.loop.call_soon(surprise)
     engine.loop.call_soon(ran.append, 1)
     engine.loop.call_later(0.01, engine.loop.stop)
@@ -307,10 +324,11 @@ def test_a_transfer_is_complete_when_all_ranks_have_reported() -> None:
         await asyncio.sleep(0)
         record = {"request_id": "a#1", "op": "save", "world": 2, "blocks": 3}
 
-        bench.engine._take_records([record, {**record, "request_id": "gone#1"}])
+        bench.core.records(record, {**record, "request_id": "gone#1"})
+        await until(lambda: generation.transfers.get("save"))
         assert not generation.saved.is_set()
-        bench.engine._take_records([record])
-        assert generation.saved.is_set()
+        bench.core.records(record)
+        await until(generation.saved.is_set)
 
         bench.core.step(an_output([7], "a#1", FinishReason.STOP))
         await task
@@ -344,3 +362,54 @@ def test_statistics_that_carry_the_hand_over_cannot_be_switched_off() -> None:
 
     with pytest.raises(ConfigurationError, match="disable_log_stats"):
         engine_arguments(settings, "model")
+
+
+def test_a_generation_goes_only_where_the_table_says() -> None:
+    async def test(bench: Bench) -> None:
+        generation = a_generation("a")
+        task = bench.run(generation)
+        await until(lambda: generation.state is State.RUNNING)
+
+        with pytest.raises(RuntimeError, match="is RUNNING, not to be RUNNING"):
+            generation.begin()
+        bench.core.step(an_output([7], "a#1", FinishReason.STOP))
+        await task
+        assert generation.state is State.ANSWERED
+        # What has ended does not fail any more
+        generation.fail(EngineFailed("late"))
+        assert generation.state is State.ANSWERED
+
+    with_bench(test)
+
+
+def test_a_text_that_is_complete_ends_the_generation_in_the_engine_too() -> None:
+    async def test(bench: Bench) -> None:
+        generation = a_generation("a", judge=lambda output: Verdict(stopped_at="Paris."))
+        task = bench.run(generation)
+        await until(lambda: generation.state is State.RUNNING)
+
+        bench.core.step(an_output([7], "a#1"))
+        await task
+
+        assert generation.state is State.STOPPED
+        assert (generation.finish_reason, generation.stop_reason) == (FinishReason.STOP, "Paris.")
+        assert bench.core.aborted == ["a#1"]
+
+    with_bench(test)
+
+
+def test_an_end_that_is_only_the_end_of_a_stage_is_not_told() -> None:
+    async def test(bench: Bench) -> None:
+        generation = a_generation("a", judge=lambda output: Verdict(hides_end=True))
+        task = bench.run(generation)
+        await until(lambda: generation.state is State.RUNNING)
+
+        bench.core.step(an_output([7], "a#1", FinishReason.LENGTH))
+        await task
+
+        ((told,),) = bench.steps
+        assert told[2].finish_reason is None
+        assert generation.finish_reason == FinishReason.LENGTH
+        assert bench.core.aborted == []
+
+    with_bench(test)

@@ -11,7 +11,7 @@ from vllm.v1.engine import FinishReason
 
 from pdtasks import background
 from pdtasks.background import Background
-from pdtasks.engine.generation import Generation
+from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import RequestAborted
 from pdtasks.messages import StageReport, StepReply, WorkerStatus
 from pdtasks.settings import Settings
@@ -180,7 +180,7 @@ def test_a_report_that_fails_ends_its_own_request_alone() -> None:
             request_id=name,
             reply_to="pd:reply:x",
             position=0,
-            on_output=lambda generation, output: None,
+            state=State.ANSWERED,
             finished=StubFuture(),
         )
         for name in ("odd", "good")

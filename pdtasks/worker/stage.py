@@ -1,0 +1,95 @@
+"""What do both stages of a request have in common, apart from being tasks (`worker.task`)?"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Generic, TypeVar
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from pdtasks.engine.generation import Generation, Verdict
+from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport
+from pdtasks.worker import service
+
+J = TypeVar("J", PrefillJob, DecodeJob)
+
+
+class Stage(Generic[J]):
+    """One request's way through a stage. For the engine's loop, and for one run."""
+
+    name: str  #: of the stage, as in `naming`
+    generation: Generation  #: from `new_generation` on
+
+    def __init__(self, here: service.Worker, job: J, reply_to: str | None) -> None:
+        """`reply_to`: the asker's reply stream, None when nobody reads along."""
+        self.here = here
+        self.job: J = job
+        self.reply_to = reply_to
+        self.detokeniser: IncrementalDetokenizer | None = None  # for who wants text in the result
+        self._started = time.monotonic()
+        self._started_at = time.time()
+
+    def begin(self) -> None:
+        """Tell who wants to know. Raises IncompatibleWorker for a request that is not for us."""
+        self.here.check_origin(self.job.engine, self.job.model)
+        if self.job.tells_start:
+            self.here.answers.start(self.reply_to, self.job.request_id)
+
+    def new_generation(self, request: EngineCoreRequest, *, position: int) -> Generation:
+        """`request` for this worker's engine; `position`: tokens of the answer that are there."""
+        generation = Generation(
+            request=request,
+            request_id=self.job.request_id,
+            reply_to=self.reply_to,
+            position=position,
+            judge=self.judge,
+        )
+        self.generation = generation
+        return generation
+
+    def judge(self, output: EngineCoreOutput) -> Verdict:
+        """Has the answer's text reached a stop string? Only the worker knows, without an asker."""
+        if self.detokeniser is None:
+            return Verdict()
+        stopped = output.finish_reason == FinishReason.STOP
+        return Verdict(self.detokeniser.update(output.new_token_ids, stopped))
+
+    def reports(self) -> tuple[StageReport, ...]:
+        """Those of the stages so far, with this one's."""
+        raise NotImplementedError
+
+    def tell_of_aborted(self) -> None:
+        """What was done for a request that the asker ended: at a stop string, perhaps."""
+        self.here.answers.report(self.reply_to, self.job.request_id, self.reports())
+
+    def make_report(self, *, since: float, prompt_tokens: int, **kv: Any) -> StageReport:
+        """This stage's report. `since`: UNIX seconds when it could have begun."""
+        return StageReport(
+            stage=self.name,
+            worker=self.here.name,
+            queue_s=max(0.0, self._started_at - since),
+            seconds=time.monotonic() - self._started,
+            prompt_tokens=prompt_tokens,
+            output_tokens=len(self.generation.token_ids),
+            cached_tokens=self.generation.cached_tokens,
+            **kv,
+        )
+
+    def make_answer(
+        self, *, before: tuple[int, ...], prompt_tokens: int, first_token_at: float
+    ) -> Answer | None:
+        """The finished answer for who wants it as a result, after the tokens `before`."""
+        if self.detokeniser is None:
+            return None
+        generation = self.generation
+        return Answer(
+            request_id=self.job.request_id,
+            text=self.detokeniser.get_next_output_text(finished=True, delta=False),
+            token_ids=before + tuple(generation.token_ids),
+            finish_reason=str(generation.finish_reason),
+            stop_reason=generation.stop_reason,
+            prompt_tokens=prompt_tokens,
+            stages=self.reports(),
+            time_to_first_token_s=first_token_at - self.job.submitted_at,
+        )
