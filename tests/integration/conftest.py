@@ -26,8 +26,10 @@ import valkey
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.valkey import ValkeyServer
+from pdtasks.kv.store import BlockStore
 from pdtasks.settings import load_settings
 from tests.integration.steering import Steering, steering_url
+from tests.integration.store_calls import MakeStore
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,39 @@ def channel(services: Services) -> Iterator[Any]:
     """A channel to RabbitMQ beside the product's."""
     with kombu.Connection(services.rabbit.url) as connection:
         yield connection.default_channel
+
+
+# -- block stores ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_store() -> Iterator[MakeStore]:
+    """Makes block stores; closes what it made."""
+    made: list[BlockStore] = []
+
+    def make(*urls: str, ttl_s: int = 60, timeout_s: float = 10.0) -> BlockStore:
+        made.append(BlockStore(urls, ttl_s=ttl_s, timeout_s=timeout_s))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[ValkeyServer]:
+    """A server that a test may stop, over TCP."""
+    with ValkeyServer(tmp_path / "own", "bus") as server:
+        yield server
+
+
+@pytest.fixture(params=["unix socket", "tcp"])
+def server(request: pytest.FixtureRequest, services: Services) -> ValkeyServer:
+    """The kv server listens on a unix socket, the bus on TCP: the store takes either."""
+    server = services.kv_server if request.param == "unix socket" else services.bus_server
+    with valkey.Valkey.from_url(server.operator_url) as client:
+        client.flushall()
+    return server
 
 
 # -- workers -----------------------------------------------------------------------------------
