@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import kombu
@@ -17,6 +13,7 @@ from prometheus_client import Counter
 
 from pdtasks.app import app
 from pdtasks.background import Background
+from pdtasks.backlog import Backlog
 from pdtasks.backoff import Backoff
 from pdtasks.naming import ABORT
 
@@ -44,72 +41,42 @@ class Aborter:
 
     def __init__(self, background: Background | None = None) -> None:
         self._connection: Any = None
-        self._pending: OrderedDict[str, None] = OrderedDict()
-        self._num_leaving = 0  # taken out of them, and not said yet
-        self._wake = threading.Condition()
-        self._closed = False
+        self._unsaid = Backlog(MOST_PENDING, _UNSAID)
         self._backoff = Backoff(maximum_s=5.0)
         self._thread = (background or Background()).thread("aborter", self._run)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Have `request_ids` dropped, soon. Those that wait already are said once."""
-        with self._wake:
-            self._pending.update(dict.fromkeys(request_ids))
-            self._drop_oldest()
-            self._wake.notify()
+        self._unsaid.add(request_ids)
 
     def close(self) -> None:
         """Say what is left, for a moment at most, then stop; the rest is counted."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._unsaid.close()
         self._thread.join(_CLOSE_S)
-        with self._wake:
-            _UNSAID.inc(len(self._pending) + self._num_leaving)
-            self._pending.clear()
-
-    def _drop_oldest(self) -> None:
-        while len(self._pending) > MOST_PENDING:
-            self._pending.popitem(last=False)
-            _UNSAID.inc()
+        self._unsaid.abandon()
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._pending or self._closed)
-                request_ids = list(islice(self._pending, MOST_AT_ONCE))
-                for request_id in request_ids:
-                    del self._pending[request_id]
-                self._num_leaving = len(request_ids)
-                is_all = not self._pending
+            request_ids = self._unsaid.take(MOST_AT_ONCE)
             said = False
             try:
                 said = not request_ids or self._send(sorted(request_ids))
             finally:
                 # Also after a surprise: what was not said is said later, on a connection that is
                 # not the one it may have come from.
-                if not said:
+                if said:
+                    self._unsaid.settle()
+                else:
                     self._disconnect()
-                with self._wake:
-                    self._num_leaving = 0
-                    if not said:
-                        self._put_back(request_ids)
-            if self._closed and (not said or not self._pending):
+                    self._unsaid.put_back(request_ids)
+            if self._unsaid.is_closed and (not said or not self._unsaid):
                 self._disconnect()
                 return
             # Every step of a worker that has not heard yet asks again: gather those.
-            if is_all or not said:
-                self._pause(ABORT_PAUSE_S if said else self._backoff.pause_s)
-
-    def _put_back(self, request_ids: list[str]) -> None:
-        later, self._pending = self._pending, OrderedDict.fromkeys(request_ids)
-        self._pending.update(later)
-        self._drop_oldest()
-
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        with self._wake:
-            self._wake.wait_for(lambda: self._closed or time.monotonic() >= until, seconds)
+            if not said:
+                self._unsaid.pause(self._backoff.pause_s)
+            elif len(request_ids) < MOST_AT_ONCE:
+                self._unsaid.pause(ABORT_PAUSE_S)
 
     def _send(self, request_ids: list[str]) -> bool:
         try:
@@ -118,7 +85,7 @@ class Aborter:
             is_stale = self._connection is not None and not self._backoff.pause_s
             self._disconnect()
             self._backoff.fail()
-            if is_stale and not self._closed:
+            if is_stale and not self._unsaid.is_closed:
                 # It broke while nobody looked: a fresh one will do, at once.
                 return self._send(request_ids)
             logger.warning(

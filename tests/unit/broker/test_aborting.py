@@ -69,6 +69,12 @@ def beside() -> Background:
 
 
 @pytest.fixture
+def ten_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aborting, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(aborting, "MOST_PENDING", 100)
+
+
+@pytest.fixture
 def aborter(
     broker: StubBroker, beside: Background, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Aborter]:
@@ -243,10 +249,8 @@ def test_a_connection_that_broke_while_nobody_looked_is_replaced_at_once(
 
 
 def test_many_are_said_in_messages_of_bounded_size(
-    aborter: Aborter, broker: StubBroker, monkeypatch: pytest.MonkeyPatch
+    ten_at_most: None, aborter: Aborter, broker: StubBroker
 ) -> None:
-    monkeypatch.setattr(aborting, "MOST_AT_ONCE", 10)
-
     aborter.abort(f"r{n:02}" for n in range(25))
 
     wait_until(lambda: sum(map(len, broker.said)) == 25)
@@ -270,19 +274,18 @@ def test_what_could_not_be_said_by_the_end_is_counted(
 
 
 def test_what_can_never_be_said_does_not_pile_up(
-    aborter: Aborter, broker: StubBroker, monkeypatch: pytest.MonkeyPatch
+    ten_at_most: None, aborter: Aborter, broker: StubBroker
 ) -> None:
-    monkeypatch.setattr(aborting, "MOST_PENDING", 10)
     broker.may_answer.clear()
     aborter.abort(["first"])
     wait_until(lambda: broker.said)
 
-    for n in range(100):
-        aborter.abort([f"r{n}"])
+    for n in range(200):
+        aborter.abort([f"r{n:03}"])
     broker.may_answer.set()
 
-    wait_until(lambda: len(broker.said) == 2)
-    assert sorted(broker.said[1]) == [f"r{n}" for n in range(90, 100)]
+    wait_until(lambda: len(broker.said) == 11)
+    assert [r for said in broker.said[1:] for r in said] == [f"r{n:03}" for n in range(100, 200)]
 
 
 def test_what_waits_at_the_end_is_still_said(aborter: Aborter, broker: StubBroker) -> None:

@@ -58,6 +58,11 @@ def beside() -> Background:
 
 
 @pytest.fixture
+def ten_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discarding, "MOST_WAITING", 10)
+
+
+@pytest.fixture
 def discarder(store: StubStore, beside: Background, monkeypatch: pytest.MonkeyPatch) -> Discarder:
     monkeypatch.setattr(background, "_PAUSE_S", 0.05)
     double: Any = store
@@ -146,9 +151,8 @@ def test_whatever_was_not_deleted_is_counted(
 
 
 def test_what_cannot_be_deleted_does_not_pile_up(
-    discarder: Discarder, store: StubStore, monkeypatch: pytest.MonkeyPatch
+    ten_at_most: None, discarder: Discarder, store: StubStore
 ) -> None:
-    monkeypatch.setattr(discarding, "MOST_WAITING", 10)
     store.answers.clear()
     discarder.discard(["first"])
     wait_until(lambda: store.calls)
