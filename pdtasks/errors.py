@@ -1,20 +1,5 @@
 """What can go wrong, with the HTTP status that a caller sees.
 
-::
-
-    PdtasksError                500
-    ├── ConfigurationError      500   a setting is missing or contradicts another
-    ├── InvalidRequest          400   the request itself cannot be served
-    ├── RequestAborted          499   the caller hung up or cancelled
-    ├── RequestTimeout          504   the deadline passed
-    ├── NoWorker                503   nobody is there to do a stage
-    ├── QueueFull               429   RabbitMQ refused the message
-    ├── BrokerUnavailable       503   RabbitMQ did not answer
-    ├── WorkerLost              503   every worker that took the request died with it
-    ├── RepliesLost             503   the bus was restarted in the middle of an answer
-    ├── EngineFailed            503   vLLM gave up on this request
-    └── IncompatibleWorker      503   sender and worker run different versions
-
 A lost or damaged KV block is not among them: decode recomputes it and counts it.  Messages never
 quote a prompt or an answer, for they reach logs, Celery events and Flower.
 """

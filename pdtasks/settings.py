@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     device: Literal["cpu", "cuda"] = Field(default_factory=_default_device)
     max_model_len: int | None = Field(
         default=None, gt=1
-    )  #: tokens; None: see `engine/arguments.py`
+    )  #: tokens; None: the model's own; on CPU 2048
     max_num_seqs: int = Field(default=64, gt=0)  #: requests that one engine runs at once
     cpu_kv_cache_gib: int = Field(default=2, gt=0)  #: memory for KV of one CPU engine
     engine_args: dict[str, Any] = Field(default_factory=dict)  #: further vLLM engine arguments
@@ -80,11 +80,11 @@ class Settings(BaseSettings):
 
     kv_ttl_s: int = Field(default=3600, gt=0)  #: seconds an unused KV block lives
     #: Blocks that each engine rank moves at once: connections, and blocks of (pinned) host memory.
-    kv_connections: int | None = Field(default=None, gt=0)  #: None: see `kv/connector.py`
+    kv_connections: int | None = Field(default=None, gt=0)  #: None: 4; on CUDA 8
     #: Seconds for the blocks of one engine step; then recompute.
     kv_timeout_s: float = Field(default=10.0, gt=0)
     #: Tokens from which a prefix that the store has is loaded and not computed.
-    kv_min_prefix_tokens: int | None = Field(default=None, ge=0)  #: None: see `kv/connector.py`
+    kv_min_prefix_tokens: int | None = Field(default=None, ge=0)  #: None: 128; on CUDA 512
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
