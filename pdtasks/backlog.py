@@ -48,14 +48,15 @@ class Backlog:
             self._closed = True
             self._changed.notify()
 
-    def take(self, most: int) -> list[str]:
-        """The oldest, `most` at most; waits for the first. Empty: closed, and nothing is left.
+    def take(self, most: int, within_s: float | None = None) -> list[str]:
+        """The oldest, `most` at most; waits for the first.
 
-        Ends what was taken before, `put_back` aside.
+        Empty: closed, and nothing is left; or nothing has come `within_s` seconds.  Ends what was
+        taken before, `put_back` aside.
         """
         with self._changed:
             self._num_taken = 0
-            self._changed.wait_for(lambda: self._names or self._closed)
+            self._changed.wait_for(lambda: self._names or self._closed, within_s)
             names = list(islice(self._names, most))
             for name in names:
                 del self._names[name]

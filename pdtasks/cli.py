@@ -362,5 +362,32 @@ def burst(*, rounds: int, json_file: Path | None) -> None:
     sys.exit(0 if found.answered == found.requests else 1)
 
 
+@bench.command()
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(100, 500, 1500),
+    show_default=True,
+    help="Lengths of the prompts.",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=8, show_default=True, help="Of each length."
+)
+@_JSON
+def gap(*, tokens: tuple[int, ...], requests: int, json_file: Path | None) -> None:
+    """Measure the gap between first and second token on the running stack, beside a normal one.
+
+    Medians of requests that are asked one after the other, each with a prompt of its own.
+    """
+    from pdtasks.bench.gap import format_gap, run_gap, to_json
+    from pdtasks.settings import load_settings
+
+    rows = run_gap(load_settings(), tokens, requests, lambda line: click.echo(line, err=True))
+    click.echo(format_gap(rows))
+    if json_file is not None:
+        json_file.write_text(to_json(rows) + "\n")
+
+
 if __name__ == "__main__":
     main(prog_name="pdtasks")

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     kv_timeout_s: float = Field(default=10.0, gt=0)
     #: Tokens from which a prefix that the store has is loaded and not computed.
     kv_min_prefix_tokens: int | None = Field(default=None, ge=0)  #: None: 128; on CUDA 512
+    #: MiB of shared memory of each engine rank, for KV that engines of the same host read at once;
+    #: 0: hand-overs wait for the kv server.
+    kv_ring_mib: int | None = Field(default=None, ge=0)  #: None: 256; on CUDA 4096
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer

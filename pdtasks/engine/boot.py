@@ -13,8 +13,15 @@ from pdtasks.engine.arguments import engine_arguments
 from pdtasks.settings import Settings
 
 
-async def start_core(settings: Settings, model: str) -> tuple[VllmConfig, EngineCoreClient]:
-    """Start the engine core for `model`, a folder; may take minutes. Raises what vLLM raises."""
+async def start_core(
+    settings: Settings, model: str, reports_to: str, *, hands_over: bool = True
+) -> tuple[VllmConfig, EngineCoreClient]:
+    """Start the engine core for `model`, a folder; may take minutes. Raises what vLLM raises.
+
+    Args:
+        reports_to: path of the socket that hears of transfers (`pdtasks.kv.reports`).
+        hands_over: other engines read what this one computes: it needs a ring.
+    """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if settings.device == "cpu":
         # The first request with logprobs would otherwise wait 40 s for a C++ compiler.
@@ -28,6 +35,8 @@ async def start_core(settings: Settings, model: str) -> tuple[VllmConfig, Engine
         "timeout_s": settings.kv_timeout_s,
         "connections": settings.kv_connections,
         "min_prefix_tokens": settings.kv_min_prefix_tokens,
+        "ring_mib": settings.kv_ring_mib if hands_over else 0,
+        "reports_to": reports_to,
         "exit_with_pid": os.getpid(),
     }
     transfer = KVTransferConfig(

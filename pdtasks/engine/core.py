@@ -21,6 +21,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import EngineFailed, RequestAborted, where
+from pdtasks.kv.reports import Reports
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ def log_surprise(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 #: Called on the engine's loop with all outputs of one step and vLLM's timestamp of it.
 StepListener = Callable[[list[tuple[Generation, int, EngineCoreOutput]], float], None]
 
-#: Starts vLLM's engine core, in a process of its own: its configuration, and its client.
-StartCore = Callable[[], Awaitable[tuple[VllmConfig, EngineCoreClient]]]
+#: Starts vLLM's engine core, in a process of its own, with the path that hears of transfers:
+#: its configuration, and its client.
+StartCore = Callable[[str], Awaitable[tuple[VllmConfig, EngineCoreClient]]]
 
 
 class Engine:
@@ -127,7 +129,13 @@ class Engine:
 
     async def boot(self) -> None:
         """Start the engine core. `start` does it, and goes on with `pump`."""
-        self.config, self._core = await self._start_core()
+        self._reports = Reports()
+        self.loop.add_reader(self._reports.fileno(), self._take_reports)
+        try:
+            self.config, self._core = await self._start_core(self._reports.path)
+        except BaseException:
+            self._close_reports()
+            raise
 
     async def pump(self) -> None:
         """Hand on what the engine core makes, as long as it lives."""
@@ -149,6 +157,15 @@ class Engine:
             for generation in list(self._running.values()):
                 generation.fail(EngineFailed("the engine died"))
             self._on_death()
+        finally:
+            self._close_reports()
+
+    def _close_reports(self) -> None:
+        self.loop.remove_reader(self._reports.fileno())
+        self._reports.close()
+
+    def _take_reports(self) -> None:
+        self._take_records(self._reports.take())
 
     def _take_records(self, records: list[dict[str, Any]]) -> None:
         for record in records:

@@ -36,6 +36,9 @@ connections         blocks that move at once in each rank: connections, and bloc
                     memory, pinned on CUDA (4; on CUDA 8)
 timeout_s           seconds that the blocks of one engine step may take; then: recompute (10)
 min_prefix_tokens   a shared prefix that is shorter is computed, not loaded (128; on CUDA 512)
+ring_mib            shared memory of each rank for blocks that engines of this host read at once
+                    (256; on CUDA 4096; 0: hand-overs wait for the store)
+reports_to          unix datagram socket that hears at once of each transfer that has ended
 exit_with_pid       the engine's processes end when this process is gone
 ==================  ============================================================================
 """
@@ -46,6 +49,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +67,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from pdtasks.kv.identity import fingerprint
 from pdtasks.kv.lookup import BlockLookup
-from pdtasks.kv.pages import BlockPages
+from pdtasks.kv.pages import BlockPages, block_bytes
 from pdtasks.kv.plan import TransferPlan, TransferStats
 from pdtasks.kv.probe import PROBE_TIMEOUT_S, PrefixProbe
+from pdtasks.kv.reports import Reporter
+from pdtasks.kv.rings import Rings
 from pdtasks.kv.store import BlockStore
 from pdtasks.kv.transfer import BlockTransfer
 
@@ -81,6 +87,11 @@ TTL_S = 3600
 CONNECTIONS = {"cpu": 4, "cuda": 8}
 TIMEOUT_S = 10.0
 MIN_PREFIX_TOKENS = {"cpu": 128, "cuda": 512}
+RING_MIB = {"cpu": 256, "cuda": 4096}
+#: What a step may load from rings while it waits: about 15 ms of copying.
+SYNC_MIB = {"cpu": 64, "cuda": 768}
+#: Seconds between two looks for rings that have come to this host.
+_RINGS_INTERVAL_S = 1.0
 #: Longest time that one of the engine's threads keeps the others from running, seconds.
 SWITCH_INTERVAL_S = 1e-4
 #: Seconds between two looks at the process to end with.
@@ -106,8 +117,11 @@ class ValkeyConnector(KVConnectorBase_V1):
         ttl_s = int(option("ttl_s", TTL_S))
         digest = fingerprint(vllm_config, kv_cache_config).digest()
         tp_size = vllm_config.parallel_config.tensor_parallel_size
+        ring_bytes = int(option("ring_mib", RING_MIB[device])) << 20
+        engine_id = str(self._kv_transfer_config.engine_id)
         self._lookup: BlockLookup | None = None
         self._transfer: BlockTransfer | None = None
+        self._reporter: Reporter | None = None
         if role == KVConnectorRole.SCHEDULER:
             if pid := option("exit_with_pid", None):
                 _exit_with(int(pid))
@@ -120,9 +134,15 @@ class ValkeyConnector(KVConnectorBase_V1):
                 min_prefix_tokens=int(option("min_prefix_tokens", MIN_PREFIX_TOKENS[device])),
                 vocabulary=vllm_config.model_config.get_vocab_size(),
                 max_tokens=vllm_config.model_config.max_model_len,
+                ring=engine_id if ring_bytes else None,
+                rings=Rings(payloads=False),
+                block_bytes=block_bytes(kv_cache_config),
+                sync_bytes=SYNC_MIB[device] << 20,
             )
         else:
             timeout_s = float(option("timeout_s", TIMEOUT_S))
+            if reports_to := option("reports_to", None):
+                self._reporter = Reporter(reports_to)
             # The engine's own thread is busy with Python; threads that have moved a block would
             # wait 5 ms each time to go on with the next.
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -133,7 +153,11 @@ class ValkeyConnector(KVConnectorBase_V1):
                 world=tp_size,
                 num_threads=int(option("connections", CONNECTIONS[device])),
                 timeout_s=timeout_s,
+                engine_id=engine_id,
+                ring_bytes=ring_bytes,
+                report=self._reporter,
             )
+            _look_for_rings(self._transfer)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -152,7 +176,7 @@ class ValkeyConnector(KVConnectorBase_V1):
     ) -> tuple[int | None, bool]:
         assert self._lookup is not None
         num_tokens = self._lookup.num_loadable_tokens(request, num_computed_tokens)
-        return num_tokens, bool(num_tokens)
+        return num_tokens, bool(num_tokens) and self._lookup.loads_beside(request)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -199,6 +223,9 @@ class ValkeyConnector(KVConnectorBase_V1):
         assert self._transfer is not None
         return self._transfer.take_results(finished_req_ids)
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._transfer.take_invalid_blocks() if self._transfer is not None else set()
+
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return self._transfer.take_stats() if self._transfer is not None else None
 
@@ -215,6 +242,8 @@ class ValkeyConnector(KVConnectorBase_V1):
             self._lookup.close()
         if self._transfer is not None:
             self._transfer.close()
+        if self._reporter is not None:
+            self._reporter.close()
 
     def _plan(self) -> TransferPlan:
         plan = self._get_connector_metadata()
@@ -246,6 +275,20 @@ def _require_supported(config: VllmConfig, kv_config: KVCacheConfig) -> None:
             "pdtasks hands over models whose layers keep the whole prompt in one KV cache group; "
             f"this one has {len(kv_config.kv_cache_groups)} group(s) of {kinds}"
         )
+
+
+def _look_for_rings(transfer: BlockTransfer) -> None:
+    """Open other engines' rings when they come: mapping and pinning one takes a second."""
+
+    def watch(found: weakref.ref[BlockTransfer]) -> None:
+        while (transfer := found()) is not None:
+            transfer.look_for_rings()
+            del transfer
+            threading.Event().wait(_RINGS_INTERVAL_S)
+
+    watcher = threading.Thread(target=watch, args=(weakref.ref(transfer),), name="kv-rings")
+    watcher.daemon = True
+    watcher.start()
 
 
 def _exit_with(pid: int) -> None:

@@ -26,6 +26,11 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
     tail_digest: str = ""
     tp_size: int = 1  #: ranks that each wrote their part of a block
     expires_at: float = 0.0  #: UNIX seconds after which the blocks may be gone
+    made_at: float = 0.0  #: UNIX seconds; blocks may still be on their way to the store
+    #: The engine in whose rings (`pdtasks.kv.ring`) the blocks are too; None: the store has all.
+    ring: str | None = None
+    #: Their numbers there: runs of consecutive ones, first number and length, first block first.
+    numbers: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_blocks(self) -> int:
@@ -36,6 +41,14 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True):
     def has_tail(self) -> bool:
         """True when the last block is only partly filled."""
         return self.num_tokens > len(self.hashes) * self.block_size
+
+    def number(self, index: int) -> int | None:
+        """Of block `index` in the rings; None: it has none."""
+        for first, length in self.numbers:
+            if index < length:
+                return first + index
+            index -= length
+        return None
 
     def key(self, index: int, rank: int) -> str:
         """Name in the store of block `index` as `rank` wrote it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -30,9 +30,13 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
 from pdtasks.kv.probe import PrefixProbe
 from pdtasks.kv.resume import advance_grammar, carry_over
+from pdtasks.kv.ring import Presence
+from pdtasks.kv.rings import Rings
 
 logger = init_logger(__name__)
 
+#: Seconds for which a request waits for blocks that are said to be in a ring soon.
+_RING_WAIT_S = 1.0
 #: Seconds between two looks for requests that have ended but are still kept here.
 _LOOK_S = 60.0
 
@@ -45,6 +49,7 @@ class _Saving:
     transfer_id: str | None  #: None: only full blocks, for whoever comes next
     num_saved: int = 0  #: blocks already planned
     last: bool = False  #: all of them
+    numbers: list[tuple[int, int]] = field(default_factory=list)  #: theirs in the ring, runs
 
 
 class BlockLookup:
@@ -61,8 +66,16 @@ class BlockLookup:
         min_prefix_tokens: int,
         vocabulary: int,
         max_tokens: int,
+        ring: str | None = None,
+        rings: Rings | None = None,
+        block_bytes: int = 0,
+        sync_bytes: int = 0,
     ) -> None:
         """Args:
+        ring: the engine's id if its ranks have rings.
+        rings: those of this host; None: blocks come from the store alone.
+        block_bytes: of one rank.
+        sync_bytes: what one rank may load from rings while the engine's step waits.
         min_prefix_tokens: a shorter prefix is computed, not loaded, even if the store has it.
         vocabulary: number of token ids.
         max_tokens: the engine's context.
@@ -78,6 +91,14 @@ class BlockLookup:
         self._saving: dict[str, _Saving] = {}
         self._handles: dict[str, KVHandle] = {}  # still to be loaded
         self._loads: list[BlockLoad] = []  # for the next step
+        self._ring = ring
+        self._rings = rings
+        self._block_bytes = block_bytes
+        self._sync_bytes = sync_bytes
+        self._next_number = 0  # of a block in the ring
+        self._waits_until: dict[str, float] = {}  # for blocks to be in a ring, monotonic
+        self._sync: set[str] = set()  # requests whose load the step waits for
+        self._planned_sync = 0  # bytes, for the next step
         self._finished: dict[str, bool] = {}  # since the last step, with saves under way
         self._looked_at = time.monotonic()
         self._num_leaked = 0  # as told last
@@ -130,7 +151,10 @@ class BlockLookup:
         # A handle for other tokens would bring their KV, and one that promises more than it names
         # would leave blocks as somebody else has left them.
         ours = self._handle(request, handle.transfer_id)
-        if msgspec.structs.replace(handle, expires_at=ours.expires_at) != ours:
+        theirs = msgspec.structs.replace(
+            handle, expires_at=ours.expires_at, made_at=ours.made_at, ring=None, numbers=()
+        )
+        if theirs != ours:
             logger.warning(
                 "the KV handle of %s is not for its prompt: recomputing", request.request_id
             )
@@ -152,7 +176,7 @@ class BlockLookup:
         return num_tokens >= max(1, self._min_prefix_tokens)
 
     def num_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
-        """Tokens that the store can supply beyond those computed here; plans nothing.
+        """Tokens that can be loaded beyond those computed here; plans nothing.
 
         None: that is not known yet.
         """
@@ -160,7 +184,7 @@ class BlockLookup:
         request_id = request.request_id
         handle = self._handles.get(request_id)
         if handle is not None:
-            return max(0, handle.num_tokens - num_computed_tokens)
+            return self._num_loadable(request, handle, num_computed_tokens)
         num_blocks = self._probe.take(request_id)
         if num_blocks is None:
             return None
@@ -170,6 +194,30 @@ class BlockLookup:
         self._handles[request_id] = self._handle(request, "", num_blocks)
         return num_tokens
 
+    def loads_beside(self, request: Request) -> bool:
+        """Do the steps go on while what `num_loadable_tokens` promised is loaded?"""
+        return request.request_id not in self._sync
+
+    def _num_loadable(self, request: Request, handle: KVHandle, num_computed: int) -> int | None:
+        request_id = request.request_id
+        num_tokens = max(0, handle.num_tokens - num_computed)
+        self._sync.discard(request_id)
+        if not num_tokens or handle.ring is None or self._rings is None:
+            return num_tokens
+        first = num_computed // self._block_size
+        presence = self._rings.presence(handle, first)
+        if presence is Presence.NOT_YET:
+            now = time.monotonic()
+            if now < self._waits_until.setdefault(request_id, now + _RING_WAIT_S):
+                return None
+        self._waits_until.pop(request_id, None)
+        num_bytes = (handle.num_blocks - first) * self._block_bytes
+        fits = self._planned_sync + num_bytes <= self._sync_bytes
+        # A step has to compute something: the last token that is known.
+        if presence is Presence.HERE and fits and request.num_tokens > handle.num_tokens:
+            self._sync.add(request_id)
+        return num_tokens
+
     def plan_load(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> None:
         """Load `num_tokens` into the newly allocated `blocks` in the next step."""
         # Taken out at once: a request that comes here again (failed load, preemption) recomputes.
@@ -177,14 +225,20 @@ class BlockLookup:
         if handle is None or num_tokens == 0:
             return
         (all_ids,) = blocks.get_block_ids()
-        (new_ids,) = blocks.get_unhashed_block_ids_all_groups()
-        first = len(all_ids) - len(new_ids)  # the blocks before are local prefix hits
+        # The blocks before are local prefix hits.
+        first = (handle.num_tokens - num_tokens) // self._block_size
+        block_ids = all_ids[first : handle.num_blocks]
+        sync = request.request_id in self._sync
+        self._sync.discard(request.request_id)
+        if sync:
+            self._planned_sync += len(block_ids) * self._block_bytes
         self._loads.append(
             BlockLoad(
                 request_id=request.request_id,
                 handle=handle,
                 first=first,
-                block_ids=new_ids[: handle.num_blocks - first],
+                block_ids=block_ids,
+                sync=sync,
             )
         )
 
@@ -193,10 +247,10 @@ class BlockLookup:
         plan = TransferPlan(
             loads=self._loads, finished=self._finished, preempted=step.preempted_req_ids or set()
         )
-        self._loads, self._finished = [], {}
+        self._loads, self._finished, self._planned_sync = [], {}, 0
         for request_id in plan.preempted:
             if saving := self._saving.get(request_id):
-                saving.num_saved, saving.last = 0, False
+                saving.num_saved, saving.last, saving.numbers = 0, False, []
         for request_id, num_scheduled in step.num_scheduled_tokens.items():
             saving = self._saving.get(request_id)
             if saving is not None and not saving.last:
@@ -225,6 +279,8 @@ class BlockLookup:
             "loads": len(self._loads),
             "finished": len(self._finished),
             "questions": self._probe.num_open,
+            "waits": len(self._waits_until),
+            "sync": len(self._sync),
         }
         return {name: number for name, number in kept.items() if number}
 
@@ -247,12 +303,18 @@ class BlockLookup:
         if not block_ids and not (saving.last and saving.num_saved):
             return None
         first, saving.num_saved = saving.num_saved, num_blocks
+        numbered_from = None
+        if self._ring is not None:
+            numbered_from = self._next_number
+            self._next_number += len(block_ids)
+            saving.numbers.append((numbered_from, len(block_ids)))
         return BlockSave(
             request_id=request.request_id,
             handle=self._handle(request, saving.transfer_id or ""),
             first=first,
             block_ids=block_ids,
             last=saving.last,
+            numbered_from=numbered_from,
         )
 
     def _handle(
@@ -273,6 +335,7 @@ class BlockLookup:
             tail_digest=_tail_digest(request, hashes, num_full * self._block_size),
             tp_size=self._tp_size,
             expires_at=time.time() + self._ttl_s,
+            made_at=time.time(),
         )
 
     def close(self) -> None:
@@ -287,6 +350,8 @@ class BlockLookup:
         """
         request_id = request.request_id
         self._handles.pop(request_id, None)
+        self._waits_until.pop(request_id, None)
+        self._sync.discard(request_id)
         self._probe.forget(request_id)
         saving = self._saving.pop(request_id, None)
         if saving is None or not saving.num_saved:
@@ -298,7 +363,12 @@ class BlockLookup:
         self._finished[request_id] = wanted
         if not wanted or saving.transfer_id is None:
             return True, None
-        return True, params.saved(self._handle(request, saving.transfer_id).to_wire())
+        handle = msgspec.structs.replace(
+            self._handle(request, saving.transfer_id),
+            ring=self._ring,
+            numbers=tuple(saving.numbers),
+        )
+        return True, params.saved(handle.to_wire())
 
 
 def _tail_digest(request: Request, hashes: tuple[bytes, ...], begin: int) -> str:

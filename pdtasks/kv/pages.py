@@ -8,8 +8,11 @@ all layers when the block is.  Block *b* is the concatenation of row *b* of ever
 Theory of operation on CUDA
 ---------------------------
 Kernels of the forward pass run on vLLM's own stream, later than Python says so.  `mark` records a
-point there; a `Staging` copies on a stream of its own after that point, between the cache and a
-buffer in pinned memory, and returns when the copy is done.  vLLM's stream never waits for it.
+point there; a `Copier` reads on a stream of its own after that point, into pinned memory, and
+returns when the copy is done.  vLLM's stream never waits for it.
+
+Blocks that are to be written need no such point: vLLM 0.32 gives an engine that may load KV only
+blocks that no step under way still touches (`Scheduler.defer_block_free`).
 """
 
 from __future__ import annotations
@@ -58,36 +61,34 @@ class BlockPages:
         return event
 
 
-class Staging:
-    """Host memory for one block, and the copies between it and the cache. For one thread.
+class Copier:
+    """Copies between blocks of the cache and host memory. For one thread.
 
-    On CUDA the memory is pinned, and copies use a stream of their own.
+    On CUDA copies use a stream of their own; they are fast where the host memory is pinned.
     """
 
     def __init__(self, pages: BlockPages) -> None:
         self._pages = pages
         cuda = pages.device.type == "cuda"
-        self._buffer = torch.empty(pages.block_bytes, dtype=torch.int8, pin_memory=cuda)
         self._stream = torch.cuda.Stream(pages.device) if cuda else None
-        #: The block's bytes, all regions one after the other.
-        self.payload = memoryview(self._buffer.numpy().data).cast("B")
 
-    def gather(self, block_id: int, after: Mark) -> None:
-        """Copy block `block_id`, complete at `after`, into `payload`."""
-        self._copy(block_id, after, out_of_cache=True)
-
-    def scatter(self, block_id: int, after: Mark) -> None:
-        """Copy `payload` over block `block_id`, which is free to be written at `after`."""
-        self._copy(block_id, after, out_of_cache=False)
-
-    def _copy(self, block_id: int, after: Mark, *, out_of_cache: bool) -> None:
+    def gather(self, block_id: int, after: Mark, payload: memoryview) -> None:
+        """Copy block `block_id`, complete at `after`, into `payload`: all regions, one by one."""
         if after is not None:
             after.synchronize()
+        self._copy(block_id, payload, out_of_cache=True)
+
+    def scatter(self, block_id: int, payload: memoryview) -> None:
+        """Copy `payload` over block `block_id`, which nobody uses."""
+        self._copy(block_id, payload, out_of_cache=False)
+
+    def _copy(self, block_id: int, payload: memoryview, *, out_of_cache: bool) -> None:
+        buffer = torch.frombuffer(payload, dtype=torch.int8)
         with torch.cuda.stream(self._stream):  # does nothing where there is none
             offset = 0
             for region in self._pages.regions:
                 row = region[block_id]
-                part = self._buffer[offset : offset + row.numel()]
+                part = buffer[offset : offset + row.numel()]
                 offset += row.numel()
                 if out_of_cache:
                     part.copy_(row, non_blocking=True)
@@ -95,6 +96,16 @@ class Staging:
                     row.copy_(part, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
+
+
+class Staging:
+    """Host memory for one block, pinned on CUDA."""
+
+    def __init__(self, pages: BlockPages) -> None:
+        cuda = pages.device.type == "cuda"
+        self._buffer = torch.empty(pages.block_bytes, dtype=torch.int8, pin_memory=cuda)
+        #: The block's bytes, all regions one after the other.
+        self.payload = memoryview(self._buffer.numpy().data).cast("B")
 
 
 def block_bytes(config: KVCacheConfig) -> int:

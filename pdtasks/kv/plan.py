@@ -24,6 +24,11 @@ class BlockSave:
     first: int  #: index in the prompt of the first block
     block_ids: list[int]  #: where the blocks lie in the engine's cache
     last: bool  #: nothing more of this request follows
+    numbered_from: int | None = None  #: the first block's number in the engine's ring
+
+    def number(self, index: int) -> int | None:
+        """Of block `index` of the prompt in the engine's ring."""
+        return None if self.numbered_from is None else self.numbered_from + index - self.first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,11 @@ class BlockLoad:
     handle: KVHandle
     first: int
     block_ids: list[int]
+    sync: bool = False  #: the step itself needs them
+
+    def number(self, index: int) -> int | None:
+        """Of block `index` of the prompt in the ring that the handle names."""
+        return self.handle.number(index)
 
 
 @dataclass
@@ -57,7 +67,7 @@ class TransferRecord:
     rank: int
     world: int  #: ranks that will each report
     blocks: int  #: blocks moved, or found to be in the store already
-    bytes: int  #: bytes that crossed the wire
+    bytes: int  #: bytes that were moved: into the ring or the store, out of either
     missing: int = 0  #: blocks that the store did not have, or not intact
     seconds: float = 0.0  #: from the step that asked until done
     error: str = ""  #: why it failed; empty when it did not

@@ -100,22 +100,25 @@ class BlockStore:
                 found.update(zip(own, map(bool, batch.execute()), strict=True))
         return [found[key] for key in keys]
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Forget `keys`; unknown names are no error.
+    def delete(self, keys: Iterable[str]) -> list[str]:
+        """Forget `keys`; returns those that were not there.
 
         Raises StoreError when a server did not; all others have.
         """
         failure: StoreError | None = None
+        unknown: list[str] = []
         for server, own in self._by_server(keys):
             try:
                 with self._watching(), server.pipeline(transaction=False) as batch:
                     for key in own:
                         batch.unlink(key)
-                    batch.execute()
+                    found = batch.execute()
+                unknown += [key for key, there in zip(own, found, strict=True) if not there]
             except StoreError as exc:
                 failure = exc
         if failure is not None:
             raise failure
+        return unknown
 
     def close(self) -> None:
         """Close every connection."""

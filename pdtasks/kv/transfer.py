@@ -1,80 +1,49 @@
-"""How do blocks get from the engine's cache to the store and back? (vLLM's worker side)
+"""How do blocks get from the engine's cache to other engines and back? (vLLM's worker side)
 
 Theory of operation
 -------------------
 The engine's thread only says what is to be done; it never copies and never waits for the network.
-A fixed number of threads do it, each with memory for one block (`Staging`) and a connection, so
-neither memory nor bytes under way can grow, however slow the store is:
+A fixed number of threads do it, with a fixed amount of memory, so neither memory nor bytes under
+way can grow, however slow the store is:
 
-    save    ask the store which blocks it has, and for each of the others:
-            copy out of the cache -> checksum -> send
-    load    for each block: receive -> check -> copy into the cache
+    save    copy out of the cache into a slot of the ring -> checksum: the hand-over can leave
+            -> ask the store which blocks it has -> send it the others from their slots
+    load    from the ring of an engine of this host: copy into the cache -> check
+            from the store: receive -> check -> copy into the cache
 
-The engine keeps the blocks of a finished request until their saves are done, so a slow store
-costs the hand-over time and the engine some room in its cache, until the deadline.  Blocks that
-vLLM takes away earlier, from a preempted request, are given up before they are overwritten
-(`give_up`): bytes of another request must never be stored under their name.
+The engine keeps the blocks of a finished request until they are in the ring (without a ring: in
+the store), so a slow store costs the hand-over time and the engine some room in its cache, until
+the deadline.  Blocks that vLLM takes away earlier, from a preempted request, are given up before
+they are overwritten (`give_up`): bytes of another request must never be stored under their name.
 
-A block that is missing, late or damaged fails the load of its request; the engine then computes
-the prompt itself.
+A load from a ring is so short that the engine may wait for it and run the request in the same step
+(`BlockLoad.sync`); those from the store go on beside its steps.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
-from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, seal
-from pdtasks.kv.pages import BlockPages, Mark, Staging
-from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan, TransferRecord, TransferStats
-from pdtasks.kv.store import BlockStore, StoreError, UnexpectedValue
+from pdtasks.kv.ledger import Ledger
+from pdtasks.kv.loading import Loads
+from pdtasks.kv.movers import Movers
+from pdtasks.kv.pages import BlockPages
+from pdtasks.kv.plan import TransferPlan, TransferRecord, TransferStats
+from pdtasks.kv.ring import RingError, RingWriter, ring_name
+from pdtasks.kv.rings import Rings
+from pdtasks.kv.saving import Saves
+from pdtasks.kv.store import BlockStore
 
 logger = init_logger(__name__)
-
-
-class _Late(Exception):
-    """The deadline of a transfer has passed before its turn came."""
-
-
-@dataclass(eq=False)
-class _Tally:
-    """What has been moved for one request so far."""
-
-    request_id: str
-    op: str
-    started: float = field(default_factory=time.monotonic)
-    open: int = 0  # blocks on their way
-    copying: int = 0  # blocks that a thread is copying out of the cache
-    blocks: int = 0
-    bytes: int = 0
-    missing: int = 0
-    error: str = ""
-    sealed: bool = False  # no further blocks will be added
-    cancelled: bool = False  # nobody wants the rest
-
 
 #: Seconds between two looks for transfers that never end, and how old those are.
 _LOOK_S = 60.0
 _LEAKED_AFTER_S = 1800.0
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One block's way."""
-
-    key: str
-    content: str  #: what its checksum is seeded with
-    shared: bool  #: named by content: what is in the store is this block
-    block_id: int
-    after: Mark
-    deadline: float
 
 
 class BlockTransfer:
@@ -89,298 +58,122 @@ class BlockTransfer:
         world: int,
         num_threads: int,
         timeout_s: float,
+        engine_id: str = "",
+        ring_bytes: int = 0,
+        report: Callable[[TransferRecord], bool] | None = None,
     ) -> None:
         """Args:
-        num_threads: blocks that move at once; each takes a block of host memory (pinned on CUDA)
-            and a connection.
+        num_threads: blocks that move at once, in each direction; each takes a block of host memory
+            (pinned on CUDA) and a connection.
         timeout_s: seconds that the blocks of one step may take.
+        engine_id: names the ring.
+        ring_bytes: of shared memory for the ring; 0: none.
+        report: see `Ledger`.
         """
         self._store = store
         self._fingerprint = fingerprint
         self._rank = rank
-        self._world = world
         self._num_threads = num_threads
         self._timeout_s = timeout_s
-        self._own = threading.local()
-        self._pages: BlockPages
-        self._threads: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()  # guards everything below
-        self._copied = threading.Condition(self._lock)
-        self._saves: dict[str, _Tally] = {}
-        self._loads: dict[str, _Tally] = {}
-        self._sent: set[str] = set()  # saved, not yet reported
-        self._held: set[str] = set()  # the scheduler keeps their blocks until they are saved
-        self._received: set[str] = set()
-        self._failed: set[str] = set()
-        self._records: list[TransferRecord] = []
-        self._to_tell: list[str] = []
+        self.engine_id = engine_id
+        self._ring_bytes = ring_bytes
+        self._ledger = Ledger(rank, world, report)
+        self._ring: RingWriter | None = None
+        self._rings: Rings | None = None
+        self._movers: list[Movers] = []
+        self._saves: Saves
+        self._loads: Loads
         self._looked_at = time.monotonic()
 
     def attach(self, pages: BlockPages) -> None:
         """Tell where the cache lies; called once before any transfer."""
-        self._pages = pages
-        # All memory is taken now: a host that lacks it says so at the start.
-        stagings = [Staging(pages) for _ in range(self._num_threads)]
+        cuda = pages.device.type == "cuda"
+        self._ring = self._make_ring(pages, pin=cuda)
+        self._rings = Rings(payloads=True, pin=cuda)
+        loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
+        copiers = None
+        if self._ring is not None:
+            senders = self._new_movers("kv-transfer-send", pages, staging=False)
+            copiers = self._new_movers("kv-transfer-copy", pages, staging=False)
+        self._saves = Saves(
+            self._ledger,
+            self._store,
+            pages,
+            fingerprint=self._fingerprint,
+            rank=self._rank,
+            senders=senders,
+            ring=self._ring,
+            copiers=copiers,
+            timeout_s=self._timeout_s,
+        )
+        self._loads = Loads(
+            self._ledger,
+            self._store,
+            self._rings,
+            fingerprint=self._fingerprint,
+            rank=self._rank,
+            movers=loaders,
+            timeout_s=self._timeout_s,
+        )
 
-        def equip() -> None:
-            if pages.device.type == "cuda":
-                torch.cuda.set_device(pages.device)
-            self._own.staging = stagings.pop()
-            self._own.header = memoryview(bytearray(HEADER_BYTES))
-
-        self._threads = ThreadPoolExecutor(self._num_threads, "kv-transfer", initializer=equip)
-
-    def _blocks_of(
-        self, move: BlockSave | BlockLoad, after: Mark, deadline: float
-    ) -> Iterable[_Block]:
-        handle = move.handle
-        for index, block_id in enumerate(move.block_ids, start=move.first):
-            yield _Block(
-                key=handle.key(index, self._rank),
-                content=handle.content(index, self._rank),
-                shared=index < len(handle.hashes),
-                block_id=block_id,
-                after=after,
-                deadline=deadline,
+    def _make_ring(self, pages: BlockPages, *, pin: bool) -> RingWriter | None:
+        if not self._ring_bytes:
+            return None
+        try:
+            return RingWriter(
+                ring_name(self.engine_id, self._rank),
+                num_bytes=self._ring_bytes,
+                block_bytes=pages.block_bytes,
+                pin=pin,
             )
+        except RingError as exc:
+            logger.warning("hand-overs go through the store alone, which is slower: %s", exc)
+            return None
 
-    def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        """Raises RuntimeError after `close`."""
-        threads = self._threads
-        if threads is None:
-            raise RuntimeError("not attached, or closed")
-        threads.submit(job, *arguments)
+    def _new_movers(self, name: str, pages: BlockPages, *, staging: bool) -> Movers:
+        self._movers.append(Movers(name, self._num_threads, pages, staging=staging))
+        return self._movers[-1]
 
-    # -- saves ---------------------------------------------------------------------------------
+    # -- in the engine's thread ----------------------------------------------------------------
 
     def start_saves(self, plan: TransferPlan) -> None:
-        """Start sending the blocks that the step completes. Called in the engine's thread."""
-        with self._lock:
-            for request_id, wanted in plan.finished.items():
-                self._held.add(request_id)
-                tally = self._saves.get(request_id)
-                if tally is None:
-                    self._sent.add(request_id)  # also when its blocks were given up
-                elif not wanted:
-                    tally.cancelled = tally.sealed = True
-                    self._end_save_if_done(tally)
-        if not plan.saves:
-            return
-        after = self._pages.mark()
-        deadline = time.monotonic() + self._timeout_s
-        for save in plan.saves:
-            with self._lock:
-                tally = self._saves.get(save.request_id)
-                if tally is None:
-                    tally = self._saves[save.request_id] = _Tally(save.request_id, "save")
-                tally.open += len(save.block_ids)
-                tally.sealed = save.last
-                self._end_save_if_done(tally)  # the last one may bring no further block
-            blocks = list(self._blocks_of(save, after, deadline))
-            if not blocks:
-                continue
-            try:
-                self._submit(self._send_missing, tally, blocks)
-            except RuntimeError as exc:  # closed: the engine's thread must not end of it
-                for _ in blocks:
-                    self._block_saved(tally, None, exc)
-        self._tell()
-
-    def _send_missing(self, tally: _Tally, blocks: list[_Block]) -> None:
-        """Send those of `blocks` that the store does not have."""
-        try:
-            # Behind a store that hangs each of these would hang as long.
-            _keep(blocks[0].deadline)
-            shared = [block.key for block in blocks if block.shared]
-            present = dict(zip(shared, self._store.touch(shared), strict=True))
-        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
-            for _ in blocks:
-                self._block_saved(tally, None, exc)
-            return
-        for block in blocks:
-            if present.get(block.key):
-                self._block_saved(tally, 0)
-                continue
-            try:
-                self._submit(self._send, tally, block)
-            except RuntimeError as exc:  # closed meanwhile: nobody would look at this thread's end
-                self._block_saved(tally, None, exc)
-
-    def _send(self, tally: _Tally, block: _Block) -> None:
-        try:
-            sent = self._copy_and_send(tally, block)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
-            self._block_saved(tally, None, exc)
-        else:
-            self._block_saved(tally, sent)
-
-    def _copy_and_send(self, tally: _Tally, block: _Block) -> int | None:
-        """Returns the bytes sent; None when it is pointless."""
-        staging: Staging = self._own.staging
-        with self._lock:
-            # One block of the prompt was refused: decode will recompute all of it.
-            if tally.cancelled or tally.error:
-                return None
-            tally.copying += 1
-        try:
-            _keep(block.deadline)
-            staging.gather(block.block_id, block.after)
-        finally:
-            with self._lock:
-                tally.copying -= 1
-                self._copied.notify_all()
-        header = seal(block.content, staging.payload, self._fingerprint)
-        self._store.put(block.key, [memoryview(header), staging.payload], block.deadline)
-        return len(header) + len(staging.payload)
-
-    def _block_saved(self, tally: _Tally, sent: int | None, error: Exception | None = None) -> None:
-        with self._lock:
-            tally.open -= 1
-            if error is not None:
-                tally.error = tally.error or _describe(error)
-            if sent is not None:
-                tally.blocks += 1
-                tally.bytes += sent
-            self._end_save_if_done(tally)
-        self._tell()
-
-    def _end_save_if_done(self, tally: _Tally) -> None:
-        # A tally that was given up is in the list no more: its blocks belong to others now.
-        if tally.sealed and tally.open == 0 and self._saves.get(tally.request_id) is tally:
-            del self._saves[tally.request_id]
-            self._sent.add(tally.request_id)
-            self._record(tally)
+        """Start saving the blocks that the step completes."""
+        self._saves.start(plan)
 
     def give_up(self, request_ids: Collection[str]) -> None:
-        """vLLM takes the blocks of these requests away; returns when nobody reads them any more.
-
-        Waits for copies within the host, never for the network.
-        """
-        with self._lock:
-            tallies = [self._saves.pop(r) for r in request_ids if r in self._saves]
-            for tally in tallies:
-                tally.cancelled = True
-            self._sent.difference_update(request_ids)  # saved already: will be saved again
-            self._copied.wait_for(lambda: not any(tally.copying for tally in tallies))
-
-    # -- loads ---------------------------------------------------------------------------------
+        """vLLM takes the blocks of these requests away; see `Saves.give_up`."""
+        self._saves.give_up(request_ids)
 
     def start_loads(self, plan: TransferPlan) -> None:
-        """Start fetching the blocks of the step's new requests. Called in the engine's thread."""
-        if not plan.loads:
-            return
-        after = self._pages.mark()
-        deadline = time.monotonic() + self._timeout_s
-        for load in plan.loads:
-            tally = _Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
-            with self._lock:
-                if not load.block_ids:
-                    self._received.add(load.request_id)  # no thread would ever end it
-                    continue
-                self._loads[load.request_id] = tally
-            for block in self._blocks_of(load, after, deadline):
-                try:
-                    self._submit(self._fetch, tally, block)
-                except RuntimeError as exc:  # closed
-                    self._block_loaded(tally, None, exc)
-
-    def _fetch(self, tally: _Tally, block: _Block) -> None:
-        error: Exception | None = None
-        received: int | None = None
-        try:
-            received = self._receive_and_copy(tally, block)
-        except (CorruptBlock, UnexpectedValue) as exc:
-            logger.warning("KV block %s is not usable: %s", block.key, exc)
-            # Prefill would take it for a good one and never write it again.
-            error = self._forget(block.key)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
-            error = exc
-        self._block_loaded(tally, received, error)
-
-    def _block_loaded(self, tally: _Tally, received: int | None, error: Exception | None) -> None:
-        with self._lock:
-            tally.open -= 1
-            if error is not None:
-                tally.error = tally.error or _describe(error)
-            if received is None:
-                tally.missing += 1
-            else:
-                tally.blocks += 1
-                tally.bytes += received
-            if tally.open == 0:
-                del self._loads[tally.request_id]
-                self._received.add(tally.request_id)
-                if tally.missing:
-                    self._failed.add(tally.request_id)
-                self._record(tally)
-        self._tell()
-
-    def _receive_and_copy(self, tally: _Tally, block: _Block) -> int | None:
-        """Returns the bytes received, or None when the store lacks the block.
-
-        Raises CorruptBlock and UnexpectedValue.
-        """
-        # One block is missing: the prompt will be recomputed, the others are of no use.
-        if tally.missing or tally.cancelled:
-            return None
-        _keep(block.deadline)
-        staging: Staging = self._own.staging
-        header: memoryview = self._own.header
-        if not self._store.get(block.key, [header, staging.payload], block.deadline):
-            return None
-        check(header, block.content, staging.payload, self._fingerprint)
-        staging.scatter(block.block_id, block.after)
-        return len(header) + len(staging.payload)
-
-    def _forget(self, key: str) -> Exception | None:
-        try:
-            self._store.delete([key])
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the load has to end
-            return exc
-        return None
-
-    # -- reports -------------------------------------------------------------------------------
-
-    def _record(self, tally: _Tally) -> None:
-        self._records.append(
-            TransferRecord(
-                request_id=tally.request_id,
-                op=tally.op,
-                rank=self._rank,
-                world=self._world,
-                blocks=tally.blocks,
-                bytes=tally.bytes,
-                missing=tally.missing,
-                seconds=time.monotonic() - tally.started,
-                error=tally.error,
-            )
-        )
-        if tally.error:
-            self._to_tell.append(f"KV {tally.op} of {tally.request_id}: {tally.error}")
-
-    def _tell(self) -> None:
-        """Log what was noted under the lock, without it: the engine's thread takes it each step."""
-        if self._to_tell:
-            with self._lock:
-                lines, self._to_tell = self._to_tell, []
-            for line in lines:
-                logger.warning("%s", line)
+        """Start fetching the blocks of the step's new requests; see `Loads.start`."""
+        self._loads.start(plan)
 
     def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
         """What is done since the last call; each request is reported exactly once."""
-        with self._lock:
-            for request_id in finished_request_ids:
-                if tally := self._loads.get(request_id):
-                    tally.cancelled = True
+        with self._ledger.lock:
+            self._loads.cancel(finished_request_ids)
             leaked = self._leaked()
-            sent = self._held & self._sent
-            self._held -= sent
-            self._sent -= sent
-            received, self._received = self._received, set()
-            failed, self._failed = self._failed, set()
+            sent = self._saves.take()
+            received, failed = self._loads.take()
         if leaked:
             logger.warning("%d KV transfers never end: please report this", leaked)
         return KVConnectorTransferResults(sent, received, failed)
+
+    def take_invalid_blocks(self) -> set[int]:
+        """See `Loads.take_invalid`."""
+        return self._loads.take_invalid()
+
+    def take_stats(self) -> TransferStats | None:
+        """The records since the last call that nobody was told at once."""
+        records = self._ledger.take()
+        return TransferStats({"records": [asdict(r) for r in records]}) if records else None
+
+    # ------------------------------------------------------------------------------------------
+
+    def look_for_rings(self) -> None:
+        """Open the rings that have come to this host. For any thread."""
+        if self._rings is not None:
+            self._rings.look()
 
     def _leaked(self) -> int:
         """Transfers that are older than any request. Looked for now and then."""
@@ -388,44 +181,22 @@ class BlockTransfer:
         if now - self._looked_at < _LOOK_S:
             return 0
         self._looked_at = now
-        tallies = [*self._saves.values(), *self._loads.values()]
+        tallies = [*self._saves.running.values(), *self._loads.running.values()]
         return sum(now - tally.started > _LEAKED_AFTER_S for tally in tallies)
 
     def leftovers(self) -> dict[str, int]:
         """How much is kept, by kind; nothing when all requests have ended and were reported."""
-        with self._lock:
-            kept = {
-                "saves": self._saves,
-                "loads": self._loads,
-                "sent": self._sent,
-                "held": self._held,
-                "received": self._received,
-                "failed": self._failed,
-            }
+        with self._ledger.lock:
+            kept = {**self._saves.leftovers(), **self._loads.leftovers()}
             return {name: len(those) for name, those in kept.items() if those}
-
-    def take_stats(self) -> TransferStats | None:
-        """The records since the last call."""
-        with self._lock:
-            records, self._records = self._records, []
-        return TransferStats({"records": [asdict(r) for r in records]}) if records else None
 
     def close(self) -> None:
         """Wait for transfers under way, then close the connections and free the memory."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
-            self._threads = None  # it has the memory of threads that never started
-        self._own = threading.local()
+        for movers in reversed(self._movers):
+            movers.close()
+        self._movers = []
+        if self._rings is not None:
+            self._rings.close()
+        if self._ring is not None:
+            self._ring.close()
         self._store.close()
-
-
-def _keep(deadline: float) -> None:
-    if time.monotonic() >= deadline:
-        raise _Late
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, _Late):
-        return "store: too slow: the deadline passed before all blocks had moved"
-    kind = "store" if isinstance(error, StoreError) else "transfer"
-    return f"{kind}: {type(error).__name__}: {error}"[:200]

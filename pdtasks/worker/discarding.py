@@ -1,12 +1,15 @@
 """How is KV that belongs to one request alone deleted, without anybody waiting for the store?
 
 Names gather, and one call deletes many.  A store that is away or slow costs nobody but itself: what
-is not deleted expires.
+is not deleted expires.  A block may still be on its way to the store when the answer that needed it
+is finished: what was not there is looked for once more.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Iterable
 
 from prometheus_client import Counter
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 MOST_WAITING = 10_000
 #: Names in one call.
 _BATCH = 500
+#: Seconds after which that is done: longer than a block may take (`kv_timeout_s`).
+AGAIN_S = 12.0
 #: Seconds that a close waits for what is left.
 _CLOSE_S = 1.0
 
@@ -35,6 +40,7 @@ class Discarder:
         """`store`: used by this object's thread alone; its `timeout_s` bounds each call."""
         self._store = store
         self._names = Backlog(MOST_WAITING, _LEFT)
+        self._second_look: deque[tuple[float, list[str]]] = deque()  # when (monotonic), at what
         self._backoff = Backoff(maximum_s=10.0)
         self._thread = background.thread("discard", self._run)
 
@@ -51,19 +57,38 @@ class Discarder:
             self._store.close()
 
     def _run(self) -> None:
-        while names := self._names.take(_BATCH):
+        while True:
+            names = self._names.take(_BATCH, self._until_second_look())
             self._names.settle()  # counted below, if they are not deleted
-            try:
-                self._store.delete(names)
-            except Exception as exc:
-                _LEFT.inc(len(names))
-                if not isinstance(exc, StoreError):
-                    raise  # `Background` says where from, and begins again
-                self._backoff.fail()
-                kind = type(exc).__name__
-                logger.warning("%d KV blocks are left to their TTL: %s", len(names), kind)
-                if self._names.is_closed:
-                    return
-                self._names.pause(self._backoff.pause_s)
-            else:
-                self._backoff.succeed()
+            if names:
+                unknown = self._delete(names)
+                self._second_look.append((time.monotonic() + AGAIN_S, unknown))
+            elif self._names.is_closed:
+                return
+            elif self._second_look and time.monotonic() >= self._second_look[0][0]:
+                self._delete(self._second_look.popleft()[1])
+            if self._names.is_closed and self._backoff.pause_s:
+                return
+            self._names.pause(self._backoff.pause_s)
+
+    def _until_second_look(self) -> float | None:
+        while self._second_look and not self._second_look[0][1]:
+            self._second_look.popleft()
+        if not self._second_look:
+            return None
+        return max(0.0, self._second_look[0][0] - time.monotonic())
+
+    def _delete(self, names: list[str]) -> list[str]:
+        """Returns those that were not there."""
+        try:
+            unknown = self._store.delete(names)
+        except Exception as exc:
+            _LEFT.inc(len(names))
+            if not isinstance(exc, StoreError):
+                raise  # `Background` says where from, and begins again
+            self._backoff.fail()
+            kind = type(exc).__name__
+            logger.warning("%d KV blocks are left to their TTL: %s", len(names), kind)
+            return []
+        self._backoff.succeed()
+        return unknown

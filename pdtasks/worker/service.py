@@ -31,6 +31,7 @@ from pdtasks.engine.text import TextFrontend
 from pdtasks.errors import IncompatibleWorker, PdtasksError
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.store import BlockStore
+from pdtasks.naming import PREFILL
 from pdtasks.settings import Settings
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
@@ -82,7 +83,7 @@ class Worker:
 
         model = resolve_model(settings.model, settings.cache_dir, logger.info)
         self.engine = Engine(
-            partial(start_core, settings, model),
+            partial(start_core, settings, model, hands_over=role == PREFILL),
             self.answers.publish_step,
             on_death=_exit_without_engine,
         )

@@ -170,7 +170,9 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
             extra = request.sampling_params.extra_args or {}
             return kv_params.ours(extra["kv_transfer_params"])
 
-    async def start_stub_core(settings: Settings, _model: str) -> tuple[Any, StubCore]:
+    async def start_stub_core(
+        settings: Settings, _model: str, _reports_to: str, **_: Any
+    ) -> tuple[Any, StubCore]:
         config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE),

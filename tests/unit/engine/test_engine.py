@@ -55,7 +55,7 @@ class StubCore:
 def an_engine(core: StubCore, *listeners: Any, loop: Any = None) -> Engine:
     """An `Engine` over `core`."""
 
-    async def start_core() -> Any:
+    async def start_core(_reports_to: str) -> Any:
         return None, core
 
     return Engine(start_core, *listeners, loop=loop)

@@ -65,11 +65,10 @@ class MemoryStore:
         with self._call("touch", keys, None):
             return [key in self.values for key in keys]
 
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete(self, keys: Iterable[str]) -> list[str]:
         keys = list(keys)
         with self._call("delete", keys, None):
-            for key in keys:
-                self.values.pop(key, None)
+            return [key for key in keys if self.values.pop(key, None) is None]
 
     def close(self) -> None:
         self.closed = True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-from pdtasks.kv.pages import BlockPages, Mark, Staging, block_bytes
+from pdtasks.kv.pages import BlockPages, Copier, Mark, Staging, block_bytes
 
 PAGE = 24  # bytes of one layer's part of a block
 NUM_BLOCKS = 5
@@ -63,7 +63,7 @@ def caches(config: KVCacheConfig, storage: torch.Tensor) -> dict[str, torch.Tens
 def gathered(pages: BlockPages, block_id: int) -> torch.Tensor:
     """The bytes of a block as they leave."""
     staging = Staging(pages)
-    staging.gather(block_id, pages.mark())
+    Copier(pages).gather(block_id, pages.mark(), staging.payload)
     return torch.tensor(list(staging.payload), dtype=torch.uint8)
 
 
@@ -108,9 +108,9 @@ def test_a_block_moves_to_another_engine_and_nothing_else_changes(
     writer, reader = BlockPages(source, config), BlockPages(target, config)
 
     sent, received = Staging(writer), Staging(reader)
-    sent.gather(1, writer.mark())
+    Copier(writer).gather(1, writer.mark(), sent.payload)
     received.payload[:] = sent.payload
-    received.scatter(4, reader.mark())  # another engine has other free blocks
+    Copier(reader).scatter(4, received.payload)  # another engine has other free blocks
 
     for name in LAYERS:
         assert torch.equal(target[name][4].view(torch.int8), source[name][1].view(torch.int8))
@@ -180,7 +180,7 @@ def test_a_staging_holds_one_block_whatever_happens_to_the_cache(
     views = caches(config, storage)
     pages = BlockPages(views, config)
     staging = Staging(pages)
-    staging.gather(2, pages.mark())
+    Copier(pages).gather(2, pages.mark(), staging.payload)
     before = pages_of(views, LAYERS, 2).tolist()
 
     storage.fill_(7)
@@ -208,7 +208,7 @@ def test_a_copy_waits_for_the_engines_work(cache: tuple[KVCacheConfig, torch.Ten
     computed = FakeEvent(lambda: storage.fill_(5))
     staging = Staging(pages)
 
-    staging.gather(1, cast("Mark", computed))
+    Copier(pages).gather(1, cast("Mark", computed), staging.payload)
 
     assert set(staging.payload) == {5}
 

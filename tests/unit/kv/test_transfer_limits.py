@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pdtasks.kv import transfer as transfer_module
+from pdtasks.kv import movers as movers_module
 from pdtasks.kv.pages import BlockPages, Staging
 from pdtasks.kv.transfer import BlockTransfer
 from tests.unit.kv.doubles import MemoryStore
@@ -37,7 +37,7 @@ def stagings(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Staging]]:
             super().__init__(pages)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(transfer_module, "Staging", Recorded)
+    monkeypatch.setattr(movers_module, "Staging", Recorded)
     return made
 
 
@@ -173,7 +173,7 @@ def test_closing_waits_for_what_is_under_way_and_drops_the_rest(store: MemorySto
     side.step(a_save(a_handle(8), list(range(8))))
     wait_until(lambda: store.under_way["put"] == NUM_THREADS)
 
-    threads = side.transfer._threads
+    threads = side.transfer._movers[0]._threads
     assert threads is not None
     closing = threading.Thread(target=side.transfer.close)
     closing.start()
@@ -216,14 +216,14 @@ def test_what_is_to_be_sent_after_the_close_ends_too(
     # When the engine stops meanwhile
     closing = threading.Thread(target=side.transfer.close)
     closing.start()
-    threads = side.transfer._threads
+    threads = side.transfer._movers[0]._threads
     wait_until(lambda: threads is None or threads._shutdown, what="the close")
     store.let_go()
     closing.join(10)
 
     # Then nothing is left open
     assert not closing.is_alive()
-    assert side.transfer._saves == {}
+    assert side.transfer._saves.running == {}
 
 
 def test_a_step_after_the_close_ends_its_transfers_and_not_the_engine(
@@ -236,4 +236,4 @@ def test_a_step_after_the_close_ends_its_transfers_and_not_the_engine(
     side.step(a_load(a_handle(), [0, 1, 2]))
 
     side.step_until(lambda: side.failed["d"] and side.records)
-    assert side.transfer._saves == side.transfer._loads == {}
+    assert side.transfer._saves.running == side.transfer._loads.running == {}

@@ -79,7 +79,7 @@ def test_a_load_ends_whatever_is_raised_while_a_damaged_block_is_deleted(
     decode.step(a_load(handle, [1, 2, 4]))
 
     decode.step_until(lambda: decode.failed["d"])
-    assert decode.transfer._loads == {}
+    assert decode.transfer._loads.running == {}
 
 
 def test_a_missing_block_fails_the_load_and_still_counts_as_received(

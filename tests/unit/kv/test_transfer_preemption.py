@@ -47,7 +47,7 @@ def test_a_block_of_a_preempted_request_is_stored_as_it_was_or_not_at_all(
     prefill.step(preempted("p"))
     fill(prefill, seed=100)
     store.let_go()
-    prefill.transfer._submit(lambda: None)
+    prefill.transfer._movers[0].submit(lambda: None)
     wait_until(lambda: not store.under_way["put"] and not store.under_way["touch"])
     prefill.transfer.close()  # waits for whatever is still to come
 
@@ -174,7 +174,7 @@ def test_a_request_preempted_after_it_was_sent_waits_for_its_second_save(
     prefill.steps()
 
     assert not prefill.sent
-    assert not prefill.transfer._sent
+    assert not prefill.transfer._saves._sent
 
 
 # -- everything at once ------------------------------------------------------------------------
@@ -250,11 +250,12 @@ class Engine:
         self.running[request_id] = handle, [self.free.pop() for _ in range(3)], 0
 
 
+@pytest.mark.parametrize("ring_slots", [0, 5, 100])
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happens_a_name_has_its_own_bytes_or_none(
-    make_side: Callable[..., Side], store: MemoryStore, seed: int
+    make_side: Callable[..., Side], store: MemoryStore, seed: int, ring_slots: int
 ) -> None:
-    engine = Engine(make_side(num_threads=3), seed)
+    engine = Engine(make_side(num_threads=3, ring_slots=ring_slots), seed)
 
     def enough() -> bool:
         engine.step()

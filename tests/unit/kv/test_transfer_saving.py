@@ -125,7 +125,7 @@ def test_an_ended_request_is_reported_as_sent_exactly_once(
 
     assert prefill.sent == Counter("p")
     assert len(prefill.records) == 1
-    assert not prefill.transfer._held, "it is forgotten"
+    assert not prefill.transfer._saves._held, "it is forgotten"
 
 
 def test_a_request_that_never_had_a_save_is_never_reported(prefill: Side) -> None:
@@ -185,12 +185,12 @@ def test_a_request_aborted_between_two_chunks_is_reported_when_the_first_is_thro
 
     assert prefill.sent == Counter("p")
     assert store.puts == []
-    assert not prefill.transfer._saves
+    assert not prefill.transfer._saves.running
 
 
 def test_a_request_aborted_when_all_its_chunks_so_far_are_sent_is_reported(prefill: Side) -> None:
     prefill.step(a_save(a_handle(4), [0, 1], last=False))
-    wait_until(lambda: prefill.transfer._saves["p"].open == 0)
+    wait_until(lambda: prefill.transfer._saves.running["p"].open == 0)
 
     prefill.finish(p=False)
 

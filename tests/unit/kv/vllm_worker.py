@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
@@ -28,6 +31,7 @@ NUM_THREADS = 2
 PAGE = 32
 BLOCK_BYTES = 2 * PAGE
 WIRE_BYTES = HEADER_BYTES + BLOCK_BYTES
+SLOT_BYTES = 4096  # a page
 
 
 class Side:
@@ -36,11 +40,14 @@ class Side:
     def __init__(
         self,
         store: MemoryStore,
+        *,
         fingerprint: str = FP,
         world: int = 1,
         num_threads: int = NUM_THREADS,
         timeout_s: float = 10.0,
+        ring_slots: int = 0,
     ) -> None:
+        """`ring_slots`: blocks for which its ring has room; 0: it has none."""
         tensor = KVCacheTensor(
             size=NUM_BLOCKS * BLOCK_BYTES,
             layers=["a", "b"],
@@ -57,19 +64,26 @@ class Side:
             world=world,
             num_threads=num_threads,
             timeout_s=timeout_s,
+            engine_id=f"test-{uuid.uuid4().hex}",
+            ring_bytes=ring_slots * SLOT_BYTES,
         )
+        self.ring = self.transfer.engine_id if ring_slots else None
+        self._next_number = 0
         self.transfer.attach(self.pages)
         self.records: list[dict[str, Any]] = []
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
 
+        self.numbers: dict[str, list[tuple[int, int]]] = {}
         self._begun: set[str] = set()
         self._ended: set[str] = set()
 
     def step(self, plan: TransferPlan | None = None, finished: set[str] | None = None) -> None:
         """What vLLM's model runner does with the connector in each step, in its order."""
         plan = plan or TransferPlan()
+        if self.ring is not None:
+            plan.saves = [self._numbered(save) for save in plan.saves]
         self._begun |= {save.request_id for save in plan.saves}
         self._ended |= set(plan.finished)
         self.transfer.give_up(plan.preempted)
@@ -81,6 +95,22 @@ class Side:
         self.failed.update(results.failed_recving)
         if (stats := self.transfer.take_stats()) is not None:
             self.records += stats.data["records"]
+
+    def _numbered(self, save: BlockSave) -> BlockSave:
+        """As the scheduler numbers blocks for the ring."""
+        number = self._next_number
+        self._next_number += len(save.block_ids)
+        self.numbers.setdefault(save.request_id, []).append((number, len(save.block_ids)))
+        return replace(save, numbered_from=number)
+
+    def handed_over(self, handle: KVHandle, request_id: str = "p") -> KVHandle:
+        """`handle` as it leaves with the hand-over of a request that was saved here."""
+        return msgspec.structs.replace(
+            handle,
+            ring=self.ring,
+            numbers=tuple(self.numbers[request_id]),
+            made_at=time.time(),
+        )
 
     def finish(self, **wanted: bool) -> None:
         """A step after these requests have ended."""
@@ -136,10 +166,10 @@ def a_save(
     )
 
 
-def a_load(handle: KVHandle, ids: list[int], *, first: int = 0) -> TransferPlan:
+def a_load(handle: KVHandle, ids: list[int], *, first: int = 0, sync: bool = False) -> TransferPlan:
     """A step's plan that loads the blocks of a prompt into `ids`."""
     return TransferPlan(
-        loads=[BlockLoad(request_id="d", handle=handle, first=first, block_ids=ids)]
+        loads=[BlockLoad(request_id="d", handle=handle, first=first, block_ids=ids, sync=sync)]
     )
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker import kv_connector_model_runner_mixin
+from vllm.v1.worker.gpu import kv_connector as gpu_kv_connector
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from api.client import PipelineLLM
@@ -142,3 +145,17 @@ def test_a_cpu_sampler_draws_what_a_resumed_seed_skips() -> None:
     source = inspect.getsource(topk_topp_sampler)
     assert "torch.randint(" in source
     assert "exponential_(" in source
+
+
+def test_an_engine_that_may_load_frees_no_block_that_a_step_still_writes() -> None:
+    # Loads are copied beside the steps, ordered after none of them.
+    source = inspect.getsource(Scheduler)
+
+    assert "multiple_inflight_batches and kv_transfer_config.is_kv_consumer" in source
+    assert "self.defer_block_free = True" in source
+
+
+@pytest.mark.parametrize("runner", [gpu_kv_connector, kv_connector_model_runner_mixin])
+def test_a_load_that_a_step_needs_begins_before_its_forward_pass(runner: ModuleType) -> None:
+    assert "has_sync_kv_loads" in inspect.getsource(runner)
+    assert "get_block_ids_with_load_errors" in inspect.getsource(runner)

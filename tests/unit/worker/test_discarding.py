@@ -26,12 +26,14 @@ class StubStore:
         self.errors: list[Exception] = []
         self.answers = threading.Event()
         self.answers.set()
+        self.on_their_way: set[str] = set()
 
-    def delete(self, names: list[str]) -> None:
+    def delete(self, names: list[str]) -> list[str]:
         self.calls.append(names)
         assert self.answers.wait(20)
         if self.errors:
             raise self.errors.pop(0)
+        return [name for name in names if name in self.on_their_way]
 
     def close(self) -> None:
         """Nothing to close."""
@@ -163,3 +165,20 @@ def test_what_cannot_be_deleted_does_not_pile_up(
 
     wait_until(lambda: len(store.deleted) == 11)
     assert store.deleted == ["first", *(f"r{n}" for n in range(90, 100))]
+
+
+def test_a_block_that_comes_after_its_answer_is_deleted_too(
+    discarder: Discarder, store: StubStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discarding, "AGAIN_S", 0.1)
+    store.on_their_way = {"late", "never"}
+    discarder.discard(["there", "late", "never"])
+    wait_until(lambda: store.calls)
+
+    wait_until(lambda: len(store.calls) == 2)
+    assert store.calls[1] == ["late", "never"]
+    # That was the last look
+    discarder.discard(["other"])
+    wait_until(lambda: len(store.calls) == 3)
+    time.sleep(0.3)
+    assert store.calls[2:] == [["other"]]

@@ -1,0 +1,254 @@
+"""Blocks in memory that all engines of a host can read: the fast way beside the store.
+
+Theory of operation
+-------------------
+Each engine rank that saves owns one ring, a file in shared memory with a fixed number of slots, and
+is the only one that writes it.  The scheduler numbers blocks as it plans them: block *n* lies in
+slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle names ring and
+numbers, so nobody keeps a directory, and no lock is shared between processes::
+
+    header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
+    table    a row of 64 bytes for each slot: word u64 | the block's seal (`codec`), 32 bytes
+    payload  of each slot, rows of whole pages
+
+A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
+without asking anybody: a smaller word than that of its block says "not yet", a larger one "not any
+more".  It copies first and then looks at word and checksum, which also tell that a slot was written
+meanwhile (a sequence lock).
+
+The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
+read by those who know its name, until another ring is made here: that removes files without a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import struct
+import threading
+import time
+from contextlib import suppress
+from enum import Enum, auto
+from pathlib import Path
+
+import torch
+
+from pdtasks.kv.codec import HEADER_BYTES
+
+#: Where files are memory.
+FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
+_PREFIX = "pdtasks-kv-"
+_NAME = re.compile(r"pdtasks-kv-[0-9A-Za-z_.-]{1,100}")
+_HEADER = struct.Struct("=4sHHQQ")
+_MAGIC = b"PDRB"
+_FORMAT = 1
+_TABLE = 64  # bytes before the table
+_ROW = 64  # bytes of a slot's row
+_PAGE = 4096
+_MADV_HUGEPAGE = 14
+
+
+class RingError(Exception):
+    """A ring could not be made, or what lies under its name is none."""
+
+
+class Presence(Enum):
+    """Where is a block?"""
+
+    NOT_YET = auto()
+    HERE = auto()
+    GONE = auto()
+
+
+def ring_name(engine_id: str, rank: int) -> str:
+    """Of the ring of `rank` of an engine. Raises ValueError for what cannot be a file's name."""
+    name = f"{_PREFIX}{engine_id}-{rank}"
+    if not _NAME.fullmatch(name):
+        raise ValueError("no engine's name")
+    return name
+
+
+class _Mapped:
+    """A ring's file in this process's memory."""
+
+    def __init__(self, fd: int, length: int) -> None:
+        self._memory = mmap.mmap(fd, length)
+        self._view = memoryview(self._memory)
+        magic, version, _, num_slots, block_bytes = _HEADER.unpack_from(self._view)
+        self.num_slots = int(num_slots)
+        self.block_bytes = int(block_bytes)
+        if magic != _MAGIC or version != _FORMAT:
+            raise RingError("not a ring of this release")
+        self._stride = -(-self.block_bytes // _PAGE) * _PAGE
+        table = self._view[_TABLE : _TABLE + self.num_slots * _ROW]
+        # One machine word each: written and read whole.
+        self._words = table.cast("Q")
+        self._table = table
+
+    def word(self, slot: int) -> int:
+        """The number of the block in `slot`, and 1; 0 while there is none."""
+        return int(self._words[slot * (_ROW // 8)])
+
+    def seal_of(self, slot: int) -> memoryview:
+        """Where the seal of the block in `slot` lies."""
+        begin = slot * _ROW + 8
+        return self._table[begin : begin + HEADER_BYTES]
+
+    def payload(self, slot: int) -> memoryview:
+        """The bytes of the block in `slot`."""
+        begin = _payload_begin(self.num_slots) + slot * self._stride
+        return self._view[begin : begin + self.block_bytes]
+
+    def presence(self, number: int) -> Presence:
+        """Where block `number` is."""
+        word = self.word(number % self.num_slots)
+        if word == number + 1:
+            return Presence.HERE
+        return Presence.GONE if word > number + 1 else Presence.NOT_YET
+
+
+class RingWriter(_Mapped):
+    """The ring of this rank. For several threads, each with slots of its own."""
+
+    def __init__(self, name: str, *, num_bytes: int, block_bytes: int, pin: bool) -> None:
+        """Make it.
+
+        Args:
+        num_bytes: of memory for payloads.
+        pin: let CUDA copy to and from it at full speed.
+
+        Raises RingError, saying what to do, when there is no room for `num_bytes`.
+        """
+        self.name = name
+        self._path = FOLDER / name
+        stride = -(-block_bytes // _PAGE) * _PAGE
+        num_slots = num_bytes // stride
+        if num_slots < 2:
+            raise RingError(
+                f"{num_bytes / 2**20:.0f} MiB have no room for two blocks of "
+                f"{block_bytes / 2**20:.1f} MiB: set PDTASKS_KV_RING_MIB higher"
+            )
+        sweep()
+        length = _payload_begin(num_slots) + num_slots * stride
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as exc:
+            raise RingError(f"{FOLDER} cannot be written ({exc.strerror})") from exc
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # All of it now: a host that lacks it says so here, and not by SIGBUS later.
+            os.posix_fallocate(self._fd, 0, length)
+            header = _HEADER.pack(_MAGIC, _FORMAT, 0, num_slots, block_bytes)
+            os.pwrite(self._fd, header, 0)
+            super().__init__(self._fd, length)
+        except OSError as exc:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise RingError(
+                f"{FOLDER} has no room for {length / 2**20:.0f} MiB ({exc.strerror}): set "
+                "PDTASKS_KV_RING_MIB lower, or give a container more (--shm-size, --ipc=host)"
+            ) from exc
+        with suppress(OSError, ValueError):  # where the host allows it for shared memory
+            self._memory.madvise(_MADV_HUGEPAGE)
+        self._pinned = pin and _pin(self._view)
+        self._changed = threading.Condition()
+        self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
+
+    def take(self, number: int, deadline: float) -> int | None:
+        """The slot for block `number`, to be given back with `release`.
+
+        Waits for what still has to leave it for the store; None: not by `deadline` (monotonic).
+        """
+        slot = number % self.num_slots
+        with self._changed:
+            left = deadline - time.monotonic()
+            if not self._changed.wait_for(lambda: slot not in self._busy, max(0.0, left)):
+                return None
+            self._busy.add(slot)
+        self._words[slot * (_ROW // 8)] = 0
+        return slot
+
+    def publish(self, slot: int, number: int, seal: bytes) -> None:
+        """Block `number` is in `slot` now."""
+        self.seal_of(slot)[:] = seal
+        self._words[slot * (_ROW // 8)] = number + 1
+
+    def release(self, slot: int) -> None:
+        """Another block may take the place of what is in `slot`."""
+        with self._changed:
+            self._busy.discard(slot)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Remove it; those who read it go on with what they have."""
+        if self._pinned:
+            _unpin(self._view)
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+class RingReader(_Mapped):
+    """The ring of another engine, or of this one."""
+
+    def __init__(self, name: str, *, payloads: bool = True, pin: bool = False) -> None:
+        """Args:
+        payloads: False: only the table is mapped, to see what is there.
+        pin: see `RingWriter`.
+
+        Raises RingError: no such ring on this host, or one that is not ours to read.
+        """
+        if not _NAME.fullmatch(name):
+            raise RingError("not the name of a ring")
+        try:
+            fd = os.open(FOLDER / name, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as exc:
+            raise RingError(f"no ring of that name here ({exc.strerror})") from exc
+        try:
+            found = os.fstat(fd)
+            if found.st_uid != os.geteuid() or found.st_size < _TABLE:
+                raise RingError("not a ring of this user")
+            header = os.pread(fd, _HEADER.size, 0)
+            _, _, _, num_slots, block_bytes = _HEADER.unpack(header)
+            length = _payload_begin(num_slots)
+            if payloads:
+                length += num_slots * -(-block_bytes // _PAGE) * _PAGE
+            if length > found.st_size:
+                raise RingError("a ring that is not complete")
+            super().__init__(fd, length)
+        finally:
+            os.close(fd)
+        self._pinned = pin and _pin(self._view)
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._pinned:
+            _unpin(self._view)
+
+
+def sweep() -> None:
+    """Remove the rings whose writers are gone."""
+    for path in FOLDER.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_size:  # else it is being made
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(fd)
+
+
+def _payload_begin(num_slots: int) -> int:
+    return -(-(_TABLE + num_slots * _ROW) // _PAGE) * _PAGE
+
+
+def _pin(view: memoryview) -> bool:
+    buffer = torch.frombuffer(view, dtype=torch.int8)
+    code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    return int(code) == 0
+
+
+def _unpin(view: memoryview) -> None:
+    torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(view, dtype=torch.int8).data_ptr())

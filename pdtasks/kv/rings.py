@@ -1,0 +1,100 @@
+"""The rings of other engines on this host, as one process sees them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+from vllm.logger import init_logger
+
+from pdtasks.kv.handle import KVHandle
+from pdtasks.kv.ring import FOLDER, Presence, RingError, RingReader, ring_name
+
+logger = init_logger(__name__)
+
+#: Seconds after which a name that was unknown is looked for again.
+_LOOK_S = 1.0
+#: Seconds for which a ring is kept whose engine has gone.
+_KEEP_S = 30.0
+
+
+class Rings:
+    """Opens each ring once. For any thread."""
+
+    def __init__(self, *, payloads: bool, pin: bool = False) -> None:
+        """See `RingReader`."""
+        self._payloads = payloads
+        self._pin = pin
+        self._lock = threading.Lock()
+        self._readers: dict[str, RingReader] = {}
+        self._unknown: dict[str, float] = {}  # names, and when they were looked for
+        self._gone: dict[str, float] = {}
+
+    def find(self, handle: KVHandle, rank: int) -> RingReader | None:
+        """The ring in which `rank` has put the blocks of `handle`; None: not on this host."""
+        if handle.ring is None:
+            return None
+        try:
+            name = ring_name(handle.ring, rank)
+        except ValueError:
+            return None
+        reader = self._readers.get(name)
+        return reader if reader is not None else self._open(name)
+
+    def presence(self, handle: KVHandle, first: int) -> Presence:
+        """Of the blocks of `handle` from index `first` on; GONE: one of them is not here."""
+        found = Presence.HERE
+        for rank in range(handle.tp_size):
+            reader = self.find(handle, rank)
+            if reader is None:
+                return Presence.GONE
+            for index in range(first, handle.num_blocks):
+                number = handle.number(index)
+                if number is None:
+                    return Presence.GONE
+                presence = reader.presence(number)
+                if presence is Presence.GONE:
+                    return presence
+                if presence is Presence.NOT_YET:
+                    found = presence
+        return found
+
+    def look(self) -> None:
+        """Open what has come since, and let go of what has gone: nobody has to wait for it then."""
+        names = {path.name for path in FOLDER.glob("pdtasks-kv-*")}
+        for name in names - self._readers.keys():
+            self._open(name)
+        now = time.monotonic()
+        for name in self._readers.keys() - names:
+            if now - self._gone.setdefault(name, now) > _KEEP_S:
+                self._close([name])
+        for name in self._gone.keys() & names:
+            del self._gone[name]
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._close(list(self._readers))
+
+    def _open(self, name: str) -> RingReader | None:
+        with self._lock:
+            if name in self._readers:
+                return self._readers[name]
+            now = time.monotonic()
+            if now - self._unknown.get(name, -_LOOK_S) < _LOOK_S:
+                return None
+            try:
+                reader = RingReader(name, payloads=self._payloads, pin=self._pin)
+            except RingError as exc:
+                logger.debug("ring %s: %s", name, exc)
+                self._unknown = {n: t for n, t in self._unknown.items() if now - t < _LOOK_S}
+                self._unknown[name] = now
+                return None
+            self._readers[name] = reader
+            return reader
+
+    def _close(self, names: Iterable[str]) -> None:
+        with self._lock:
+            for name in names:
+                self._gone.pop(name, None)
+                self._readers.pop(name).close()

@@ -1,0 +1,303 @@
+"""How do blocks get from the engine's cache to the store? (vLLM's worker side)
+
+Through a ring (`ring`) each block is copied and sealed first, and the request's blocks are free and
+its hand-over can leave when all are there; from its slot each is then sent to the store, unless
+that has it already.  Without one a thread copies a block only when it can be sent, and the
+hand-over waits for the store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+
+from vllm.logger import init_logger
+
+from pdtasks.kv.codec import seal
+from pdtasks.kv.ledger import Late, Ledger, Tally, describe, keep
+from pdtasks.kv.movers import Block, Movers, blocks_of
+from pdtasks.kv.pages import BlockPages
+from pdtasks.kv.plan import TransferPlan
+from pdtasks.kv.ring import RingWriter
+from pdtasks.kv.store import BlockStore
+
+logger = init_logger(__name__)
+
+#: Blocks of the ring about which the store is asked in one round trip.
+_AT_ONCE = 64
+#: Seconds without a further try after the store did not take a block out of the ring.
+_REST_S = 1.0
+
+
+class _Rests(Exception):
+    """The store has just refused, or did not answer."""
+
+
+class Saves:
+    """The saves of one rank."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: BlockStore,
+        pages: BlockPages,
+        *,
+        fingerprint: str,
+        rank: int,
+        senders: Movers,
+        ring: RingWriter | None,
+        copiers: Movers | None,
+        timeout_s: float,
+    ) -> None:
+        """Args:
+        senders: speak to the store; without a ring they copy too, and need stagings.
+        copiers: fill the ring.
+        """
+        self._ledger = ledger
+        self._store = store
+        self._pages = pages
+        self._fingerprint = fingerprint
+        self._rank = rank
+        self._senders = senders
+        self._ring = ring
+        self._copiers = copiers
+        self._timeout_s = timeout_s
+        self._copied = threading.Condition(ledger.lock)
+        self.running: dict[str, Tally] = {}
+        self._sent: set[str] = set()  # saved, not yet reported
+        self._held: set[str] = set()  # the scheduler keeps their blocks until they are saved
+        self._waiting: list[tuple[Block, int]] = []  # in slots, to be sent
+        self._store_rests_until = 0.0  # monotonic
+
+    # -- in the engine's thread ----------------------------------------------------------------
+
+    def start(self, plan: TransferPlan) -> None:
+        """Start with the blocks that the step completes."""
+        with self._ledger.lock:
+            for request_id, wanted in plan.finished.items():
+                self._held.add(request_id)
+                tally = self.running.get(request_id)
+                if tally is None:
+                    self._sent.add(request_id)  # also when its blocks were given up
+                elif not wanted:
+                    tally.cancelled = tally.sealed = True
+                    self._end_if_done(tally)
+        if not plan.saves:
+            return
+        after = self._pages.mark()
+        deadline = time.monotonic() + self._timeout_s
+        for save in plan.saves:
+            with self._ledger.lock:
+                tally = self.running.get(save.request_id)
+                if tally is None:
+                    tally = self.running[save.request_id] = Tally(save.request_id, "save")
+                tally.open += len(save.block_ids)
+                tally.sealed = save.last
+                self._end_if_done(tally)  # the last one may bring no further block
+            blocks = list(blocks_of(save, self._rank, after, deadline))
+            if not blocks:
+                continue
+            if self._ring is not None and self._copiers is not None:
+                for block in blocks:
+                    job = partial(self._copy_to_ring, self._ring, tally, block)
+                    self._submit(self._copiers, job, partial(self._done, tally))
+            else:
+                done = partial(self._all_done, tally, blocks)
+                self._submit(self._senders, partial(self._send_missing, tally, blocks), done)
+        self._ledger.tell()
+
+    def give_up(self, request_ids: Collection[str]) -> None:
+        """vLLM takes the blocks of these requests away; returns when nobody reads them any more.
+
+        Waits for copies within the host, never for the network.
+        """
+        with self._ledger.lock:
+            tallies = [self.running.pop(r) for r in request_ids if r in self.running]
+            for tally in tallies:
+                tally.cancelled = True
+            self._sent.difference_update(request_ids)  # saved already: will be saved again
+            self._copied.wait_for(lambda: not any(tally.copying for tally in tallies))
+
+    def take(self) -> set[str]:
+        """Requests whose blocks are free since the last call. Called with the ledger's lock."""
+        sent = self._held & self._sent
+        self._held -= sent
+        self._sent -= sent
+        return sent
+
+    def leftovers(self) -> dict[str, Collection[str]]:
+        """What is kept, by kind."""
+        return {"saves": self.running, "sent": self._sent, "held": self._held}
+
+    # -- with a ring ---------------------------------------------------------------------------
+
+    def _copy_to_ring(self, ring: RingWriter, tally: Tally, block: Block) -> None:
+        slot = copied = error = None
+        try:
+            assert block.number is not None
+            if not self._is_pointless(tally):
+                slot = ring.take(block.number, block.deadline)
+                if slot is None:
+                    raise Late  # noqa: TRY301
+                copied = self._copy_into(ring, slot, tally, block)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+            error = exc
+        self._done(tally, copied, error)
+        if slot is None:
+            return
+        if copied is None:
+            ring.release(slot)
+            return
+        with self._ledger.lock:
+            self._waiting.append((block, slot))
+        try:
+            self._senders.submit(self._send_waiting, ring)
+        except RuntimeError:  # closed
+            ring.release(slot)
+
+    def _copy_into(self, ring: RingWriter, slot: int, tally: Tally, block: Block) -> int | None:
+        payload = ring.payload(slot)
+        with self._ledger.lock:
+            if tally.cancelled:  # its block may be another's by now
+                return None
+            tally.copying += 1
+        try:
+            keep(block.deadline)
+            assert self._copiers is not None
+            self._copiers.own.copier.gather(block.block_id, block.after, payload)
+        finally:
+            with self._ledger.lock:
+                tally.copying -= 1
+                self._copied.notify_all()
+        assert block.number is not None
+        ring.publish(slot, block.number, seal(block.content, payload, self._fingerprint))
+        return len(payload)
+
+    def _send_waiting(self, ring: RingWriter) -> None:
+        """Send to the store, beside everything else, what waits in the ring now."""
+        with self._ledger.lock:
+            there, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
+        if not there:
+            return  # another thread has taken it along
+        try:
+            self._require_store()
+            keep(there[0][0].deadline)
+            shared = [block.key for block, _ in there if block.shared]
+            present = dict(zip(shared, self._store.touch(shared), strict=True))
+        except Exception as exc:  # noqa: BLE001 - whoever needs them from there recomputes
+            for _, slot in there:
+                self._left_ring(ring, slot, exc)
+            return
+        # The last block of a prompt belongs to one request, which deletes it when it ends.
+        for block, slot in sorted(there, key=lambda item: item[0].shared):
+            if present.get(block.key):
+                self._left_ring(ring, slot)
+                continue
+            try:
+                self._senders.submit(self._send_slot, ring, block, slot)
+            except RuntimeError as exc:  # closed
+                self._left_ring(ring, slot, exc)
+
+    def _send_slot(self, ring: RingWriter, block: Block, slot: int) -> None:
+        error = None
+        try:
+            self._require_store()
+            keep(block.deadline)
+            parts = [ring.seal_of(slot), ring.payload(slot)]
+            self._store.put(block.key, parts, block.deadline)
+        except Exception as exc:  # noqa: BLE001 - whoever needs it from there recomputes
+            error = exc
+        self._left_ring(ring, slot, error)
+
+    def _require_store(self) -> None:
+        if time.monotonic() < self._store_rests_until:
+            raise _Rests
+
+    def _left_ring(self, ring: RingWriter, slot: int, error: Exception | None = None) -> None:
+        ring.release(slot)
+        if error is not None and not isinstance(error, _Rests):
+            # Behind a store that hangs or is away each would wait in a slot that others need.
+            self._store_rests_until = time.monotonic() + _REST_S
+            logger.warning("KV blocks did not reach the store: %s", describe(error))
+
+    # -- without -------------------------------------------------------------------------------
+
+    def _send_missing(self, tally: Tally, blocks: list[Block]) -> None:
+        """Send those of `blocks` that the store does not have."""
+        try:
+            # Behind a store that hangs each of these would hang as long.
+            keep(blocks[0].deadline)
+            shared = [block.key for block in blocks if block.shared]
+            present = dict(zip(shared, self._store.touch(shared), strict=True))
+        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+            self._all_done(tally, blocks, None, exc)
+            return
+        for block in blocks:
+            if present.get(block.key):
+                self._done(tally, 0)
+            else:
+                job = partial(self._send, tally, block)
+                self._submit(self._senders, job, partial(self._done, tally))
+
+    def _send(self, tally: Tally, block: Block) -> None:
+        try:
+            sent = self._copy_and_send(tally, block)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+            self._done(tally, None, exc)
+        else:
+            self._done(tally, sent)
+
+    def _copy_and_send(self, tally: Tally, block: Block) -> int | None:
+        """Returns the bytes sent; None when it is pointless."""
+        own = self._senders.own
+        with self._ledger.lock:
+            # One block of the prompt was refused: decode will recompute all of it.
+            if tally.cancelled or tally.error:
+                return None
+            tally.copying += 1
+        try:
+            keep(block.deadline)
+            own.copier.gather(block.block_id, block.after, own.staging.payload)
+        finally:
+            with self._ledger.lock:
+                tally.copying -= 1
+                self._copied.notify_all()
+        header = seal(block.content, own.staging.payload, self._fingerprint)
+        self._store.put(block.key, [memoryview(header), own.staging.payload], block.deadline)
+        return len(header) + len(own.staging.payload)
+
+    # -- both ----------------------------------------------------------------------------------
+
+    def _is_pointless(self, tally: Tally) -> bool:
+        with self._ledger.lock:
+            return tally.cancelled or bool(tally.error)
+
+    def _submit(
+        self,
+        movers: Movers,
+        job: Callable[[], None],
+        failed: Callable[[None, Exception], None],
+    ) -> None:
+        try:
+            movers.submit(job)
+        except RuntimeError as exc:  # closed: the engine's thread must not end of it
+            failed(None, exc)
+
+    def _all_done(self, tally: Tally, blocks: list[Block], sent: None, error: Exception) -> None:
+        for _ in blocks:
+            self._done(tally, sent, error)
+
+    def _done(self, tally: Tally, moved: int | None, error: Exception | None = None) -> None:
+        with self._ledger.lock:
+            tally.note(moved, error)
+            self._end_if_done(tally)
+        self._ledger.tell()
+
+    def _end_if_done(self, tally: Tally) -> None:
+        # A tally that was given up is in the list no more: its blocks belong to others now.
+        if tally.sealed and tally.open == 0 and self.running.get(tally.request_id) is tally:
+            del self.running[tally.request_id]
+            self._sent.add(tally.request_id)
+            self._ledger.record(tally)

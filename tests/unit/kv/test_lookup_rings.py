@@ -1,0 +1,193 @@
+"""When does a request wait for blocks in a ring, and when does a step wait for them?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from vllm.v1.request import RequestStatus
+
+from pdtasks.kv import lookup as lookup_module
+from pdtasks.kv.handle import KVHandle
+from pdtasks.kv.lookup import BlockLookup
+from pdtasks.kv.params import ours
+from pdtasks.kv.ring import Presence
+from tests.unit.kv.vllm_scheduler import BLOCK, FakeScheduler, a_request, blocks_of
+
+
+class FakeRings:
+    """Rings that have what a test says of them."""
+
+    def __init__(self) -> None:
+        self.says = Presence.HERE
+        self.asked: list[tuple[KVHandle, int]] = []
+
+    def presence(self, handle: KVHandle, first: int) -> Presence:
+        self.asked.append((handle, first))
+        return self.says
+
+
+@pytest.fixture
+def rings() -> FakeRings:
+    return FakeRings()
+
+
+@pytest.fixture
+def lookup(make_lookup: Callable[..., BlockLookup], rings: FakeRings) -> BlockLookup:
+    return make_lookup(ring="engine-a", rings=rings, block_bytes=100, sync_bytes=300)
+
+
+def a_handed_over_prompt(
+    make_lookup: Callable[..., BlockLookup], num_tokens: int = 40, **changes: Any
+) -> dict[str, Any]:
+    """The handle of a prompt that another engine has computed, as it travels."""
+    prefill = make_lookup(ring="engine-b", rings=FakeRings())
+    request = a_request(num_tokens, "p", save="t")
+    scheduler = FakeScheduler(prefill)
+    scheduler.add(request, [1, 2, 3, 4, 5, 6])
+    scheduler.step({request: num_tokens})
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    _, wire = prefill.finish(request)
+    handle = KVHandle.from_wire(ours(wire)["handle"])
+    return msgspec.structs.replace(handle, **changes).to_wire()
+
+
+def a_resumed_request(handle: dict[str, Any], num_tokens: int = 40, name: str = "r") -> Any:
+    return a_request(num_tokens, name, load=handle, resume=[7])
+
+
+def test_a_handle_names_the_ring_and_the_blocks_numbers_there(
+    make_lookup: Callable[..., BlockLookup],
+) -> None:
+    lookup = make_lookup(ring="engine-a")
+    scheduler = FakeScheduler(lookup)
+    first, other = a_request(40, "a", save="t"), a_request(20, "b", save="u")
+    scheduler.add(first, [1, 2, 3])
+    scheduler.add(other, [4, 5])
+
+    # In two chunks, between which another prompt comes
+    (save,) = scheduler.step({first: 16}).saves
+    assert [save.number(0)] == [0]
+    (save,) = scheduler.step({other: 20}).saves
+    assert [save.number(0), save.number(1)] == [1, 2]
+    (save,) = scheduler.step({first: 24}).saves
+    assert [save.number(1), save.number(2)] == [3, 4]
+
+    first.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    _, wire = lookup.finish(first)
+    handle = KVHandle.from_wire(ours(wire)["handle"])
+    assert handle.ring == "engine-a"
+    assert [handle.number(i) for i in range(4)] == [0, 3, 4, None]
+
+
+def test_a_preempted_prompt_has_the_numbers_of_its_second_save(
+    make_lookup: Callable[..., BlockLookup],
+) -> None:
+    lookup = make_lookup(ring="engine-a")
+    scheduler = FakeScheduler(lookup)
+    request = a_request(40, "a", save="t")
+    scheduler.add(request, [1, 2, 3])
+    scheduler.step({request: 16})
+    scheduler.step(preempted=scheduler.preempt(request, [4, 5, 6]))
+    scheduler.step({request: 40})
+
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    _, wire = lookup.finish(request)
+    assert KVHandle.from_wire(ours(wire)["handle"]).numbers == ((1, 3),)
+
+
+def test_an_engine_without_a_ring_names_none(make_lookup: Callable[..., BlockLookup]) -> None:
+    scheduler = FakeScheduler(lookup := make_lookup())
+    request = a_request(40, "a", save="t")
+    scheduler.add(request, [1, 2, 3])
+    (save,) = scheduler.step({request: 40}).saves
+
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    _, wire = lookup.finish(request)
+    handle = KVHandle.from_wire(ours(wire)["handle"])
+    assert (save.number(0), handle.ring, handle.numbers) == (None, None, ())
+
+
+def test_what_is_in_a_ring_is_loaded_by_the_step_that_runs_the_request(
+    lookup: BlockLookup, make_lookup: Callable[..., BlockLookup], rings: FakeRings
+) -> None:
+    request = a_resumed_request(a_handed_over_prompt(make_lookup))
+    lookup.on_new_request(request)
+
+    assert lookup.num_loadable_tokens(request, BLOCK) == 24
+    assert not lookup.loads_beside(request)
+    assert rings.asked[-1][1] == 1, "the first block is here already"
+    lookup.plan_load(request, blocks_of([7, 8, 9, 10], num_cached=3), 24)
+
+    (load,) = FakeScheduler(lookup).step().loads
+    assert (load.first, load.block_ids, load.sync) == (1, [8, 9], True)
+
+
+def test_what_will_be_in_a_ring_is_waited_for_but_not_for_ever(
+    lookup: BlockLookup,
+    make_lookup: Callable[..., BlockLookup],
+    rings: FakeRings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = a_resumed_request(a_handed_over_prompt(make_lookup))
+    lookup.on_new_request(request)
+    rings.says = Presence.NOT_YET
+
+    assert lookup.num_loadable_tokens(request, 0) is None
+    monkeypatch.setattr(lookup_module, "_RING_WAIT_S", 0.0)
+    lookup._waits_until.clear()
+
+    assert lookup.num_loadable_tokens(request, 0) == 40
+    assert lookup.loads_beside(request)
+
+
+@pytest.mark.parametrize("why", ["gone", "no ring", "too much", "nothing to compute"])
+def test_all_else_is_loaded_beside_the_steps(
+    lookup: BlockLookup, make_lookup: Callable[..., BlockLookup], rings: FakeRings, why: str
+) -> None:
+    num_tokens = 60 if why == "too much" else 40
+    changes = {"ring": None, "numbers": ()} if why == "no ring" else {}
+    handle = a_handed_over_prompt(make_lookup, num_tokens, **changes)
+    request = a_resumed_request(handle, num_tokens)
+    if why == "nothing to compute":
+        request = a_request(num_tokens, load=handle, resume=[])
+    lookup.on_new_request(request)
+    if why == "gone":
+        rings.says = Presence.GONE
+
+    assert lookup.num_loadable_tokens(request, 0) == num_tokens
+    assert lookup.loads_beside(request)
+
+
+def test_a_step_waits_for_no_more_than_its_share(
+    lookup: BlockLookup, make_lookup: Callable[..., BlockLookup]
+) -> None:
+    handle = a_handed_over_prompt(make_lookup)
+    beside = []
+    for name in ("a", "b"):
+        request = a_resumed_request(handle, name=name)
+        lookup.on_new_request(request)
+        num_tokens = lookup.num_loadable_tokens(request, 0)
+        beside.append(lookup.loads_beside(request))
+        lookup.plan_load(request, blocks_of([1, 2, 3]), num_tokens or 0)
+
+    assert beside == [False, True]
+    assert [load.sync for load in FakeScheduler(lookup).step().loads] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"ring": "../x"}, {"numbers": ((-5, 3),)}, {"numbers": ((2**63, 3),)}]
+)
+def test_what_a_client_has_made_up_of_a_ring_is_no_danger(
+    make_lookup: Callable[..., BlockLookup], odd: dict[str, Any]
+) -> None:
+    from pdtasks.kv.rings import Rings
+
+    lookup = make_lookup(ring="engine-a", rings=Rings(payloads=False), sync_bytes=1 << 30)
+    request = a_resumed_request(a_handed_over_prompt(make_lookup, **odd))
+    lookup.on_new_request(request)
+
+    assert lookup.num_loadable_tokens(request, 0) in (0, 40)
+    assert lookup.loads_beside(request)

@@ -1,0 +1,403 @@
+"""What goes through shared memory, and what when it is not there, or not any more?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdtasks.kv import loading, ring, saving
+from pdtasks.kv.plan import TransferPlan, TransferRecord
+from pdtasks.kv.reports import Reporter, Reports
+from pdtasks.kv.ring import Presence, RingError, RingReader, RingWriter, ring_name
+from tests.unit.kv.doubles import MemoryStore
+from tests.unit.kv.vllm_worker import (
+    BLOCK_BYTES,
+    SLOT_BYTES,
+    WIRE_BYTES,
+    Side,
+    a_handle,
+    a_load,
+    a_save,
+    fill,
+    payload_of,
+)
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def prefill(make_side: Callable[..., Side]) -> Side:
+    """A side with a ring, that has computed something."""
+    side = make_side(ring_slots=8)
+    fill(side)
+    return side
+
+
+def saved(side: Side, store: MemoryStore) -> None:
+    """All that is in the ring is in the store too."""
+    store.let_go()
+    wait_until(lambda: not side.transfer._ring._busy)  # type: ignore[union-attr]
+
+
+def test_a_hand_over_does_not_wait_for_the_store(
+    prefill: Side, decode: Side, store: MemoryStore
+) -> None:
+    store.hold("touch", "put", "get")
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.finish(p=True)
+    prefill.step_until(lambda: prefill.sent)
+
+    decode.step(a_load(prefill.handed_over(handle), [1, 2, 4]))
+    decode.step_until(lambda: decode.received)
+
+    assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    assert store.num_gets == 0
+    (record,) = prefill.records
+    assert (record["blocks"], record["bytes"], record["error"]) == (3, 3 * BLOCK_BYTES, "")
+    (record,) = decode.records
+    assert (record["blocks"], record["bytes"], record["missing"]) == (3, 3 * BLOCK_BYTES, 0)
+
+
+def test_what_is_in_the_ring_reaches_the_store_soon_and_once(
+    prefill: Side, store: MemoryStore
+) -> None:
+    handle, computed = a_handle(), prefill.cache.clone()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    fill(prefill, seed=100)  # its blocks are another's by now
+    saved(prefill, store)
+
+    for index, block_id in enumerate([5, 0, 3]):
+        assert payload_of(store, handle.key(index, 0)) == computed[block_id].tolist()
+        assert len(store.values[handle.key(index, 0)]) == WIRE_BYTES
+    # The same prompt again: only its own tail is sent.
+    prefill.step(a_save(a_handle(name="t"), [5, 0, 3], request_id="q"))
+    prefill.step_until(lambda: len(prefill.records) == 2)
+    saved(prefill, store)
+    assert sorted(store.puts) == sorted([handle.key(i, 0) for i in range(3)] + [handle.key(2, 0)])
+
+
+def test_a_load_that_the_step_waits_for_is_there_when_it_begins(
+    prefill: Side, decode: Side
+) -> None:
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+
+    decode.transfer.start_loads(a_load(prefill.handed_over(handle), [1, 2, 4], sync=True))
+
+    assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    decode.steps()
+    assert not decode.received, "vLLM knows it already"
+    assert decode.transfer.take_invalid_blocks() == set()
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_slot_that_was_used_again_is_fetched_from_the_store(
+    prefill: Side, decode: Side, store: MemoryStore, sync: bool
+) -> None:
+    handle, computed = a_handle(), prefill.cache.clone()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    saved(prefill, store)
+    handed = prefill.handed_over(handle)
+    fill(prefill, seed=7)
+    prefill.step(a_save(a_handle(7, name="u"), [0, 1, 2, 3, 4, 5, 6], request_id="q"))
+    prefill.step_until(lambda: len(prefill.records) == 2)
+
+    decode.step(a_load(handed, [1, 2, 4], sync=sync))
+    decode.step_until(lambda: decode.records)
+
+    assert decode.cache[[1, 2, 4]].tolist() == computed[[5, 0, 3]].tolist()
+    assert store.num_gets == 2, "the third is in the ring still"
+
+
+def test_a_slot_that_is_damaged_is_fetched_from_the_store(
+    prefill: Side, decode: Side, store: MemoryStore
+) -> None:
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    saved(prefill, store)
+    assert prefill.transfer._ring is not None
+    prefill.transfer._ring.payload(1)[0] ^= 255
+
+    decode.step(a_load(prefill.handed_over(handle), [1, 2, 4]))
+    decode.step_until(lambda: decode.received)
+
+    assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    assert store.num_gets == 1
+
+
+def test_a_store_that_is_away_does_not_keep_engines_of_a_host_from_handing_over(
+    prefill: Side, decode: Side, store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.away = True
+    for n in range(6):
+        handle = a_handle(name=f"t{n}")
+        prefill.step(a_save(handle, [5, 0, 3], request_id=f"p{n}"))
+        prefill.step_until(lambda n=n: len(prefill.records) == n + 1)  # type: ignore[misc]
+        decode.step(a_load(prefill.handed_over(handle, f"p{n}"), [1, 2, 4]))
+        decode.step_until(lambda n=n: len(decode.records) == n + 1)  # type: ignore[misc]
+
+    assert not any(r["error"] or r.get("missing") for r in prefill.records + decode.records)
+    saved(prefill, store)
+    # Each hand-over is not told of again.
+    assert len(store.touched) < 6
+    store.away = False
+
+
+def test_what_neither_has_is_told_to_the_step_that_needs_it(decode: Side) -> None:
+    handle = msgspec.structs.replace(a_handle(), ring="elsewhere", numbers=((0, 3),))
+
+    decode.step(a_load(handle, [1, 2, 4], sync=True))
+
+    assert decode.transfer.take_invalid_blocks() == {1, 2, 4}
+    decode.steps()
+    assert not decode.received
+    assert not decode.failed
+    (record,) = decode.records
+    assert record["missing"] == 3
+
+
+def test_another_host_waits_for_a_block_that_is_on_its_way(
+    prefill: Side, decode: Side, store: MemoryStore
+) -> None:
+    store.hold("put")
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    handed = msgspec.structs.replace(prefill.handed_over(handle), ring="elsewhere")
+
+    decode.step(a_load(handed, [1, 2, 4]))
+    wait_until(lambda: store.num_gets > 4)
+    assert not decode.records
+    store.let_go()
+
+    decode.step_until(lambda: decode.received)
+    assert not decode.failed
+    assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+
+
+@pytest.mark.parametrize("why", ["it is old", "it waited for the store", "it never comes"])
+def test_a_block_that_is_not_on_its_way_is_not_waited_for_long(
+    decode: Side, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(loading, "_ON_ITS_WAY_S", 0.2 if why == "it never comes" else 60.0)
+    handle = msgspec.structs.replace(
+        a_handle(),
+        ring=None if why == "it waited for the store" else "elsewhere",
+        made_at=time.time() - (3600 if why == "it is old" else 0),
+    )
+
+    decode.step(a_load(handle, [1, 2, 4]))
+
+    decode.step_until(lambda: decode.failed)
+
+
+def test_a_full_ring_waits_for_the_store_until_the_deadline(
+    make_side: Callable[..., Side], store: MemoryStore
+) -> None:
+    side = make_side(ring_slots=2, timeout_s=0.3)
+    store.hold("put")
+    side.step(a_save(a_handle(4), [0, 1, 2, 3]))
+
+    side.step_until(lambda: side.records)
+
+    (record,) = side.records
+    assert "too slow" in record["error"]
+    assert record["blocks"] == 2
+    side.finish(p=True)
+    side.step_until(lambda: side.sent)
+
+
+def test_a_prompt_that_is_longer_than_the_ring_is_saved_whole(
+    make_side: Callable[..., Side], store: MemoryStore, decode: Side
+) -> None:
+    side = make_side(ring_slots=2)
+    fill(side)
+    handle = a_handle(8)
+    side.step(a_save(handle, list(range(8))))
+    side.step_until(lambda: side.records)
+    saved(side, store)
+
+    decode.step(a_load(side.handed_over(handle), list(range(8))))
+    decode.step_until(lambda: decode.received)
+
+    assert decode.cache.tolist() == side.cache.tolist()
+
+
+def test_after_the_store_has_failed_it_rests_and_is_used_again(
+    prefill: Side, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_REST_S", 0.1)
+    store.away = True
+    prefill.step(a_save(a_handle(name="a"), [5, 0, 3], request_id="a"))
+    prefill.step_until(lambda: prefill.records)
+    saved(prefill, store)
+    store.away = False
+
+    def stored() -> bool:
+        name = f"b{time.monotonic()}"
+        prefill.step(a_save(a_handle(name=name), [5, 0, 3], request_id=name))
+        return bool(store.puts)
+
+    wait_until(stored)
+
+
+def test_a_host_without_room_hands_over_through_the_store(
+    store: MemoryStore, decode: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "FOLDER", tmp_path / "none")
+    side = Side(store, ring_slots=8)
+    fill(side)
+    handle = a_handle()
+    side.step(a_save(handle, [5, 0, 3]))
+    side.step_until(lambda: side.records)
+
+    decode.step(a_load(side.handed_over(handle), [1, 2, 4]))
+    decode.step_until(lambda: decode.received)
+
+    assert not decode.failed
+    assert len(store.puts) == 3
+    side.finish(p=True)
+    side.step_until(lambda: side.sent)
+    side.transfer.close()
+
+
+# -- the ring itself ---------------------------------------------------------------------------
+
+
+def a_writer(slots: int = 4, name: str | None = None) -> RingWriter:
+    name = name or ring_name(f"test-{os.getpid()}-{time.monotonic_ns()}", 0)
+    return RingWriter(name, num_bytes=slots * SLOT_BYTES, block_bytes=64, pin=False)
+
+
+def test_a_reader_knows_what_is_there_what_was_and_what_will_be() -> None:
+    writer = a_writer()
+    reader = RingReader(writer.name)
+    try:
+        for number in range(6):
+            slot = writer.take(number, time.monotonic())
+            assert slot is not None
+            assert reader.presence(number) is Presence.NOT_YET
+            writer.payload(slot)[:] = bytes([number]) * 64
+            writer.publish(slot, number, bytes(32))
+            assert reader.presence(number) is Presence.HERE
+            assert bytes(reader.payload(slot)) == bytes([number]) * 64
+            writer.release(slot)
+
+        assert [reader.presence(n) for n in (0, 1)] == [Presence.GONE] * 2
+        assert [reader.presence(n) for n in range(2, 6)] == [Presence.HERE] * 4
+        assert reader.presence(6) is Presence.NOT_YET
+    finally:
+        reader.close()
+        writer.close()
+
+
+def test_only_this_user_may_read_a_ring_and_it_goes_with_its_writer() -> None:
+    writer = a_writer()
+    path = ring.FOLDER / writer.name
+    assert path.stat().st_mode & 0o777 == 0o600
+
+    writer.close()
+
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "sem.x", "pdtasks-kv-../x", "pdtasks-kv-none-0"])
+def test_a_name_that_is_none_of_ours_is_not_opened(name: str) -> None:
+    with pytest.raises(RingError):
+        RingReader(name)
+
+
+def test_what_is_no_ring_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "FOLDER", tmp_path)
+    for name, content in {"short": b"PDRB", "other": bytes(8192)}.items():
+        (tmp_path / f"pdtasks-kv-{name}-0").write_bytes(content)
+        with pytest.raises(RingError):
+            RingReader(f"pdtasks-kv-{name}-0")
+
+
+def test_what_a_killed_engine_leaves_is_read_on_and_then_removed() -> None:
+    name = ring_name(f"test-{os.getpid()}-killed", 0)
+    script = (
+        "import time; from pdtasks.kv.ring import RingWriter\n"
+        f"w = RingWriter({name!r}, num_bytes=4 * 4096, block_bytes=64, pin=False)\n"
+        "w.payload(w.take(0, time.monotonic()))[:] = b'x' * 64; w.publish(0, 0, bytes(32))\n"
+        "print('there', flush=True); time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"there\n"
+    ring.sweep()
+    reader = RingReader(name)  # it lives: it is not swept away
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+    ring.sweep()
+
+    assert not (ring.FOLDER / name).exists()
+    assert reader.presence(0) is Presence.HERE
+    assert bytes(reader.payload(0)) == b"x" * 64
+    reader.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, SLOT_BYTES, 1 << 60])
+def test_a_ring_that_has_no_room_says_what_to_set(num_bytes: int) -> None:
+    with pytest.raises(RingError, match="PDTASKS_KV_RING_MIB"):
+        RingWriter(
+            ring_name(f"test-{os.getpid()}-large", 0),
+            num_bytes=num_bytes,
+            block_bytes=64,
+            pin=False,
+        )
+
+    assert not (ring.FOLDER / ring_name(f"test-{os.getpid()}-large", 0)).exists()
+
+
+# -- who is told -------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_transfer_is_heard_at_once_or_with_the_statistics() -> None:
+    reports = Reports()
+    tell = Reporter(reports.path)
+    record = TransferRecord(request_id="r", op="save", rank=0, world=1, blocks=3, bytes=9)
+    try:
+        assert tell(record)
+        (heard,) = reports.take()
+        assert (heard["request_id"], heard["op"], heard["blocks"]) == ("r", "save", 3)
+        assert reports.take() == []
+    finally:
+        reports.close()
+    assert not tell(record), "nobody listens any more"
+    tell.close()
+    assert not Path(reports.path).parent.exists()
+
+
+def test_a_record_that_was_heard_is_not_told_twice(
+    make_side: Callable[..., Side],
+) -> None:
+    side = make_side()
+    heard: list[TransferRecord] = []
+
+    def hear(record: TransferRecord) -> bool:
+        heard.append(record)
+        return record.request_id == "p"
+
+    side.transfer._ledger._report = hear
+    side.step(a_save(a_handle(), [5, 0, 3]))
+    side.step(a_save(a_handle(name="u"), [5, 0, 3], request_id="q"))
+    side.step_until(lambda: side.records)
+    side.step(TransferPlan())
+
+    assert sorted(r.request_id for r in heard) == ["p", "q"]
+    assert [r["request_id"] for r in side.records] == ["q"]
