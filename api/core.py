@@ -216,6 +216,7 @@ class PipelineCore(EngineCoreClient):
         deadline = now + self._settings.request_timeout_s
         watch = _stage_watch.get()
         self._open[request.request_id] = _Open(request, deadline, watch)
+        self.reports.expect(request)
         try:
             job = PrefillJob(
                 request_id=request.request_id,
@@ -280,7 +281,7 @@ class PipelineCore(EngineCoreClient):
             entry = self._open.get(request_id)
             if entry is not None and self._forget(request_id):
                 known.append(request_id)
-                self.reports.ended_here(entry.request)
+                self.reports.ended_here(request_id)
         if known:
             self._tell_workers_to_drop(known)
 
@@ -308,10 +309,7 @@ class PipelineCore(EngineCoreClient):
         _REPLIES.inc()
         _OUTPUTS.inc(len(reply.positions))
         for request_id, reports in reply.reports.items():
-            if entry := self._open.get(request_id):
-                self.reports.remember(entry.request, reports)
-            else:
-                self.reports.remember_late(request_id, reports)
+            self.reports.take(request_id, reports, said_by=reply.stage)
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
                 entry.stage_watch(reply.stage, reply.worker)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from vllm.v1.engine import EngineCoreRequest
 
 from pdtasks.messages import StageReport
+from pdtasks.naming import STAGES
 
 #: Requests whose reports can still be asked for.
 _REMEMBERED = 1000
@@ -17,28 +20,46 @@ _REMEMBERED = 1000
 _LATE_S = 2.0
 
 
+@dataclass
+class _Known:
+    """One sequence."""
+
+    external_id: str
+    ended_here: bool = False  #: and no report has come since
+    by_stage: dict[str, StageReport] = field(default_factory=dict)
+
+
 class Reports:
-    """The reports of the last requests, by the name that the caller knows. For one event loop."""
+    """The reports of the last requests, by the name that the caller knows. For one event loop.
+
+    A stage may report twice of a request: prefill hands over before its blocks are saved, and a
+    stage whose worker was lost is run again.  The later one counts, from its own worker.
+    """
 
     def __init__(self) -> None:
-        self._reports: deque[tuple[str, tuple[StageReport, ...]]] = deque(maxlen=_REMEMBERED)
-        #: No report has come yet. By request: its name for the caller.
-        self._ended_here: OrderedDict[str, str] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
-    def remember(self, request: EngineCoreRequest, reports: tuple[StageReport, ...]) -> None:
-        """`request` has ended, or is about to."""
-        self._reports.append((_external_id(request), reports))
+    def expect(self, request: EngineCoreRequest) -> None:
+        """Reports of `request` will come."""
+        name = request.external_req_id or request.request_id
+        self._known[request.request_id] = _Known(name)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
 
-    def ended_here(self, request: EngineCoreRequest) -> None:
-        """This process has ended `request` itself, at a stop string perhaps: reports will come."""
-        self._ended_here[request.request_id] = _external_id(request)
-        if len(self._ended_here) > _REMEMBERED:
-            self._ended_here.popitem(last=False)
+    def ended_here(self, request_id: str) -> None:
+        """This process has ended it itself, at a stop string perhaps."""
+        if known := self._known.get(request_id):
+            known.ended_here = True
 
-    def remember_late(self, request_id: str, reports: tuple[StageReport, ...]) -> None:
-        """What workers report of a request that is not open any more."""
-        if external_id := self._ended_here.pop(request_id, None):
-            self._reports.append((external_id, reports))
+    def take(self, request_id: str, reports: Iterable[StageReport], *, said_by: str) -> None:
+        """A worker of stage `said_by` says what was done; of others' stages it knows less."""
+        if known := self._known.get(request_id):
+            known.ended_here = False
+            for report in reports:
+                if report.stage == said_by:
+                    known.by_stage[report.stage] = report
+                else:
+                    known.by_stage.setdefault(report.stage, report)
 
     async def of(self, external_id: str) -> list[tuple[StageReport, ...]]:
         """The reports of `external_id`, one entry for each sequence.
@@ -47,12 +68,13 @@ class Reports:
         """
         # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
         numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
+        found = [k for k in self._known.values() if numbered.fullmatch(k.external_id)]
         with suppress(TimeoutError):
             async with asyncio.timeout(_LATE_S):
-                while any(map(numbered.fullmatch, self._ended_here.values())):  # noqa: ASYNC110
+                while any(known.ended_here for known in found):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
-        return [reports for name, reports in self._reports if numbered.fullmatch(name)]
-
-
-def _external_id(request: EngineCoreRequest) -> str:
-    return request.external_req_id or request.request_id
+        return [
+            tuple(known.by_stage[stage] for stage in STAGES if stage in known.by_stage)
+            for known in found
+            if known.by_stage
+        ]

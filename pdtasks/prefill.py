@@ -25,6 +25,7 @@ from pdtasks.engine.text import TextFrontend
 from pdtasks.engine.wire import decode_request, encode_request
 from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.kv import params
+from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
@@ -90,10 +91,16 @@ class _Prefill(Stage[PrefillJob]):
         generation = self.new_generation(request, position=0)
         try:
             await self.here.generate(generation, self.reports)
-            await self._saved(generation)
-            self.here.aborted.require_wanted(job.request_id)
-            if self._goes_on:
+            if self._goes_on and self._can_be_awaited():
+                self.here.aborted.require_wanted(job.request_id)
                 await self._hand_over(wire, generation)
+                await self._saved(generation)
+                self.here.answers.report(self.reply_to, job.request_id, self.reports())
+            else:
+                await self._saved(generation)
+                self.here.aborted.require_wanted(job.request_id)
+                if self._goes_on:
+                    await self._hand_over(wire, generation)
         except (asyncio.CancelledError, Exception) as exc:
             if isinstance(exc, RequestAborted):
                 self.tell_of_aborted()
@@ -119,7 +126,7 @@ class _Prefill(Stage[PrefillJob]):
             model=job.model,
             request=wire,
             output_token_ids=tuple(generation.token_ids),
-            handle=self._handle() if self._is_complete() else None,
+            handle=self._handle() if self._can_be_awaited() or self._is_complete() else None,
             prefill=self._report(),
             detokenise=job.text is not None,
             submitted_at=job.submitted_at,
@@ -160,6 +167,15 @@ class _Prefill(Stage[PrefillJob]):
     def _handle(self) -> dict[str, Any] | None:
         return params.ours(self.generation.transfer_params).get("handle")
 
+    def _num_promised(self) -> int:
+        """Blocks that the next stage may wait for."""
+        handle = self._handle()
+        return KVHandle.from_wire(handle).num_blocks if handle and handle.get("ring") else 0
+
+    def _can_be_awaited(self) -> bool:
+        """Will the next stage wait for blocks that are on their way (`pdtasks.kv.ring`)?"""
+        return bool((self._handle() or {}).get("ring"))
+
     def _is_complete(self) -> bool:
         records = self.generation.transfers.get("save", [])
         return bool(records) and all(not r["error"] for r in records)
@@ -177,8 +193,8 @@ class _Prefill(Stage[PrefillJob]):
         return self.make_report(
             since=self.job.submitted_at,
             prompt_tokens=len(generation.request.prompt_token_ids or ()),
-            # Each rank writes its part of every block.
-            kv_blocks_written=min((r["blocks"] for r in records), default=0),
+            # Each rank writes its part of every block; a hand-over may leave before.
+            kv_blocks_written=min((r["blocks"] for r in records), default=self._num_promised()),
             kv_bytes_written=sum(r["bytes"] for r in records),
             kv_blocks_loaded=0 if lost else prefix_blocks,
             kv_bytes_loaded=sum(r["bytes"] for r in loaded),

@@ -44,9 +44,11 @@ _STOP_S = 10.0
 _ATTEMPTS = 3
 #: The program uses glibc's malloc.  Left alone it maps and unmaps memory for every block, and the
 #: kernel clears each page again: 6 GB/s instead of 18 were seen on 16 cores.  So blocks come from
-#: one heap, which keeps what it has.
+#: one heap, which keeps what it has.  It asks for huge pages where the host gives them to who asks
+#: (THP on `madvise`): memory that is touched for the first time took 6.2 instead of 2.9 GB/s.
 _KEEP_MEMORY = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1:"
+    "glibc.malloc.hugetlb=1"
 )
 #: sun_path holds 108 bytes with the final zero (unix(7)); Valkey wants a little less.
 _SOCKET_PATH_LIMIT = 100
@@ -163,6 +165,9 @@ class ValkeyServer:
                 "unixsocket": _quoted(path),
                 "unixsocketperm": "700",
                 "maxmemory-policy": "allkeys-lru",
+                # Valkey refuses huge pages for itself, because of the copies that a fork makes:
+                # this one never forks.
+                "disable-thp": "no",
                 "io-threads": str(io_threads(len(os.sched_getaffinity(0)))),
                 # A reader that stops reading may not pin evicted values for ever. Well above
                 # what one connection has asked for at a time: a lower limit closes it.

@@ -152,14 +152,20 @@ class Loads:
             return None
         slot = number % ring.num_slots
         seal, payload = bytes(ring.seal_of(slot)), ring.payload(slot)
-        self._movers.own.copier.scatter(block.block_id, payload)
         try:
-            check(memoryview(seal), block.content, payload, self._fingerprint)
+            self._movers.own.copier.scatter(
+                block.block_id,
+                payload,
+                lambda: check(memoryview(seal), block.content, payload, self._fingerprint),
+            )
         except CorruptBlock as exc:
             if ring.presence(number) is Presence.HERE:
                 logger.warning("KV block %s is not usable: %s", block.key, exc)
             return None
-        return len(payload) if ring.presence(number) is Presence.HERE else None
+        if ring.presence(number) is not Presence.HERE:
+            return None
+        ring.note_read(number)
+        return len(payload)
 
     def _from_store(self, load: BlockLoad, tally: Tally, block: Block) -> int | None:
         """Returns the bytes, or None when the store lacks the block.

@@ -9,12 +9,16 @@ numbers, so nobody keeps a directory, and no lock is shared between processes::
 
     header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
     table    a row of 64 bytes for each slot: word u64 | the block's seal (`codec`), 32 bytes
+             | read u64
     payload  of each slot, rows of whole pages
 
 A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
 without asking anybody: a smaller word than that of its block says "not yet", a larger one "not any
 more".  It copies first and then looks at word and checksum, which also tell that a slot was written
 meanwhile (a sequence lock).
+
+A reader leaves *n* + 1 in `read`.  Nothing depends on it: a writer whose slots are all waiting for
+a slow store gives up sending a block that was read before one that nobody has read yet.
 
 The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
 read by those who know its name, until another ring is made here: that removes files without a lock.
@@ -29,6 +33,7 @@ import re
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
@@ -46,8 +51,11 @@ _MAGIC = b"PDRB"
 _FORMAT = 1
 _TABLE = 64  # bytes before the table
 _ROW = 64  # bytes of a slot's row
+_READ = 5  # word of a row
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
+#: Seconds between two looks at what others have read.
+_LOOK_S = 0.002
 
 
 class RingError(Exception):
@@ -95,6 +103,11 @@ class _Mapped:
         """Where the seal of the block in `slot` lies."""
         begin = slot * _ROW + 8
         return self._table[begin : begin + HEADER_BYTES]
+
+    def was_read(self, slot: int) -> bool:
+        """Has another engine read the block in `slot`?"""
+        row = slot * (_ROW // 8)
+        return 0 != self._words[row] == self._words[row + _READ]
 
     def payload(self, slot: int) -> memoryview:
         """The bytes of the block in `slot`."""
@@ -156,16 +169,23 @@ class RingWriter(_Mapped):
         self._changed = threading.Condition()
         self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
 
-    def take(self, number: int, deadline: float) -> int | None:
+    def take(
+        self, number: int, deadline: float, give_up: Callable[[int], bool] = lambda _: False
+    ) -> int | None:
         """The slot for block `number`, to be given back with `release`.
 
         Waits for what still has to leave it for the store; None: not by `deadline` (monotonic).
+        `give_up` is asked whether that need not leave any more; it is called again and again.
         """
         slot = number % self.num_slots
-        with self._changed:
+        while slot in self._busy and not give_up(slot):
             left = deadline - time.monotonic()
-            if not self._changed.wait_for(lambda: slot not in self._busy, max(0.0, left)):
+            if left <= 0:
                 return None
+            with self._changed:
+                # Readers are in other processes and wake nobody here.
+                self._changed.wait_for(lambda: slot not in self._busy, min(left, _LOOK_S))
+        with self._changed:
             self._busy.add(slot)
         self._words[slot * (_ROW // 8)] = 0
         return slot
@@ -220,6 +240,10 @@ class RingReader(_Mapped):
         finally:
             os.close(fd)
         self._pinned = pin and _pin(self._view)
+
+    def note_read(self, number: int) -> None:
+        """This process has block `number`."""
+        self._words[number % self.num_slots * (_ROW // 8) + _READ] = number + 1
 
     def close(self) -> None:
         """Let go of it."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from functools import partial
 
 from vllm.logger import init_logger
@@ -25,14 +26,32 @@ from pdtasks.kv.store import BlockStore
 
 logger = init_logger(__name__)
 
-#: Blocks of the ring about which the store is asked in one round trip.
-_AT_ONCE = 64
 #: Seconds without a further try after the store did not take a block out of the ring.
 _REST_S = 1.0
 
 
 class _Rests(Exception):
     """The store has just refused, or did not answer."""
+
+
+class _Question:
+    """Which blocks of a step does the store have? Asked while they are copied."""
+
+    def __init__(self, keys: list[str], deadline: float) -> None:
+        self.keys = keys
+        self.deadline = deadline
+        self._answered = threading.Event()
+        self._present: set[str] = set()
+
+    def answer(self, present: Iterable[str] = ()) -> None:
+        """It has those, or it is not known what it has: then all are sent."""
+        self._present = set(present)
+        self._answered.set()
+
+    def has(self, key: str) -> bool:
+        """Waits for the answer, which the same threads have begun to wait for before."""
+        self._answered.wait(max(0.0, self.deadline - time.monotonic()))
+        return key in self._present
 
 
 class Saves:
@@ -68,7 +87,8 @@ class Saves:
         self.running: dict[str, Tally] = {}
         self._sent: set[str] = set()  # saved, not yet reported
         self._held: set[str] = set()  # the scheduler keeps their blocks until they are saved
-        self._waiting: list[tuple[Block, int]] = []  # in slots, to be sent
+        self._waiting: dict[int, tuple[Block, _Question]] = {}  # by slot, to be sent
+        self.num_unsent = 0  #: blocks that the store did not get because it did not keep up
         self._store_rests_until = 0.0  # monotonic
 
     # -- in the engine's thread ----------------------------------------------------------------
@@ -100,8 +120,12 @@ class Saves:
             if not blocks:
                 continue
             if self._ring is not None and self._copiers is not None:
-                for block in blocks:
-                    job = partial(self._copy_to_ring, self._ring, tally, block)
+                asked = _Question([block.key for block in blocks if block.shared], deadline)
+                with suppress(RuntimeError):  # closed
+                    self._senders.submit(self._ask, asked)
+                # A prompt's tail is of one request, which deletes it when it ends: it goes first.
+                for block in sorted(blocks, key=lambda block: block.shared):
+                    job = partial(self._copy_to_ring, self._ring, tally, block, asked)
                     self._submit(self._copiers, job, partial(self._done, tally))
             else:
                 done = partial(self._all_done, tally, blocks)
@@ -133,12 +157,12 @@ class Saves:
 
     # -- with a ring ---------------------------------------------------------------------------
 
-    def _copy_to_ring(self, ring: RingWriter, tally: Tally, block: Block) -> None:
+    def _copy_to_ring(self, ring: RingWriter, tally: Tally, block: Block, asked: _Question) -> None:
         slot = copied = error = None
         try:
             assert block.number is not None
             if not self._is_pointless(tally):
-                slot = ring.take(block.number, block.deadline)
+                slot = ring.take(block.number, block.deadline, self._give_up_sending)
                 if slot is None:
                     raise Late  # noqa: TRY301
                 copied = self._copy_into(ring, slot, tally, block)
@@ -151,9 +175,9 @@ class Saves:
             ring.release(slot)
             return
         with self._ledger.lock:
-            self._waiting.append((block, slot))
+            self._waiting[slot] = block, asked
         try:
-            self._senders.submit(self._send_waiting, ring)
+            self._senders.submit(self._send_next, ring)
         except RuntimeError:  # closed
             ring.release(slot)
 
@@ -175,52 +199,60 @@ class Saves:
         ring.publish(slot, block.number, seal(block.content, payload, self._fingerprint))
         return len(payload)
 
-    def _send_waiting(self, ring: RingWriter) -> None:
-        """Send to the store, beside everything else, what waits in the ring now."""
-        with self._ledger.lock:
-            there, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
-        if not there:
-            return  # another thread has taken it along
+    def _ask(self, asked: _Question) -> None:
+        present: list[str] = []
         try:
             self._require_store()
-            keep(there[0][0].deadline)
-            shared = [block.key for block, _ in there if block.shared]
-            present = dict(zip(shared, self._store.touch(shared), strict=True))
-        except Exception as exc:  # noqa: BLE001 - whoever needs them from there recomputes
-            for _, slot in there:
-                self._left_ring(ring, slot, exc)
-            return
-        # The last block of a prompt belongs to one request, which deletes it when it ends.
-        for block, slot in sorted(there, key=lambda item: item[0].shared):
-            if present.get(block.key):
-                self._left_ring(ring, slot)
-                continue
-            try:
-                self._senders.submit(self._send_slot, ring, block, slot)
-            except RuntimeError as exc:  # closed
-                self._left_ring(ring, slot, exc)
+            keep(asked.deadline)
+            found = self._store.touch(asked.keys)
+            present = [key for key, there in zip(asked.keys, found, strict=True) if there]
+        except Exception as exc:  # noqa: BLE001 - no answer is an answer
+            self._let_store_rest(exc)
+        asked.answer(present)
 
-    def _send_slot(self, ring: RingWriter, block: Block, slot: int) -> None:
+    def _give_up_sending(self, slot: int) -> bool:
+        """Leave what is in `slot` to who has read it: the store does not keep up."""
+        with self._ledger.lock:
+            if slot not in self._waiting or not self._is_read(slot):
+                return False
+            del self._waiting[slot]
+        self.num_unsent += 1
+        return True
+
+    def _is_read(self, slot: int) -> bool:
+        return self._ring is not None and self._ring.was_read(slot)
+
+    def _send_next(self, ring: RingWriter) -> None:
+        """Send a block from the ring to the store, beside everything else."""
+        with self._ledger.lock:
+            if not self._waiting:
+                return  # given up
+            # First what nobody has read yet: another host may wait for it.
+            unread = (slot for slot in self._waiting if not self._is_read(slot))
+            slot = next(unread, next(iter(self._waiting)))
+            block, asked = self._waiting.pop(slot)
         error = None
         try:
             self._require_store()
             keep(block.deadline)
-            parts = [ring.seal_of(slot), ring.payload(slot)]
-            self._store.put(block.key, parts, block.deadline)
+            if not asked.has(block.key):
+                parts = [ring.seal_of(slot), ring.payload(slot)]
+                self._store.put(block.key, parts, block.deadline)
         except Exception as exc:  # noqa: BLE001 - whoever needs it from there recomputes
             error = exc
-        self._left_ring(ring, slot, error)
+        ring.release(slot)
+        if error is not None:
+            self._let_store_rest(error)
+
+    def _let_store_rest(self, error: Exception) -> None:
+        """Behind a store that hangs or is away each would wait in a slot that others need."""
+        if not isinstance(error, _Rests):
+            self._store_rests_until = time.monotonic() + _REST_S
+            logger.warning("KV blocks did not reach the store: %s", describe(error))
 
     def _require_store(self) -> None:
         if time.monotonic() < self._store_rests_until:
             raise _Rests
-
-    def _left_ring(self, ring: RingWriter, slot: int, error: Exception | None = None) -> None:
-        ring.release(slot)
-        if error is not None and not isinstance(error, _Rests):
-            # Behind a store that hangs or is away each would wait in a slot that others need.
-            self._store_rests_until = time.monotonic() + _REST_S
-            logger.warning("KV blocks did not reach the store: %s", describe(error))
 
     # -- without -------------------------------------------------------------------------------
 

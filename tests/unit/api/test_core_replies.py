@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
@@ -180,6 +181,30 @@ def test_stage_reports_can_be_asked_for_after_the_end() -> None:
 
         assert await bench.core.reports.of("external-r") == [(REPORT,)]
         assert await bench.core.reports.of("external-x") == []
+
+    with_bench(test)
+
+
+def test_what_prefill_adds_when_its_blocks_are_saved_counts_whenever_it_comes() -> None:
+    early, late = REPORT, msgspec.structs.replace(REPORT, kv_seconds=0.5)
+    decode = msgspec.structs.replace(REPORT, stage="decode", worker="d")
+
+    async def test(bench: Bench) -> None:
+        for name in ("a", "b"):
+            await bench.ask(name)
+        added = a_reply(reports={"a": (late,)}, stage="prefill")
+        ends = a_reply(
+            (0, an_output([7], "a", FinishReason.STOP)),
+            (0, an_output([7], "b", FinishReason.STOP)),
+            reports={"a": (early, decode), "b": (early, decode)},
+            stage="decode",
+        )
+        await bench.core._take(added)
+        await bench.core._take(ends)
+        await bench.core._take(a_reply(reports={"b": (late,)}, stage="prefill"))
+
+        for name in ("external-a", "external-b"):
+            assert await bench.core.reports.of(name) == [(late, decode)]
 
     with_bench(test)
 
