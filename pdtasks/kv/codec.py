@@ -54,6 +54,11 @@ def check(header: memoryview, content: str, payload: memoryview, fingerprint: st
         raise CorruptBlock("checksum differs")
 
 
+def name_of(content: str, fingerprint: str) -> int:
+    """64 bits that say which block this is, without its bytes."""
+    return xxhash.xxh3_64_intdigest(f"{fingerprint}:{content}".encode())
+
+
 def _checksum(content: str, payload: memoryview) -> int:
     # Seeded: an intact block under another block's name is not the one that was asked for.
     digest = xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(content.encode()))

@@ -14,7 +14,7 @@ from functools import partial
 
 from vllm.logger import init_logger
 
-from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check
+from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
 from pdtasks.kv.movers import Block, Movers, blocks_of
 from pdtasks.kv.plan import BlockLoad, TransferPlan
@@ -151,17 +151,11 @@ class Loads:
         if number is None or ring.presence(number) is not Presence.HERE:
             return None
         slot = number % ring.num_slots
-        seal, payload = bytes(ring.seal_of(slot)), ring.payload(slot)
-        try:
-            self._movers.own.copier.scatter(
-                block.block_id,
-                payload,
-                lambda: check(memoryview(seal), block.content, payload, self._fingerprint),
-            )
-        except CorruptBlock as exc:
-            if ring.presence(number) is Presence.HERE:
-                logger.warning("KV block %s is not usable: %s", block.key, exc)
+        if ring.name_of(slot) != name_of(block.content, self._fingerprint):
+            logger.warning("a ring has another block than %s", block.key)
             return None
+        payload = ring.payload(slot)
+        self._movers.own.copier.scatter(block.block_id, payload)
         if ring.presence(number) is not Presence.HERE:
             return None
         ring.note_read(number)

@@ -17,8 +17,6 @@ blocks that no step under way still touches (`Scheduler.defer_block_free`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -80,23 +78,11 @@ class Copier:
             after.synchronize()
         self._copy(block_id, payload, out_of_cache=True)
 
-    def scatter(
-        self, block_id: int, payload: memoryview, meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
-        """Copy `payload` over block `block_id`, which nobody uses.
+    def scatter(self, block_id: int, payload: memoryview) -> None:
+        """Copy `payload` over block `block_id`, which nobody uses."""
+        self._copy(block_id, payload, out_of_cache=False)
 
-        `meanwhile` is called beside the copy, where that is another device's work.
-        """
-        self._copy(block_id, payload, meanwhile, out_of_cache=False)
-
-    def _copy(
-        self,
-        block_id: int,
-        payload: memoryview,
-        meanwhile: Callable[[], None] = lambda: None,
-        *,
-        out_of_cache: bool,
-    ) -> None:
+    def _copy(self, block_id: int, payload: memoryview, *, out_of_cache: bool) -> None:
         buffer = torch.frombuffer(payload, dtype=torch.int8)
         with torch.cuda.stream(self._stream):  # does nothing where there is none
             offset = 0
@@ -108,11 +94,8 @@ class Copier:
                     part.copy_(row, non_blocking=True)
                 else:
                     row.copy_(part, non_blocking=True)
-        try:
-            meanwhile()
-        finally:
-            if self._stream is not None:
-                self._stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class Staging:

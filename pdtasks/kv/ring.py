@@ -8,14 +8,15 @@ slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle n
 numbers, so nobody keeps a directory, and no lock is shared between processes::
 
     header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
-    table    a row of 64 bytes for each slot: word u64 | the block's seal (`codec`), 32 bytes
-             | read u64
+    table    a row of 64 bytes for each slot: word u64 | name u64 | read u64
     payload  of each slot, rows of whole pages
 
 A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
 without asking anybody: a smaller word than that of its block says "not yet", a larger one "not any
-more".  It copies first and then looks at word and checksum, which also tell that a slot was written
-meanwhile (a sequence lock).
+more".  It looks at word and name, copies, and looks at the word again, which tells whether the
+slot was written meanwhile (a sequence lock).  The name says which content the block has; there is
+no checksum of its bytes, unlike in the store: they cross no wire, and two passes over each block
+would take longer than moving it.
 
 A reader leaves *n* + 1 in `read`.  Nothing depends on it: a writer whose slots are all waiting for
 a slow store gives up sending a block that was read before one that nobody has read yet.
@@ -40,8 +41,6 @@ from pathlib import Path
 
 import torch
 
-from pdtasks.kv.codec import HEADER_BYTES
-
 #: Where files are memory.
 FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
 _PREFIX = "pdtasks-kv-"
@@ -51,7 +50,7 @@ _MAGIC = b"PDRB"
 _FORMAT = 1
 _TABLE = 64  # bytes before the table
 _ROW = 64  # bytes of a slot's row
-_READ = 5  # word of a row
+_NAME_WORD, _READ = 1, 2  # of a row
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 #: Seconds between two looks at what others have read.
@@ -93,16 +92,14 @@ class _Mapped:
         table = self._view[_TABLE : _TABLE + self.num_slots * _ROW]
         # One machine word each: written and read whole.
         self._words = table.cast("Q")
-        self._table = table
 
     def word(self, slot: int) -> int:
         """The number of the block in `slot`, and 1; 0 while there is none."""
         return int(self._words[slot * (_ROW // 8)])
 
-    def seal_of(self, slot: int) -> memoryview:
-        """Where the seal of the block in `slot` lies."""
-        begin = slot * _ROW + 8
-        return self._table[begin : begin + HEADER_BYTES]
+    def name_of(self, slot: int) -> int:
+        """The name of the block in `slot`."""
+        return int(self._words[slot * (_ROW // 8) + _NAME_WORD])
 
     def was_read(self, slot: int) -> bool:
         """Has another engine read the block in `slot`?"""
@@ -190,9 +187,9 @@ class RingWriter(_Mapped):
         self._words[slot * (_ROW // 8)] = 0
         return slot
 
-    def publish(self, slot: int, number: int, seal: bytes) -> None:
-        """Block `number` is in `slot` now."""
-        self.seal_of(slot)[:] = seal
+    def publish(self, slot: int, number: int, name: int) -> None:
+        """Block `number` is in `slot` now. `name`: 64 bits that say what it contains."""
+        self._words[slot * (_ROW // 8) + _NAME_WORD] = name
         self._words[slot * (_ROW // 8)] = number + 1
 
     def release(self, slot: int) -> None:

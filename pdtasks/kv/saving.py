@@ -16,7 +16,7 @@ from functools import partial
 
 from vllm.logger import init_logger
 
-from pdtasks.kv.codec import seal
+from pdtasks.kv.codec import name_of, seal
 from pdtasks.kv.ledger import Late, Ledger, Tally, describe, keep
 from pdtasks.kv.movers import Block, Movers, blocks_of
 from pdtasks.kv.pages import BlockPages
@@ -49,7 +49,7 @@ class _Question:
         self._answered.set()
 
     def has(self, key: str) -> bool:
-        """Waits for the answer, which the same threads have begun to wait for before."""
+        """Waits for the answer."""
         self._answered.wait(max(0.0, self.deadline - time.monotonic()))
         return key in self._present
 
@@ -68,11 +68,13 @@ class Saves:
         senders: Movers,
         ring: RingWriter | None,
         copiers: Movers | None,
+        askers: Movers,
         timeout_s: float,
     ) -> None:
         """Args:
         senders: speak to the store; without a ring they copy too, and need stagings.
         copiers: fill the ring.
+        askers: ask the store what it has; never the senders, who wait for that.
         """
         self._ledger = ledger
         self._store = store
@@ -82,6 +84,7 @@ class Saves:
         self._senders = senders
         self._ring = ring
         self._copiers = copiers
+        self._askers = askers
         self._timeout_s = timeout_s
         self._copied = threading.Condition(ledger.lock)
         self.running: dict[str, Tally] = {}
@@ -122,7 +125,7 @@ class Saves:
             if self._ring is not None and self._copiers is not None:
                 asked = _Question([block.key for block in blocks if block.shared], deadline)
                 with suppress(RuntimeError):  # closed
-                    self._senders.submit(self._ask, asked)
+                    self._askers.submit(self._ask, asked)
                 # A prompt's tail is of one request, which deletes it when it ends: it goes first.
                 for block in sorted(blocks, key=lambda block: block.shared):
                     job = partial(self._copy_to_ring, self._ring, tally, block, asked)
@@ -196,7 +199,7 @@ class Saves:
                 tally.copying -= 1
                 self._copied.notify_all()
         assert block.number is not None
-        ring.publish(slot, block.number, seal(block.content, payload, self._fingerprint))
+        ring.publish(slot, block.number, name_of(block.content, self._fingerprint))
         return len(payload)
 
     def _ask(self, asked: _Question) -> None:
@@ -236,8 +239,9 @@ class Saves:
             self._require_store()
             keep(block.deadline)
             if not asked.has(block.key):
-                parts = [ring.seal_of(slot), ring.payload(slot)]
-                self._store.put(block.key, parts, block.deadline)
+                payload = ring.payload(slot)
+                header = seal(block.content, payload, self._fingerprint)
+                self._store.put(block.key, [memoryview(header), payload], block.deadline)
         except Exception as exc:  # noqa: BLE001 - whoever needs it from there recomputes
             error = exc
         ring.release(slot)

@@ -6,9 +6,9 @@ The engine's thread only says what is to be done; it never copies and never wait
 A fixed number of threads do it, with a fixed amount of memory, so neither memory nor bytes under
 way can grow, however slow the store is:
 
-    save    copy out of the cache into a slot of the ring -> checksum: the hand-over can leave
-            -> ask the store which blocks it has -> send it the others from their slots
-    load    from the ring of an engine of this host: copy into the cache -> check
+    save    copy out of the cache into a slot of the ring: others can read it
+            -> checksum -> send it to the store, unless that has it
+    load    from the ring of an engine of this host: copy into the cache
             from the store: receive -> check -> copy into the cache
 
 The engine keeps the blocks of a finished request until they are in the ring (without a ring: in
@@ -91,10 +91,11 @@ class BlockTransfer:
         self._ring = self._make_ring(pages, pin=cuda)
         self._rings = Rings(payloads=True, pin=cuda)
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
-        copiers = None
+        copiers, askers = None, loaders
         if self._ring is not None:
             senders = self._new_movers("kv-transfer-send", pages, staging=False)
             copiers = self._new_movers("kv-transfer-copy", pages, staging=False)
+            askers = self._new_movers("kv-transfer-ask", pages, staging=False, num_threads=1)
         self._saves = Saves(
             self._ledger,
             self._store,
@@ -104,6 +105,7 @@ class BlockTransfer:
             senders=senders,
             ring=self._ring,
             copiers=copiers,
+            askers=askers,
             timeout_s=self._timeout_s,
         )
         self._loads = Loads(
@@ -130,8 +132,11 @@ class BlockTransfer:
             logger.warning("hand-overs go through the store alone, which is slower: %s", exc)
             return None
 
-    def _new_movers(self, name: str, pages: BlockPages, *, staging: bool) -> Movers:
-        self._movers.append(Movers(name, self._num_threads, pages, staging=staging))
+    def _new_movers(
+        self, name: str, pages: BlockPages, *, staging: bool, num_threads: int | None = None
+    ) -> Movers:
+        num_threads = num_threads or self._num_threads
+        self._movers.append(Movers(name, num_threads, pages, staging=staging))
         return self._movers[-1]
 
     # -- in the engine's thread ----------------------------------------------------------------
