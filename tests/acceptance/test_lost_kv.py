@@ -7,9 +7,38 @@ from pathlib import Path
 from typing import cast
 
 import httpx
+import pytest
 
+from pdtasks.kv.ring import FOLDER, RingReader
 from tests.acceptance.running_stack import Stack, answers_by, ask
 from tests.waiting import wait_until
+
+
+def lose_rings() -> None:
+    """No block of any ring on this host is there any more."""
+    for path in FOLDER.glob("pdtasks-kv-*"):
+        reader = RingReader(path.name)
+        for slot in range(reader.num_slots):
+            reader._words[slot * 8] = 1 << 62
+        reader.close()
+
+
+@pytest.mark.parametrize("lost", ["store", "ring"])
+def test_either_of_ring_and_store_is_enough(stack: Stack, client: httpx.Client, lost: str) -> None:
+    prompt = f"{lost}. Tell me about the sun. " * 20
+    with ThreadPoolExecutor(1) as background:
+        with stack.paused("decode"):
+            answer = background.submit(ask, client, prompt, f"either-{lost}", max_tokens=16)
+            wait_until(lambda: any(k.startswith(b"pd:kv:tail:") for k in stack.kv.scan_iter()))
+            if lost == "store":
+                stack.kv.flushall()
+            else:
+                lose_rings()
+        stages = answer.result(timeout=60)["stages"]
+
+    assert stages["prefill"]["kv_blocks_written"] > 1
+    assert stages["decode"]["kv_blocks_loaded"] == stages["prefill"]["kv_blocks_written"]
+    assert stages["decode"]["kv_blocks_recomputed"] == 0
 
 
 def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: httpx.Client) -> None:
@@ -30,6 +59,7 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
 
             wait_until(prefill_has_written_every_block)
             stack.kv.flushall()
+            lose_rings()
         lost = answer.result(timeout=60)
 
     # Then decode computed the prompt again, said so, and the answer is that of a whole hand-over
@@ -59,6 +89,7 @@ def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.
                 value = bytearray(cast("bytes", stack.kv.get(key)))
                 value[len(value) // 2] ^= 0x10
                 stack.kv.set(key, bytes(value), keepttl=True)
+            lose_rings()
         damaged = answer.result(timeout=60)
 
     # Then the prompt was recomputed and the damaged blocks are gone, so the next one is whole again
