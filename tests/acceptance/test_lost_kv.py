@@ -13,6 +13,10 @@ from pdtasks.kv.ring import FOLDER, RingReader
 from tests.acceptance.running_stack import Stack, answers_by, ask
 from tests.waiting import wait_until
 
+#: A recomputed prompt differs in its last bits from one that was handed over (other shapes in the
+#: kernels, other processors): its answer has to be one that hangs on none.
+SURE = "Now, what is the capital of France?"
+
 
 def lose_rings() -> None:
     """No block of any ring on this host is there any more."""
@@ -42,8 +46,8 @@ def test_either_of_ring_and_store_is_enough(stack: Stack, client: httpx.Client, 
 
 
 def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: httpx.Client) -> None:
-    prompt = "Tell me about the moon. " * 20
-    whole = ask(client, "A. " + prompt, "flush-0", max_tokens=16)
+    prompt = "Tell me about the moon. " * 20 + SURE
+    whole = ask(client, "A. " + prompt, "flush-0", max_tokens=8)
     assert whole["stages"]["decode"]["kv_blocks_recomputed"] == 0
 
     before = set(stack.kv.scan_iter())
@@ -51,7 +55,7 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
     # When the KV disappears between the stages
     with ThreadPoolExecutor(1) as background:
         with stack.paused("decode"):
-            answer = background.submit(ask, client, "B. " + prompt, "flush-1", max_tokens=16)
+            answer = background.submit(ask, client, "B. " + prompt, "flush-1", max_tokens=8)
 
             def prefill_has_written_every_block() -> bool:
                 new = set(stack.kv.scan_iter()) - before
@@ -67,18 +71,18 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
     assert written > 1
     assert lost["stages"]["decode"]["kv_blocks_loaded"] == 0
     assert lost["stages"]["decode"]["kv_blocks_recomputed"] == written
-    again = ask(client, "B. " + prompt, "flush-2", max_tokens=16)
+    again = ask(client, "B. " + prompt, "flush-2", max_tokens=8)
     assert lost["choices"][0]["message"] == again["choices"][0]["message"]
 
 
 def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.Client) -> None:
-    prompt = "D. Tell me about the tides. " * 24
+    prompt = "D. Tell me about the tides. " * 24 + SURE
     before = set(stack.kv.scan_iter())
 
     # When bytes flip in the live server between the stages
     with ThreadPoolExecutor(1) as background:
         with stack.paused("decode"):
-            answer = background.submit(ask, client, prompt, "flip-0", max_tokens=16)
+            answer = background.submit(ask, client, prompt, "flip-0", max_tokens=8)
 
             def the_whole_prompt_is_written() -> bool:
                 new = set(stack.kv.scan_iter()) - before
@@ -95,15 +99,15 @@ def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.
     # Then the prompt was recomputed and the damaged blocks are gone, so the next one is whole again
     assert damaged["stages"]["decode"]["kv_blocks_loaded"] == 0
     assert damaged["stages"]["decode"]["kv_blocks_recomputed"] > 1
-    again = ask(client, prompt, "flip-1", max_tokens=16)
+    again = ask(client, prompt, "flip-1", max_tokens=8)
     assert again["choices"][0]["message"] == damaged["choices"][0]["message"]
 
 
 def test_a_decode_worker_of_another_fingerprint_recomputes(
     stack: Stack, client: httpx.Client, tmp_path: Path
 ) -> None:
-    prompt = "C. Name three rivers. " * 12
-    expected = ask(client, prompt, "foreign-0", max_tokens=12)
+    prompt = "C. Name three rivers. " * 12 + SURE
+    expected = ask(client, prompt, "foreign-0", max_tokens=8)
 
     # Given a decode worker, started by hand, whose blocks have another size.  (That other weights
     # under the same name make another fingerprint: unit/kv/test_identity.py.)
@@ -114,7 +118,7 @@ def test_a_decode_worker_of_another_fingerprint_recomputes(
             stack,
             "decode",
             other.pid,
-            lambda n: ask(client, prompt, f"foreign-{n}", max_tokens=12),
+            lambda n: ask(client, prompt, f"foreign-{n}", max_tokens=8),
         )
 
     # Then it has recomputed the prompt, and the answer is the same
