@@ -245,9 +245,9 @@ _JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), hel
 @click.option("--tokens", default=2048, show_default=True, help="Length of the prompt.")
 @click.option("--block-tokens", default=64, show_default=True, help="Tokens in a block.")
 @click.option("--connections", type=int, multiple=True, default=(1, 4, 8), show_default=True)
-@click.option("--passes", default=5, show_default=True, help="The best one counts.")
+@click.option("--passes", default=5, show_default=True, help="The median counts.")
 def transfer(*, json_file: Path | None, device: str | None, **options: Any) -> None:
-    """Move a prompt's blocks between an engine's cache and the store.
+    """Move a prompt's blocks between an engine's cache, the store and shared memory.
 
     Copies and checksums are included. No engine runs; the cache holds noise.
     """
@@ -255,15 +255,18 @@ def transfer(*, json_file: Path | None, device: str | None, **options: Any) -> N
     from pdtasks.settings import make_settings
 
     rows = []
-    click.echo("shape       device  op   conn.  blocks  MiB each    ms    GB/s")
+    click.echo(
+        "shape       device  op           conn.  blocks  MiB each    ms   best  worst   GB/s"
+    )
     for row in run_transfer(
         device=device or make_settings().device,
         **options | {"connections": list(options["connections"])},
     ):
         rows.append(row)
         click.echo(
-            f"{row.shape:<11} {row.device:<7} {row.op:<4} {row.connections:>5} {row.blocks:>7} "
-            f"{row.block_bytes / 2**20:>9.2f} {row.seconds * 1e3:>6.1f} {row.gb_per_s:>6.2f}"
+            f"{row.shape:<11} {row.device:<7} {row.op:<11} {row.connections:>6} {row.blocks:>7} "
+            f"{row.block_bytes / 2**20:>9.2f} {row.seconds * 1e3:>6.1f} "
+            f"{row.best_seconds * 1e3:>6.1f} {row.worst_seconds * 1e3:>6.1f} {row.gb_per_s:>6.2f}"
         )
     if json_file is not None:
         json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")

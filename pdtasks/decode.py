@@ -71,6 +71,7 @@ class _Decode(Stage[DecodeJob]):
         generation = self.new_generation(request, position=len(job.output_token_ids))
         try:
             await self.here.generate(generation, self.reports)
+            await self.here.replies_taken()
         except RequestAborted:
             self.tell_of_aborted()
             raise

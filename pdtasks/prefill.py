@@ -96,7 +96,9 @@ class _Prefill(Stage[PrefillJob]):
                 await self._hand_over(wire, generation)
                 await self._saved(generation)
                 self.here.answers.report(self.reply_to, job.request_id, self.reports())
+                await self.here.replies_taken()
             else:
+                await self.here.replies_taken()
                 await self._saved(generation)
                 self.here.aborted.require_wanted(job.request_id)
                 if self._goes_on:

@@ -223,9 +223,6 @@ class ValkeyConnector(KVConnectorBase_V1):
         assert self._transfer is not None
         return self._transfer.take_results(finished_req_ids)
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._transfer.take_invalid_blocks() if self._transfer is not None else set()
-
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return self._transfer.take_stats() if self._transfer is not None else None
 

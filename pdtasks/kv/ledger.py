@@ -27,7 +27,7 @@ class Tally:
     op: str
     started: float = field(default_factory=time.monotonic)
     open: int = 0  # blocks on their way
-    copying: int = 0  # blocks that a thread is copying out of the cache
+    copying: int = 0  # blocks that a thread is copying out of the cache, or into it
     blocks: int = 0
     bytes: int = 0
     missing: int = 0

@@ -10,13 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
-from functools import partial
 
 from vllm.logger import init_logger
 
 from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
-from pdtasks.kv.movers import Block, Movers, blocks_of
+from pdtasks.kv.movers import Block, Movers, Own, blocks_of
 from pdtasks.kv.plan import BlockLoad, TransferPlan
 from pdtasks.kv.ring import Presence, RingReader
 from pdtasks.kv.rings import Rings
@@ -28,8 +27,9 @@ logger = init_logger(__name__)
 _ON_ITS_WAY_S = 2.0
 #: Seconds between two looks for one.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.02
-#: Seconds for which the engine stands at most while it waits for what it cannot run without.
-_SYNC_S = 1.0
+#: Seconds after which an engine is given up that waits for what its step depends on: copies within
+#: the host take milliseconds, but a host may stand still for a while.
+_SYNC_S = 30.0
 
 
 class Loads:
@@ -44,21 +44,25 @@ class Loads:
         fingerprint: str,
         rank: int,
         movers: Movers,
+        copiers: Movers,
         timeout_s: float,
     ) -> None:
-        """`movers`: with stagings."""
+        """Args:
+        movers: speak to the store; with stagings.
+        copiers: read rings, and never wait for the store: a step may wait for them.
+        """
         self._ledger = ledger
         self._store = store
         self._rings = rings
         self._fingerprint = fingerprint
         self._rank = rank
         self._movers = movers
+        self._copiers = copiers
         self._timeout_s = timeout_s
         self._ended = threading.Condition(ledger.lock)
         self.running: dict[str, Tally] = {}
         self._received: set[str] = set()
         self._failed: set[str] = set()
-        self._invalid: set[int] = set()  # blocks of the cache that hold nothing of use
 
     # -- in the engine's thread ----------------------------------------------------------------
 
@@ -67,33 +71,49 @@ class Loads:
 
         Returns when those are there without which this step cannot run.
         """
-        waited_for: list[tuple[BlockLoad, Tally]] = []
-        for load in plan.loads:
-            tally = Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
-            with self._ledger.lock:
-                if not load.block_ids:
-                    if not load.sync:
-                        self._received.add(load.request_id)  # no thread would ever end it
-                    continue
-                self._running_as(load)[load.request_id] = tally
+        tallies = [(load, self._start(load)) for load in plan.loads if load.block_ids]
+        with self._ledger.lock:  # no thread would ever end these
+            self._received |= {x.request_id for x in plan.loads if not (x.block_ids or x.sync)}
+        for load, tally in tallies:
             if load.sync:
-                waited_for.append((load, tally))
-            within_s = _SYNC_S if load.sync else self._timeout_s
-            deadline = time.monotonic() + within_s
-            ring = self._rings.find(load.handle, self._rank)
-            for block in blocks_of(load, self._rank, None, deadline):
-                try:
-                    self._movers.submit(partial(self._fetch, load, tally, block, ring))
-                except RuntimeError as exc:  # closed
-                    self._block_ended(load, tally, None, exc)
-        for load, tally in waited_for:
-            with self._ledger.lock:
-                # Each block's way ends by its deadline.
-                self._ended.wait_for(lambda tally=tally: tally.open == 0)  # type: ignore[misc]
-                if tally.missing:
-                    self._invalid.update(load.block_ids)
+                self._wait_for(load, tally)
         if plan.loads:
             self._ledger.tell()
+
+    def _start(self, load: BlockLoad) -> Tally:
+        # (The first use of a ring may take a second: it is not in the load's time.)
+        ring = self._rings.find(load.handle, self._rank)
+        tally = Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
+        if not load.sync:
+            with self._ledger.lock:
+                self.running[load.request_id] = tally
+        deadline = time.monotonic() + (_SYNC_S if load.sync else self._timeout_s)
+        for block in blocks_of(load, self._rank, None, deadline):
+            try:
+                if ring is not None:
+                    self._copiers.submit(self._fetch_from_ring, load, tally, block, ring)
+                elif load.sync:
+                    self._block_ended(load, tally, None, None)
+                else:
+                    self._movers.submit(self._fetch, load, tally, block)
+            except RuntimeError as exc:  # closed
+                self._block_ended(load, tally, None, exc)
+        return tally
+
+    def _wait_for(self, load: BlockLoad, tally: Tally) -> None:
+        """Return when all of `load` is there.
+
+        Raises RuntimeError, which ends the engine, when it is not: vLLM 0.32 cannot take a request
+        back that its step has begun with, and would answer it, and those that share its prefix, out
+        of memory that holds something else.  `BlockLookup` has seen the blocks and has them kept,
+        so this takes a fault that nobody knows of; the jobs go to another engine.
+        """
+        with self._ledger.lock:
+            left = tally.started + _SYNC_S - time.monotonic()
+            self._ended.wait_for(lambda: tally.open == 0, max(0.0, left))
+            if not (tally.open or tally.missing):
+                return
+        raise RuntimeError(f"the KV of {load.request_id} was lost while its step waited for it")
 
     def cancel(self, request_ids: Collection[str]) -> None:
         """Nobody wants these any more. Called with the ledger's lock."""
@@ -110,33 +130,39 @@ class Loads:
         failed, self._failed = self._failed, set()
         return received, failed
 
-    def take_invalid(self) -> set[int]:
-        """Blocks that a step ran with although they could not be loaded."""
-        with self._ledger.lock:
-            invalid, self._invalid = self._invalid, set()
-        return invalid
-
     def leftovers(self) -> dict[str, Collection[object]]:
         """What is kept, by kind."""
         return {
             "loads": self.running,
             "received": self._received,
             "failed": self._failed,
-            "invalid": self._invalid,
         }
 
     # -- in the threads ------------------------------------------------------------------------
 
-    def _fetch(self, load: BlockLoad, tally: Tally, block: Block, ring: RingReader | None) -> None:
+    def _fetch_from_ring(
+        self, load: BlockLoad, tally: Tally, block: Block, ring: RingReader
+    ) -> None:
+        received = error = None
+        try:
+            if not (tally.missing or tally.cancelled):
+                keep(block.deadline)
+                received = self._from_ring(load, tally, block, ring)
+                if received is None and not load.sync:
+                    self._movers.submit(self._fetch, load, tally, block)
+                    return
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
+            error = exc
+        self._block_ended(load, tally, received, error)
+
+    def _fetch(self, load: BlockLoad, tally: Tally, block: Block) -> None:
         error: Exception | None = None
         received: int | None = None
         try:
             # One block is missing: the prompt will be recomputed, the others are of no use.
             if not (tally.missing or tally.cancelled):
                 keep(block.deadline)
-                received = self._from_ring(block, ring) if ring is not None else None
-                if received is None:
-                    received = self._from_store(load, tally, block)
+                received = self._from_store(load, tally, block)
         except (CorruptBlock, UnexpectedValue) as exc:
             logger.warning("KV block %s is not usable: %s", block.key, exc)
             # Prefill would take it for a good one and never write it again.
@@ -145,21 +171,30 @@ class Loads:
             error = exc
         self._block_ended(load, tally, received, error)
 
-    def _from_ring(self, block: Block, ring: RingReader) -> int | None:
+    def _from_ring(
+        self, load: BlockLoad, tally: Tally, block: Block, ring: RingReader
+    ) -> int | None:
         """Returns the bytes, or None when the block is not there, or not any more."""
         number = block.number
-        if number is None or ring.presence(number) is not Presence.HERE:
+        if number is None or not self._stays(load, number, ring):
             return None
         slot = number % ring.num_slots
         if ring.name_of(slot) != name_of(block.content, self._fingerprint):
             logger.warning("a ring has another block than %s", block.key)
             return None
         payload = ring.payload(slot)
-        self._movers.own.copier.scatter(block.block_id, payload)
-        if ring.presence(number) is not Presence.HERE:
+        if not self._scatter(tally, self._copiers.own, block, payload):
+            return None
+        if not self._stays(load, number, ring):
             return None
         ring.note_read(number)
         return len(payload)
+
+    def _stays(self, load: BlockLoad, number: int, ring: RingReader) -> bool:
+        """Is block `number` what is in its slot? Kept ones are, also while their word is away."""
+        if ring.presence(number) is Presence.HERE:
+            return True
+        return load.sync and ring.is_kept(number % ring.num_slots)
 
     def _from_store(self, load: BlockLoad, tally: Tally, block: Block) -> int | None:
         """Returns the bytes, or None when the store lacks the block.
@@ -176,15 +211,30 @@ class Loads:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_LOOK_S)
         check(own.header, block.content, payload, self._fingerprint)
-        own.copier.scatter(block.block_id, payload)
+        if not self._scatter(tally, own, block, payload):
+            return None
         return HEADER_BYTES + len(payload)
+
+    def _scatter(self, tally: Tally, own: Own, block: Block, payload: memoryview) -> bool:
+        """False: nobody waits for the block, whose place may be another's."""
+        with self._ledger.lock:
+            if tally.cancelled:
+                return False
+            tally.copying += 1
+        try:
+            own.copier.scatter(block.block_id, payload)
+        finally:
+            with self._ledger.lock:
+                tally.copying -= 1
+                self._ended.notify_all()
+        return True
 
     def _on_its_way_s(self, load: BlockLoad) -> float:
         """Seconds for which a block that the store lacks is worth waiting for."""
         if load.handle.ring is None:
             return 0.0  # that hand-over left when all blocks were there
         # By the clocks of two hosts.
-        age = max(0.0, time.time() - load.handle.made_at)
+        age = abs(time.time() - load.handle.made_at)
         return _ON_ITS_WAY_S if age < self._timeout_s else 0.0
 
     def _forget(self, key: str) -> Exception | None:
@@ -210,7 +260,3 @@ class Loads:
                 self._ledger.record(tally)
                 self._ended.notify_all()
         self._ledger.tell()
-
-    def _running_as(self, load: BlockLoad) -> dict[str, Tally]:
-        """Where the tally of `load` is kept: of what the engine waits for, nowhere."""
-        return {} if load.sync else self.running

@@ -30,13 +30,15 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
 from pdtasks.kv.probe import PrefixProbe
 from pdtasks.kv.resume import advance_grammar, carry_over
-from pdtasks.kv.ring import Presence
+from pdtasks.kv.ring import Presence, is_there, ring_name
 from pdtasks.kv.rings import Rings
 
 logger = init_logger(__name__)
 
 #: Seconds for which a request waits for blocks that are said to be in a ring soon.
 _RING_WAIT_S = 1.0
+#: Seconds for which blocks stay in their slots that a step depends on.
+KEPT_S = 2.0
 #: Seconds between two looks for requests that have ended but are still kept here.
 _LOOK_S = 60.0
 
@@ -159,7 +161,16 @@ class BlockLookup:
                 "the KV handle of %s is not for its prompt: recomputing", request.request_id
             )
             return False
+        if not self._is_numbered(handle):
+            return False
         return handle.expires_at > time.time()
+
+    def _is_numbered(self, handle: KVHandle) -> bool:
+        """Could its numbers be a ring's? Under `vllm serve` a client may have written them."""
+        lengths = [length for first, length in handle.numbers if first >= 0 and length > 0]
+        return handle.ring is None or (
+            len(lengths) == len(handle.numbers) <= handle.num_blocks == sum(lengths)
+        )
 
     def _look_for_prefix(self, request: Request) -> None:
         # The last token is always computed: its output is the next token.
@@ -214,7 +225,12 @@ class BlockLookup:
         num_bytes = (handle.num_blocks - first) * self._block_bytes
         fits = self._planned_sync + num_bytes <= self._sync_bytes
         # A step has to compute something: the last token that is known.
-        if presence is Presence.HERE and fits and request.num_tokens > handle.num_tokens:
+        if (
+            presence is Presence.HERE
+            and fits
+            and request.num_tokens > handle.num_tokens
+            and self._rings.keep(handle, first, KEPT_S)
+        ):
             self._sync.add(request_id)
         return num_tokens
 
@@ -307,7 +323,8 @@ class BlockLookup:
         if self._ring is not None:
             numbered_from = self._next_number
             self._next_number += len(block_ids)
-            saving.numbers.append((numbered_from, len(block_ids)))
+            if block_ids:
+                saving.numbers.append((numbered_from, len(block_ids)))
         return BlockSave(
             request_id=request.request_id,
             handle=self._handle(request, saving.transfer_id or ""),
@@ -363,12 +380,14 @@ class BlockLookup:
         self._finished[request_id] = wanted
         if not wanted or saving.transfer_id is None:
             return True, None
-        handle = msgspec.structs.replace(
-            self._handle(request, saving.transfer_id),
-            ring=self._ring,
-            numbers=tuple(saving.numbers),
-        )
+        handle = self._handle(request, saving.transfer_id)
+        if self._ring is not None and self._has_ring(self._ring):
+            handle = msgspec.structs.replace(handle, ring=self._ring, numbers=tuple(saving.numbers))
         return True, params.saved(handle.to_wire())
+
+    def _has_ring(self, engine_id: str) -> bool:
+        """Has every rank been able to make one? Else hand-overs wait for the store."""
+        return all(is_there(ring_name(engine_id, rank)) for rank in range(self._tp_size))
 
 
 def _tail_digest(request: Request, hashes: tuple[bytes, ...], begin: int) -> str:

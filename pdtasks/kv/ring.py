@@ -8,7 +8,7 @@ slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle n
 numbers, so nobody keeps a directory, and no lock is shared between processes::
 
     header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
-    table    a row of 64 bytes for each slot: word u64 | name u64 | read u64
+    table    a row of 64 bytes for each slot: word u64 | name u64 | read u64 | kept until u64
     payload  of each slot, rows of whole pages
 
 A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
@@ -20,6 +20,11 @@ would take longer than moving it.
 
 A reader leaves *n* + 1 in `read`.  Nothing depends on it: a writer whose slots are all waiting for
 a slow store gives up sending a block that was read before one that nobody has read yet.
+
+A scheduler that lets a step depend on a block writes into `kept until` (nanoseconds of the host's
+monotonic clock) how long its slot must stay as it is, and then looks at the word again; the writer
+takes the word away and then looks there, and waits.  Whichever comes first, the other sees it
+(Dekker's algorithm; the locks between write and look are the fences that it needs).
 
 The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
 read by those who know its name, until another ring is made here: that removes files without a lock.
@@ -34,7 +39,7 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
@@ -50,7 +55,7 @@ _MAGIC = b"PDRB"
 _FORMAT = 1
 _TABLE = 64  # bytes before the table
 _ROW = 64  # bytes of a slot's row
-_NAME_WORD, _READ = 1, 2  # of a row
+_NAME_WORD, _READ, _KEPT = 1, 2, 3  # of a row
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 #: Seconds between two looks at what others have read.
@@ -75,6 +80,11 @@ def ring_name(engine_id: str, rank: int) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError("no engine's name")
     return name
+
+
+def is_there(name: str) -> bool:
+    """Is there a ring of that name on this host?"""
+    return (FOLDER / name).exists()
 
 
 class _Mapped:
@@ -111,8 +121,14 @@ class _Mapped:
         begin = _payload_begin(self.num_slots) + slot * self._stride
         return self._view[begin : begin + self.block_bytes]
 
+    def is_kept(self, slot: int) -> bool:
+        """Does a step depend on what is in `slot`?"""
+        return int(self._words[slot * (_ROW // 8) + _KEPT]) > time.monotonic_ns()
+
     def presence(self, number: int) -> Presence:
         """Where block `number` is."""
+        if number < 0:
+            return Presence.GONE
         word = self.word(number % self.num_slots)
         if word == number + 1:
             return Presence.HERE
@@ -172,19 +188,31 @@ class RingWriter(_Mapped):
         """The slot for block `number`, to be given back with `release`.
 
         Waits for what still has to leave it for the store; None: not by `deadline` (monotonic).
-        `give_up` is asked whether that need not leave any more; it is called again and again.
+        `give_up` is asked again and again whether that need not leave any more; it says so to one
+        caller alone, who has the slot then.
         """
         slot = number % self.num_slots
-        while slot in self._busy and not give_up(slot):
+        while True:
+            with self._changed:
+                if slot not in self._busy:
+                    self._busy.add(slot)
+                    break
+            if give_up(slot):
+                break  # it stays busy, for us
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
             with self._changed:
                 # Readers are in other processes and wake nobody here.
                 self._changed.wait_for(lambda: slot not in self._busy, min(left, _LOOK_S))
-        with self._changed:
-            self._busy.add(slot)
         self._words[slot * (_ROW // 8)] = 0
+        with self._changed:
+            pass  # a fence: the word is gone for all before we look who keeps the slot
+        while self.is_kept(slot):
+            if time.monotonic() >= deadline:
+                self.release(slot)
+                return None
+            time.sleep(_LOOK_S)
         return slot
 
     def publish(self, slot: int, number: int, name: int) -> None:
@@ -200,9 +228,9 @@ class RingWriter(_Mapped):
 
     def close(self) -> None:
         """Remove it; those who read it go on with what they have."""
+        self._path.unlink(missing_ok=True)
         if self._pinned:
             _unpin(self._view)
-        self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
 
@@ -234,9 +262,22 @@ class RingReader(_Mapped):
             if length > found.st_size:
                 raise RingError("a ring that is not complete")
             super().__init__(fd, length)
+        except (OSError, ValueError, struct.error) as exc:
+            raise RingError(f"it cannot be read ({type(exc).__name__})") from exc
         finally:
             os.close(fd)
         self._pinned = pin and _pin(self._view)
+        self._fence = threading.Lock()
+
+    def keep(self, numbers: Iterable[int], seconds: float) -> bool:
+        """Have these blocks stay where they are; False: one of them is not there any more."""
+        numbers = list(numbers)
+        until = time.monotonic_ns() + int(seconds * 1e9)
+        for number in numbers:
+            self._words[number % self.num_slots * (_ROW // 8) + _KEPT] = until
+        with self._fence:
+            pass  # all see it before we look
+        return all(self.presence(number) is Presence.HERE for number in numbers)
 
     def note_read(self, number: int) -> None:
         """This process has block `number`."""

@@ -15,7 +15,7 @@ logger = init_logger(__name__)
 
 #: Seconds after which a name that was unknown is looked for again.
 _LOOK_S = 1.0
-#: Seconds for which a ring is kept whose engine has gone.
+#: Seconds for which a ring is kept whose engine has gone, after its last use.
 _KEEP_S = 30.0
 
 
@@ -27,9 +27,10 @@ class Rings:
         self._payloads = payloads
         self._pin = pin
         self._lock = threading.Lock()
+        self._closed = False
         self._readers: dict[str, RingReader] = {}
         self._unknown: dict[str, float] = {}  # names, and when they were looked for
-        self._gone: dict[str, float] = {}
+        self._used: dict[str, float] = {}  # names, and when last
 
     def find(self, handle: KVHandle, rank: int) -> RingReader | None:
         """The ring in which `rank` has put the blocks of `handle`; None: not on this host."""
@@ -40,7 +41,20 @@ class Rings:
         except ValueError:
             return None
         reader = self._readers.get(name)
-        return reader if reader is not None else self._open(name)
+        if reader is None:
+            reader = self._open(name)
+        if reader is not None:
+            self._used[name] = time.monotonic()
+        return reader
+
+    def keep(self, handle: KVHandle, first: int, seconds: float) -> bool:
+        """Have the blocks of `handle` from index `first` on stay where `presence` has seen them."""
+        for rank in range(handle.tp_size):
+            reader = self.find(handle, rank)
+            numbers = [handle.number(index) for index in range(first, handle.num_blocks)]
+            if reader is None or not reader.keep((n for n in numbers if n is not None), seconds):
+                return False
+        return True
 
     def presence(self, handle: KVHandle, first: int) -> Presence:
         """Of the blocks of `handle` from index `first` on; GONE: one of them is not here."""
@@ -66,20 +80,18 @@ class Rings:
         for name in names - self._readers.keys():
             self._open(name)
         now = time.monotonic()
-        for name in self._readers.keys() - names:
-            if now - self._gone.setdefault(name, now) > _KEEP_S:
-                self._close([name])
-        for name in self._gone.keys() & names:
-            del self._gone[name]
+        gone = self._readers.keys() - names
+        self._close([name for name in gone if now - self._used.get(name, 0.0) > _KEEP_S])
 
     def close(self) -> None:
-        """Let go of all."""
+        """Let go of all, for ever."""
+        self._closed = True
         self._close(list(self._readers))
 
     def _open(self, name: str) -> RingReader | None:
         with self._lock:
-            if name in self._readers:
-                return self._readers[name]
+            if name in self._readers or self._closed:
+                return self._readers.get(name)
             now = time.monotonic()
             if now - self._unknown.get(name, -_LOOK_S) < _LOOK_S:
                 return None
@@ -96,5 +108,6 @@ class Rings:
     def _close(self, names: Iterable[str]) -> None:
         with self._lock:
             for name in names:
-                self._gone.pop(name, None)
-                self._readers.pop(name).close()
+                self._used.pop(name, None)
+                if reader := self._readers.pop(name, None):
+                    reader.close()

@@ -30,6 +30,10 @@ logger = init_logger(__name__)
 _REST_S = 1.0
 
 
+#: Seconds between two looks whether the engine stops.
+_CLOSE_LOOK_S = 0.1
+
+
 class _Rests(Exception):
     """The store has just refused, or did not answer."""
 
@@ -48,9 +52,11 @@ class _Question:
         self._present = set(present)
         self._answered.set()
 
-    def has(self, key: str) -> bool:
-        """Waits for the answer."""
-        self._answered.wait(max(0.0, self.deadline - time.monotonic()))
+    def has(self, key: str, closing: threading.Event) -> bool:
+        """Waits for the answer, for as long as `closing` is not set."""
+        while not self._answered.wait(_CLOSE_LOOK_S):
+            if closing.is_set() or time.monotonic() >= self.deadline:
+                break
         return key in self._present
 
 
@@ -93,6 +99,7 @@ class Saves:
         self._waiting: dict[int, tuple[Block, _Question]] = {}  # by slot, to be sent
         self.num_unsent = 0  #: blocks that the store did not get because it did not keep up
         self._store_rests_until = 0.0  # monotonic
+        self._closing = threading.Event()
 
     # -- in the engine's thread ----------------------------------------------------------------
 
@@ -119,21 +126,25 @@ class Saves:
                 tally.open += len(save.block_ids)
                 tally.sealed = save.last
                 self._end_if_done(tally)  # the last one may bring no further block
-            blocks = list(blocks_of(save, self._rank, after, deadline))
-            if not blocks:
-                continue
-            if self._ring is not None and self._copiers is not None:
-                asked = _Question([block.key for block in blocks if block.shared], deadline)
-                with suppress(RuntimeError):  # closed
-                    self._askers.submit(self._ask, asked)
-                # A prompt's tail is of one request, which deletes it when it ends: it goes first.
-                for block in sorted(blocks, key=lambda block: block.shared):
-                    job = partial(self._copy_to_ring, self._ring, tally, block, asked)
-                    self._submit(self._copiers, job, partial(self._done, tally))
-            else:
-                done = partial(self._all_done, tally, blocks)
-                self._submit(self._senders, partial(self._send_missing, tally, blocks), done)
+            if blocks := list(blocks_of(save, self._rank, after, deadline)):
+                self._start(tally, blocks, deadline)
         self._ledger.tell()
+
+    def _start(self, tally: Tally, blocks: list[Block], deadline: float) -> None:
+        if self._ring is None or self._copiers is None:
+            done = partial(self._all_done, tally, blocks)
+            self._submit(self._senders, partial(self._send_missing, tally, blocks), done)
+            return
+        asked = _Question([block.key for block in blocks if block.shared], deadline)
+        with suppress(RuntimeError):  # closed
+            self._askers.submit(self._ask, asked)
+        # A prompt's tail is of one request, which deletes it when it ends: it goes first.  (Of a
+        # prompt longer than the ring an earlier block would take its place.)
+        if len(blocks) < self._ring.num_slots:
+            blocks.sort(key=lambda block: block.shared)
+        for block in blocks:
+            job = partial(self._copy_to_ring, self._ring, tally, block, asked)
+            self._submit(self._copiers, job, partial(self._done, tally))
 
     def give_up(self, request_ids: Collection[str]) -> None:
         """vLLM takes the blocks of these requests away; returns when nobody reads them any more.
@@ -146,6 +157,10 @@ class Saves:
                 tally.cancelled = True
             self._sent.difference_update(request_ids)  # saved already: will be saved again
             self._copied.wait_for(lambda: not any(tally.copying for tally in tallies))
+
+    def close(self) -> None:
+        """Send nothing more to the store that is not on its way."""
+        self._closing.set()
 
     def take(self) -> set[str]:
         """Requests whose blocks are free since the last call. Called with the ledger's lock."""
@@ -238,7 +253,7 @@ class Saves:
         try:
             self._require_store()
             keep(block.deadline)
-            if not asked.has(block.key):
+            if not asked.has(block.key, self._closing):
                 payload = ring.payload(slot)
                 header = seal(block.content, payload, self._fingerprint)
                 self._store.put(block.key, [memoryview(header), payload], block.deadline)
@@ -250,12 +265,13 @@ class Saves:
 
     def _let_store_rest(self, error: Exception) -> None:
         """Behind a store that hangs or is away each would wait in a slot that others need."""
-        if not isinstance(error, _Rests):
+        self.num_unsent += 1
+        if not isinstance(error, _Rests | Late):
             self._store_rests_until = time.monotonic() + _REST_S
             logger.warning("KV blocks did not reach the store: %s", describe(error))
 
     def _require_store(self) -> None:
-        if time.monotonic() < self._store_rests_until:
+        if time.monotonic() < self._store_rests_until or self._closing.is_set():
             raise _Rests
 
     # -- without -------------------------------------------------------------------------------

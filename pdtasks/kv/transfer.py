@@ -115,6 +115,7 @@ class BlockTransfer:
             fingerprint=self._fingerprint,
             rank=self._rank,
             movers=loaders,
+            copiers=self._new_movers("kv-transfer-ring", pages, staging=False),
             timeout_s=self._timeout_s,
         )
 
@@ -164,10 +165,6 @@ class BlockTransfer:
             logger.warning("%d KV transfers never end: please report this", leaked)
         return KVConnectorTransferResults(sent, received, failed)
 
-    def take_invalid_blocks(self) -> set[int]:
-        """See `Loads.take_invalid`."""
-        return self._loads.take_invalid()
-
     def take_stats(self) -> TransferStats | None:
         """The records since the last call that nobody was told at once."""
         records = self._ledger.take()
@@ -197,6 +194,8 @@ class BlockTransfer:
 
     def close(self) -> None:
         """Wait for transfers under way, then close the connections and free the memory."""
+        if self._movers:
+            self._saves.close()
         for movers in reversed(self._movers):
             movers.close()
         self._movers = []

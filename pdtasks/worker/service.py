@@ -30,6 +30,7 @@ from pdtasks.engine.models import resolve_model
 from pdtasks.engine.text import TextFrontend
 from pdtasks.errors import IncompatibleWorker, PdtasksError
 from pdtasks.kv.keys import tail_key
+from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
 from pdtasks.naming import PREFILL
 from pdtasks.settings import Settings
@@ -105,6 +106,7 @@ class Worker:
         self.sender.close()
         self.results.close()
         self.engine.stop()
+        sweep()  # it is not given the time to clean up
         self.background.close()
         self._ended.set()
         self.presence.leave()
@@ -153,7 +155,12 @@ class Worker:
             await self.engine.generate(generation)
         finally:
             self.answers.end(generation)
-        # Acknowledged is only what the asker can read: the job comes again if this worker dies.
+
+    async def replies_taken(self) -> None:
+        """Return when the bus has what was published so far.
+
+        Acknowledged is only what the asker can read: the job comes again if this worker dies.
+        """
         await self._replies.flush()
 
     def discard_when_saved(self, generation: Generation) -> None:

@@ -23,10 +23,19 @@ class FakeRings:
     def __init__(self) -> None:
         self.says = Presence.HERE
         self.asked: list[tuple[KVHandle, int]] = []
+        self.keeps = True
+
+    def keep(self, handle: KVHandle, first: int, seconds: float) -> bool:
+        return self.keeps
 
     def presence(self, handle: KVHandle, first: int) -> Presence:
         self.asked.append((handle, first))
         return self.says
+
+
+@pytest.fixture(autouse=True)
+def _rings_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup_module, "is_there", lambda name: "missing" not in name)
 
 
 @pytest.fixture
@@ -98,16 +107,20 @@ def test_a_preempted_prompt_has_the_numbers_of_its_second_save(
     assert KVHandle.from_wire(ours(wire)["handle"]).numbers == ((1, 3),)
 
 
-def test_an_engine_without_a_ring_names_none(make_lookup: Callable[..., BlockLookup]) -> None:
-    scheduler = FakeScheduler(lookup := make_lookup())
+@pytest.mark.parametrize("ring", [None, "missing"])
+def test_an_engine_without_a_ring_names_none(
+    make_lookup: Callable[..., BlockLookup], ring: str | None
+) -> None:
+    # (missing: there was no room for it)
+    scheduler = FakeScheduler(lookup := make_lookup(ring=ring))
     request = a_request(40, "a", save="t")
     scheduler.add(request, [1, 2, 3])
-    (save,) = scheduler.step({request: 40}).saves
+    scheduler.step({request: 40})
 
     request.status = RequestStatus.FINISHED_LENGTH_CAPPED
     _, wire = lookup.finish(request)
     handle = KVHandle.from_wire(ours(wire)["handle"])
-    assert (save.number(0), handle.ring, handle.numbers) == (None, None, ())
+    assert (handle.ring, handle.numbers) == (None, ())
 
 
 def test_what_is_in_a_ring_is_loaded_by_the_step_that_runs_the_request(
@@ -143,7 +156,7 @@ def test_what_will_be_in_a_ring_is_waited_for_but_not_for_ever(
     assert lookup.loads_beside(request)
 
 
-@pytest.mark.parametrize("why", ["gone", "no ring", "too much", "nothing to compute"])
+@pytest.mark.parametrize("why", ["gone", "no ring", "too much", "nothing to compute", "used again"])
 def test_all_else_is_loaded_beside_the_steps(
     lookup: BlockLookup, make_lookup: Callable[..., BlockLookup], rings: FakeRings, why: str
 ) -> None:
@@ -156,6 +169,7 @@ def test_all_else_is_loaded_beside_the_steps(
     lookup.on_new_request(request)
     if why == "gone":
         rings.says = Presence.GONE
+    rings.keeps = why != "used again"
 
     assert lookup.num_loadable_tokens(request, 0) == num_tokens
     assert lookup.loads_beside(request)
@@ -178,7 +192,15 @@ def test_a_step_waits_for_no_more_than_its_share(
 
 
 @pytest.mark.parametrize(
-    "odd", [{"ring": "../x"}, {"numbers": ((-5, 3),)}, {"numbers": ((2**63, 3),)}]
+    "odd",
+    [
+        {"ring": "../x"},
+        {"numbers": ((-5, 3),)},
+        {"numbers": ((2**63, 3),)},
+        {"numbers": ((0, 0), (0, 3))},
+        {"numbers": ((0, 2),)},
+        {"numbers": ()},
+    ],
 )
 def test_what_a_client_has_made_up_of_a_ring_is_no_danger(
     make_lookup: Callable[..., BlockLookup], odd: dict[str, Any]

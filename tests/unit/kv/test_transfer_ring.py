@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from pdtasks.kv import loading, ring, saving
-from pdtasks.kv.plan import TransferPlan, TransferRecord
+from pdtasks.kv.plan import BlockLoad, TransferPlan, TransferRecord
 from pdtasks.kv.reports import Reporter, Reports
 from pdtasks.kv.ring import Presence, RingError, RingReader, RingWriter, ring_name
 from tests.unit.kv.doubles import MemoryStore
@@ -96,12 +97,10 @@ def test_a_load_that_the_step_waits_for_is_there_when_it_begins(
     assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
     decode.steps()
     assert not decode.received, "vLLM knows it already"
-    assert decode.transfer.take_invalid_blocks() == set()
 
 
-@pytest.mark.parametrize("sync", [False, True])
 def test_a_slot_that_was_used_again_is_fetched_from_the_store(
-    prefill: Side, decode: Side, store: MemoryStore, sync: bool
+    prefill: Side, decode: Side, store: MemoryStore
 ) -> None:
     handle, computed = a_handle(), prefill.cache.clone()
     prefill.step(a_save(handle, [5, 0, 3]))
@@ -112,7 +111,7 @@ def test_a_slot_that_was_used_again_is_fetched_from_the_store(
     prefill.step(a_save(a_handle(7, name="u"), [0, 1, 2, 3, 4, 5, 6], request_id="q"))
     prefill.step_until(lambda: len(prefill.records) == 2)
 
-    decode.step(a_load(handed, [1, 2, 4], sync=sync))
+    decode.step(a_load(handed, [1, 2, 4]))
     decode.step_until(lambda: decode.records)
 
     assert decode.cache[[1, 2, 4]].tolist() == computed[[5, 0, 3]].tolist()
@@ -205,17 +204,43 @@ def test_a_store_that_is_away_does_not_keep_engines_of_a_host_from_handing_over(
     store.away = False
 
 
-def test_what_neither_has_is_told_to_the_step_that_needs_it(decode: Side) -> None:
-    handle = msgspec.structs.replace(a_handle(), ring="elsewhere", numbers=((0, 3),))
+@pytest.mark.parametrize("ring", ["elsewhere", "used again"])
+def test_an_engine_ends_rather_than_running_a_step_without_its_blocks(
+    prefill: Side, decode: Side, ring: str
+) -> None:
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    handed = prefill.handed_over(handle)
+    if ring == "elsewhere":
+        handed = msgspec.structs.replace(handed, ring=ring)
+    else:
+        prefill.step(a_save(a_handle(7, name="u"), [0, 1, 2, 3, 4, 5, 6], request_id="q"))
+        prefill.step_until(lambda: len(prefill.records) == 2)
 
-    decode.step(a_load(handle, [1, 2, 4], sync=True))
+    with pytest.raises(RuntimeError, match="was lost while its step waited"):
+        decode.transfer.start_loads(a_load(handed, [1, 2, 4], sync=True))
 
-    assert decode.transfer.take_invalid_blocks() == {1, 2, 4}
-    decode.steps()
-    assert not decode.received
-    assert not decode.failed
-    (record,) = decode.records
-    assert record["missing"] == 3
+
+def test_a_slot_that_a_step_depends_on_is_not_used_again_meanwhile() -> None:
+    writer = a_writer(slots=4)
+    reader = RingReader(writer.name)
+    for number in range(4):
+        slot = writer.take(number, time.monotonic())
+        assert slot == number
+        writer.publish(slot, number, 7)
+        writer.release(slot)
+
+    assert reader.keep([1, 2], seconds=0.3)
+    assert writer.take(4, time.monotonic() + 5) == 0, "nobody keeps that one"
+    assert writer.take(5, time.monotonic() + 0.05) is None
+    assert reader.is_kept(1)
+    # The next one waits until it may
+    assert writer.take(6, time.monotonic() + 5) == 2
+    assert not reader.is_kept(2)
+    assert not reader.keep([2], seconds=0.3), "too late"
+    reader.close()
+    writer.close()
 
 
 def test_another_host_waits_for_a_block_that_is_on_its_way(
@@ -452,3 +477,49 @@ def test_a_record_that_was_heard_is_not_told_twice(
 
     assert sorted(r.request_id for r in heard) == ["p", "q"]
     assert [r["request_id"] for r in side.records] == ["q"]
+
+
+# -- under pressure ----------------------------------------------------------------------------
+
+
+def test_a_step_does_not_wait_behind_what_comes_from_the_store(
+    prefill: Side, make_side: Callable[..., Side], store: MemoryStore
+) -> None:
+    # Given threads that all wait for a store that hangs
+    decode = make_side(num_threads=2)
+    handle = a_handle()
+    prefill.step(a_save(handle, [5, 0, 3]))
+    prefill.step_until(lambda: prefill.records)
+    store.hold("get")
+    other = TransferPlan(
+        loads=[BlockLoad(request_id="x", handle=a_handle(8, name="x"), first=0, block_ids=[0, 5])]
+    )
+    decode.step(other)
+    wait_until(lambda: store.under_way["get"] == 2)
+
+    began = time.monotonic()
+    decode.step(a_load(prefill.handed_over(handle), [1, 2, 4], sync=True))
+
+    assert time.monotonic() - began < 0.5
+    assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    store.let_go()
+    decode.step_until(lambda: decode.failed)
+
+
+def test_two_blocks_never_have_one_slot() -> None:
+    writer = a_writer(slots=2)
+    taken: list[int] = []
+
+    def take(number: int) -> None:
+        slot = writer.take(number, time.monotonic() + 10)
+        assert slot is not None
+        taken.append(slot)
+        assert taken.count(slot) == 1, "another has it"
+        time.sleep(0.001)
+        taken.remove(slot)
+        writer.release(slot)
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(take, number) for number in range(0, 200, 2)]:
+            done.result()
+    writer.close()

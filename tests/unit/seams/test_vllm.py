@@ -158,4 +158,3 @@ def test_an_engine_that_may_load_frees_no_block_that_a_step_still_writes() -> No
 @pytest.mark.parametrize("runner", [gpu_kv_connector, kv_connector_model_runner_mixin])
 def test_a_load_that_a_step_needs_begins_before_its_forward_pass(runner: ModuleType) -> None:
     assert "has_sync_kv_loads" in inspect.getsource(runner)
-    assert "get_block_ids_with_load_errors" in inspect.getsource(runner)
