@@ -280,8 +280,10 @@ class RingReader(_Mapped):
         return all(self.presence(number) is Presence.HERE for number in numbers)
 
     def note_read(self, number: int) -> None:
-        """This process has block `number`."""
-        self._words[number % self.num_slots * (_ROW // 8) + _READ] = number + 1
+        """This process has block `number`: nothing depends on its slot any more."""
+        row = number % self.num_slots * (_ROW // 8)
+        self._words[row + _READ] = number + 1
+        self._words[row + _KEPT] = 0
 
     def close(self) -> None:
         """Let go of it."""

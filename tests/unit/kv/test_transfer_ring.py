@@ -17,6 +17,7 @@ from pdtasks.kv import loading, ring, saving
 from pdtasks.kv.plan import BlockLoad, TransferPlan, TransferRecord
 from pdtasks.kv.reports import Reporter, Reports
 from pdtasks.kv.ring import Presence, RingError, RingReader, RingWriter, ring_name
+from pdtasks.kv.rings import Rings
 from tests.unit.kv.doubles import MemoryStore
 from tests.unit.kv.vllm_worker import (
     BLOCK_BYTES,
@@ -241,6 +242,24 @@ def test_a_slot_that_a_step_depends_on_is_not_used_again_meanwhile() -> None:
     assert not reader.keep([2], seconds=0.3), "too late"
     reader.close()
     writer.close()
+
+
+def test_what_a_step_has_loaded_is_kept_no_longer(
+    prefill: Side, decode: Side, store: MemoryStore
+) -> None:
+    rings = Rings(payloads=False)
+    began = time.monotonic()
+    # A ring that goes round every third time
+    for n in range(30):
+        handle = a_handle(name=f"t{n}")
+        prefill.step(a_save(handle, [5, 0, 3], request_id=f"p{n}"))
+        prefill.step_until(lambda n=n: len(prefill.records) == n + 1)  # type: ignore[misc]
+        handed = prefill.handed_over(handle, f"p{n}")
+        assert rings.keep(handed, 0, seconds=2.0)
+        decode.step(a_load(handed, [1, 2, 4], sync=True))
+
+    assert time.monotonic() - began < 2.0
+    rings.close()
 
 
 def test_another_host_waits_for_a_block_that_is_on_its_way(
