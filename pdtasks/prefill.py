@@ -91,14 +91,14 @@ class _Prefill(Stage[PrefillJob]):
         generation = self.new_generation(request, position=0)
         try:
             await self.here.generate(generation, self.reports)
+            # Also so that the next stage's tokens come behind the first one on the reply stream.
+            await self.here.replies_taken()
             if self._goes_on and self._can_be_awaited():
                 self.here.aborted.require_wanted(job.request_id)
                 await self._hand_over(wire, generation)
                 await self._saved(generation)
                 self.here.answers.report(self.reply_to, job.request_id, self.reports())
-                await self.here.replies_taken()
             else:
-                await self.here.replies_taken()
                 await self._saved(generation)
                 self.here.aborted.require_wanted(job.request_id)
                 if self._goes_on:
