@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 
 import pytest
 
@@ -33,11 +32,3 @@ def test_an_unknown_error_is_a_plain_failure(code: str) -> None:
 
     assert type(error) is PdtasksError
     assert (str(error), error.http_status) == ("why", 500)
-
-
-def test_the_tree_in_the_docstring_is_true() -> None:
-    rows = re.findall(r"(\w+)\s+(\d{3})\b", errors.__doc__ or "")
-
-    assert {name: int(status) for name, status in rows} == {
-        kind.__name__: kind.http_status for kind in KINDS
-    }
