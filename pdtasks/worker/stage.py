@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -15,7 +16,7 @@ from pdtasks.worker import service
 J = TypeVar("J", PrefillJob, DecodeJob)
 
 
-class Stage(Generic[J]):
+class Stage(ABC, Generic[J]):
     """One request's way through a stage. For the engine's loop, and for one run."""
 
     name: str  #: of the stage, as in `naming`
@@ -55,9 +56,9 @@ class Stage(Generic[J]):
         stopped = output.finish_reason == FinishReason.STOP
         return Verdict(self.detokeniser.update(output.new_token_ids, stopped))
 
+    @abstractmethod
     def reports(self) -> tuple[StageReport, ...]:
         """Those of the stages so far, with this one's."""
-        raise NotImplementedError
 
     def tell_of_aborted(self) -> None:
         """What was done for a request that the asker ended: at a stop string, perhaps."""

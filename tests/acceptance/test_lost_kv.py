@@ -30,10 +30,16 @@ def lose_rings() -> None:
 @pytest.mark.parametrize("lost", ["store", "ring"])
 def test_either_of_ring_and_store_is_enough(stack: Stack, client: httpx.Client, lost: str) -> None:
     prompt = f"{lost}. Tell me about the sun. " * 20
+    before = set(stack.kv.scan_iter())
+
+    def both_have_it() -> bool:
+        new = set(stack.kv.scan_iter()) - before
+        return any(key.startswith(b"pd:kv:tail:") for key in new) and len(new) > 1
+
     with ThreadPoolExecutor(1) as background:
         with stack.paused("decode"):
             answer = background.submit(ask, client, prompt, f"either-{lost}", max_tokens=16)
-            wait_until(lambda: any(k.startswith(b"pd:kv:tail:") for k in stack.kv.scan_iter()))
+            wait_until(both_have_it)
             if lost == "store":
                 stack.kv.flushall()
             else:

@@ -424,18 +424,22 @@ def test_what_is_no_ring_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_killed_engine_leaves_is_read_on_and_then_removed() -> None:
     name = ring_name(f"test-{os.getpid()}-killed", 0)
     script = (
-        "import time; from pdtasks.kv.ring import RingWriter\n"
+        "import sys, time; from pdtasks.kv.ring import RingWriter\n"
         f"w = RingWriter({name!r}, num_bytes=4 * 4096, block_bytes=64, pin=False)\n"
         "w.payload(w.take(0, time.monotonic()))[:] = b'x' * 64; w.publish(0, 0, 7)\n"
-        "print('there', flush=True); time.sleep(60)\n"
+        "print('there', flush=True); sys.stdin.read()\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin is not None
     assert child.stdout is not None
     assert child.stdout.readline() == b"there\n"
     ring.sweep()
     reader = RingReader(name)  # it lives: it is not swept away
     child.kill()
     child.wait()
+    child.stdin.close()
     child.stdout.close()
 
     ring.sweep()
