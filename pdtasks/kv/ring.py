@@ -49,7 +49,7 @@ import torch
 #: Where files are memory.
 FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
 _PREFIX = "pdtasks-kv-"
-_NAME = re.compile(r"pdtasks-kv-[0-9A-Za-z_.-]{1,100}")
+_NAME = re.compile(re.escape(_PREFIX) + "[0-9A-Za-z_.-]{1,100}")
 _HEADER = struct.Struct("=4sHHQQ")
 _MAGIC = b"PDRB"
 _FORMAT = 1
@@ -80,6 +80,11 @@ def ring_name(engine_id: str, rank: int) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError("no engine's name")
     return name
+
+
+def ring_names() -> set[str]:
+    """Of all rings on this host."""
+    return {path.name for path in FOLDER.glob(f"{_PREFIX}*")}
 
 
 def is_there(name: str) -> bool:
@@ -293,7 +298,8 @@ class RingReader(_Mapped):
 
 def sweep() -> None:
     """Remove the rings whose writers are gone."""
-    for path in FOLDER.glob(f"{_PREFIX}*"):
+    for name in ring_names():
+        path = FOLDER / name
         with suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:

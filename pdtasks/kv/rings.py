@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from vllm.logger import init_logger
 
 from pdtasks.kv.handle import KVHandle
-from pdtasks.kv.ring import FOLDER, Presence, RingError, RingReader, ring_name
+from pdtasks.kv.ring import Presence, RingError, RingReader, ring_name, ring_names
 
 logger = init_logger(__name__)
 
@@ -76,7 +76,7 @@ class Rings:
 
     def look(self) -> None:
         """Open what has come since, and let go of what has gone: nobody has to wait for it then."""
-        names = {path.name for path in FOLDER.glob("pdtasks-kv-*")}
+        names = ring_names()
         for name in names - self._readers.keys():
             self._open(name)
         now = time.monotonic()

@@ -9,7 +9,7 @@ from typing import cast
 import httpx
 import pytest
 
-from pdtasks.kv.ring import FOLDER, RingReader
+from pdtasks.kv.ring import RingReader, ring_names
 from tests.acceptance.running_stack import Stack, answers_by, ask
 from tests.waiting import wait_until
 
@@ -20,8 +20,8 @@ SURE = "Now, what is the capital of France?"
 
 def lose_rings() -> None:
     """No block of any ring on this host is there any more."""
-    for path in FOLDER.glob("pdtasks-kv-*"):
-        reader = RingReader(path.name)
+    for name in ring_names():
+        reader = RingReader(name)
         for slot in range(reader.num_slots):
             reader._words[slot * 8] = 1 << 62
         reader.close()
