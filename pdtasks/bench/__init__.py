@@ -2,6 +2,8 @@
 
 ::
 
+    serving  pdtasks beside vLLM's own ways to serve
+    gap      from the first token to the second, of a running stack
     burst    many requests at once to a running stack
     kv       KV blocks through Valkey: the method, and what is measured
     links    one connection of each way that is compared

@@ -1,0 +1,337 @@
+"""The commands `pdtasks bench …`: what do they take, and how do they show what they found?
+
+Thin on purpose: each imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure parts of pdtasks on this host."""
+
+
+@bench.command()
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Where the plot goes (PNG). [default: beside the JSON file, or bench-kv.png]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How long each figure is measured.",
+)
+# Less of everything, for tests: bytes of the payloads, numbers of connections.
+@click.option("--size", "sizes", type=int, multiple=True, hidden=True)
+@click.option("--connections", type=int, multiple=True, hidden=True)
+def kv(
+    *,
+    json_file: Path | None,
+    plot_file: Path | None,
+    seconds: float,
+    sizes: tuple[int, ...],
+    connections: tuple[int, ...],
+) -> None:
+    """Put and get KV blocks through Valkey, in GB/s.
+
+    Beside it, in the same run: plain sockets to another process, which is the limit, and other
+    clients of the same server. All are measured right after each other, twice, and each one's
+    better figure counts, for machines are noisy. With the default it takes eight minutes; nothing
+    else should run. Needs `pip install 'pdtasks[bench]'`.
+    """
+    from pdtasks.bench.kv import run_bench
+
+    run_bench(
+        lambda line: click.echo(line, err=True),
+        click.echo,
+        json_file=json_file,
+        plot_file=plot_file,
+        seconds=seconds,
+        sizes=sizes,
+        connections=connections,
+    )
+
+
+def _keep_vllm_quiet() -> None:
+    # It would log 60 lines for each engine between the figures; read when vLLM is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+_DEVICE = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where the cache lies. [default: what this host has]",
+)
+_JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Figures.")
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", default="tiny", show_default=True, help="llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", default=2048, show_default=True, help="Length of the prompt.")
+@click.option("--block-tokens", default=64, show_default=True, help="Tokens in a block.")
+@click.option("--connections", type=int, multiple=True, default=(1, 4, 8), show_default=True)
+@click.option("--passes", default=5, show_default=True, help="The median counts.")
+def transfer(*, json_file: Path | None, device: str | None, **options: Any) -> None:
+    """Move a prompt's blocks between an engine's cache, the store and shared memory.
+
+    Copies and checksums are included. No engine runs; the cache holds noise.
+    """
+    from pdtasks.bench.transfer import run_transfer, to_json
+    from pdtasks.settings import make_settings
+
+    rows = []
+    click.echo(
+        "shape       device  op           conn.  blocks  MiB each    ms   best  worst   GB/s"
+    )
+    for row in run_transfer(
+        device=device or make_settings().device,
+        **options | {"connections": list(options["connections"])},
+    ):
+        rows.append(row)
+        click.echo(
+            f"{row.shape:<11} {row.device:<7} {row.op:<11} {row.connections:>6} {row.blocks:>7} "
+            f"{row.block_bytes / 2**20:>9.2f} {row.seconds * 1e3:>6.1f} "
+            f"{row.best_seconds * 1e3:>6.1f} {row.worst_seconds * 1e3:>6.1f} {row.gb_per_s:>6.2f}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", help="Random weights in the shape of llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", default=1024, show_default=True, help="Length of the prompts.")
+@click.option("--output-tokens", default=8, show_default=True)
+@click.option("--prompts", default=5, show_default=True, help="The median counts.")
+@click.option("--engine-args", default="{}", help="Further vLLM engine arguments, as JSON.")
+def handover(
+    *, json_file: Path | None, device: str | None, engine_args: str, **options: Any
+) -> None:
+    """Hand prompts over between two engines on this host and time each part. Needs vLLM.
+
+    Without --shape it is the embedded model.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.handover import run_handover, to_json
+    from pdtasks.settings import make_settings
+
+    row = run_handover(
+        device=device or make_settings().device,
+        engine_args=json.loads(engine_args),
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    )
+    figures = to_json(row)
+    for name, value in figures.items():
+        click.echo(f"{name:<22} {value:.3g}" if isinstance(value, float) else f"{name:<22} {value}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(0 if row.same_tokens and not row.recomputed else 1)
+
+
+@bench.command()
+@_DEVICE
+@_JSON
+@click.option("--shape", help="Random weights in the shape of llama-2-7b, llama-3-8b or tiny.")
+@click.option("--tokens", type=int, multiple=True, default=(128, 256, 512, 1024), show_default=True)
+@click.option("--prompts", default=5, show_default=True, help="The median counts.")
+@click.option("--engine-args", default="{}", help="Further vLLM engine arguments, as JSON.")
+def prefix(
+    *,
+    json_file: Path | None,
+    device: str | None,
+    engine_args: str,
+    tokens: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """Compare computing a shared prefix with loading it, by time to the first token. Needs vLLM.
+
+    The shortest prefix that is cheaper to load belongs into PDTASKS_KV_MIN_PREFIX_TOKENS.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.prefix import run_prefix, to_json
+    from pdtasks.settings import make_settings
+
+    rows = []
+    click.echo("prefix, tokens   computed, ms   loaded, ms")
+    for row in run_prefix(
+        device=device or make_settings().device,
+        tokens=list(tokens),
+        engine_args=json.loads(engine_args),
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    ):
+        rows.append(row)
+        click.echo(f"{row.prefix_tokens:>14} {row.computed_ms:>14.1f} {row.loaded_ms:>12.1f}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+@bench.command()
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How many bursts."
+)
+@_JSON
+def burst(*, rounds: int, json_file: Path | None) -> None:
+    """Send bursts of requests to the running stack, and see that it answers.
+
+    Each round is 300 requests at once; the last one has also 512 answers to one request, twice, and
+    a plain request. Connections are all that were opened at RabbitMQ meanwhile. Exit code 1 when a
+    request was not answered.
+    """
+    from pdtasks.bench.burst import format_burst, run_burst
+    from pdtasks.settings import load_settings
+
+    found = run_burst(load_settings(), rounds, lambda line: click.echo(line, err=True))
+    click.echo(format_burst(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    sys.exit(0 if found.answered == found.requests else 1)
+
+
+@bench.command()
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(100, 500, 1500),
+    show_default=True,
+    help="Lengths of the prompts.",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=8, show_default=True, help="Of each length."
+)
+@_JSON
+def gap(*, tokens: tuple[int, ...], requests: int, json_file: Path | None) -> None:
+    """Measure the gap between first and second token on the running stack, beside a normal one.
+
+    Medians of requests that are asked one after the other, each with a prompt of its own.
+    """
+    from pdtasks.bench.gap import format_gap, run_gap, to_json
+    from pdtasks.settings import load_settings
+
+    rows = run_gap(load_settings(), tokens, requests, lambda line: click.echo(line, err=True))
+    click.echo(format_gap(rows))
+    if json_file is not None:
+        json_file.write_text(to_json(rows) + "\n")
+
+
+_A_DAY_S = 86_400.0
+
+
+@bench.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--topology", "topologies", multiple=True, help="Of the plan. [default: all]")
+@click.option("--workload", "workloads", multiple=True, help="Of the plan. [default: all]")
+@click.option(
+    "--rate",
+    "rates",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    help="Instead of the workloads' own.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs of each; medians are shown.",
+)
+@click.option("--vllm-client", is_flag=True, help="Ask with `vllm bench serve` as well.")
+@click.option("--exact", is_flag=True, help="Compare answers with those of the first topology.")
+@click.option("--model", required=True, help="Folder with config.json and tokenizer, or a name.")
+@_DEVICE
+@click.option("--minutes", type=float, help="Begin nothing that would take longer.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for figures and logs."
+)
+def serving(
+    *,
+    plan: Path,
+    topologies: tuple[str, ...],
+    workloads: tuple[str, ...],
+    rates: tuple[float, ...],
+    repeats: int,
+    vllm_client: bool,
+    exact: bool,
+    model: str,
+    device: str | None,
+    minutes: float | None,
+    out: Path,
+) -> None:
+    """Serve a model in one topology after the other, and ask each the same: pdtasks and its peers.
+
+    PLAN is a YAML file, bench/gpu/plan.yaml for example. Exit code 1 when something was not run or
+    not answered. Needs vLLM and `pip install 'pdtasks[bench]'`.
+    """
+    # As with Ctrl-C, what was started is ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    from pdtasks.bench.serving.devices import count_devices, describe
+    from pdtasks.bench.serving.plan import choose, read_plan
+    from pdtasks.bench.serving.processes import Host
+    from pdtasks.bench.serving.rows import format_rows
+    from pdtasks.bench.serving.run import OWN_CLIENT, VLLM_CLIENT, Runner, Wanted, check_devices
+    from pdtasks.settings import make_settings
+
+    device = device or make_settings().device
+    chosen = read_plan(plan)
+    wanted = Wanted(
+        topologies=choose("topology", chosen.topologies, topologies),
+        workloads=choose("workload", chosen.workloads, workloads),
+        rates=rates,
+        repeats=repeats,
+        clients=(OWN_CLIENT, VLLM_CLIENT) if vllm_client else (OWN_CLIENT,),
+        exact=exact,
+    )
+    check_devices(chosen, wanted.topologies, count_devices(device))
+    host = Host(model, device, lambda line: click.echo(line, err=True))
+    found = Runner(
+        chosen,
+        host.started,
+        tokenizer=model,
+        machine=describe(device),
+        out=out,
+        limit_s=60 * minutes if minutes else _A_DAY_S,
+        progress=host.progress,
+    ).run(wanted)
+    click.echo(format_rows(found.rows))
+    for problem in found.problems:
+        click.echo(problem)
+    sys.exit(1 if found.problems else 0)
+
+
+@bench.command()
+@click.argument("rows", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures (PNG)."
+)
+def plot(*, rows: tuple[Path, ...], out: Path) -> None:
+    """Draw the rows of `bench serving`: latency and goodput over the rate, and where time goes."""
+    from pdtasks.bench.serving.plot import draw_rates, draw_stages
+
+    every = [row for file in rows for row in json.loads(file.read_text())]
+    out.mkdir(parents=True, exist_ok=True)
+    for draw, name in ((draw_rates, "rates.png"), (draw_stages, "stages.png")):
+        try:
+            draw(every, out / name)
+            click.echo(out / name)
+        except ValueError as exc:
+            click.echo(f"no {name}: {exc}", err=True)
