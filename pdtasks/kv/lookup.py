@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 from vllm.logger import init_logger
@@ -49,6 +50,7 @@ class _Saving:
 
     request: Request
     transfer_id: str | None  #: None: only full blocks, for whoever comes next
+    handle: KVHandle | None = None  #: once there is something to save
     num_saved: int = 0  #: blocks already planned
     last: bool = False  #: all of them
     numbers: list[tuple[int, int]] = field(default_factory=list)  #: theirs in the ring, runs
@@ -178,10 +180,7 @@ class BlockLookup:
         if request.skip_reading_prefix_cache or not self._worth_it(num_blocks * self._block_size):
             return
         handle = self._handle(request, "", num_blocks)
-        ranks = range(self._tp_size)
-        self._probe.start(
-            request.request_id, [[handle.key(i, rank) for rank in ranks] for i in range(num_blocks)]
-        )
+        self._probe.start(request.request_id, _Names(handle))
 
     def _worth_it(self, num_tokens: int) -> bool:
         return num_tokens >= max(1, self._min_prefix_tokens)
@@ -325,9 +324,12 @@ class BlockLookup:
             self._next_number += len(block_ids)
             if block_ids:
                 saving.numbers.append((numbered_from, len(block_ids)))
+        if saving.handle is None:
+            # Once: a long prompt is saved in many chunks, and each would name all of it again.
+            saving.handle = self._handle(request, saving.transfer_id or "")
         return BlockSave(
             request_id=request.request_id,
-            handle=self._handle(request, saving.transfer_id or ""),
+            handle=saving.handle,
             first=first,
             block_ids=block_ids,
             last=saving.last,
@@ -380,6 +382,7 @@ class BlockLookup:
         self._finished[request_id] = wanted
         if not wanted or saving.transfer_id is None:
             return True, None
+        # Made anew: its times count from the end of the prompt.
         handle = self._handle(request, saving.transfer_id)
         if self._ring is not None and self._has_ring(self._ring):
             handle = msgspec.structs.replace(handle, ring=self._ring, numbers=tuple(saving.numbers))
@@ -388,6 +391,30 @@ class BlockLookup:
     def _has_ring(self, engine_id: str) -> bool:
         """Has every rank been able to make one? Else hand-overs wait for the store."""
         return all(is_there(ring_name(engine_id, rank)) for rank in range(self._tp_size))
+
+
+class _Names(Sequence[list[str]]):
+    """The names of a handle's blocks, one for each rank, made when they are asked for.
+
+    By the probe's thread: the scheduler does not wait for names that nobody may need.
+    """
+
+    def __init__(self, handle: KVHandle) -> None:
+        self._handle = handle
+
+    def __len__(self) -> int:
+        return self._handle.num_blocks
+
+    @overload
+    def __getitem__(self, at: int) -> list[str]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[list[str]]: ...
+    def __getitem__(self, at: int | slice) -> list[str] | list[list[str]]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(len(self))[at]]
+        if at >= len(self):
+            raise IndexError(at)  # ends a loop over these
+        return [self._handle.key(at, rank) for rank in range(self._handle.tp_size)]
 
 
 def _tail_digest(request: Request, hashes: tuple[bytes, ...], begin: int) -> str:
