@@ -10,7 +10,7 @@ import pytest
 from tests.acceptance.running_stack import Stack, started_stack, wedge_by_signal
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     changes = wedge_by_signal(tmp_path_factory.mktemp("wedge"))
     # Seconds, beyond the 10 after which a worker counts as silent or stalled: no test that pauses

@@ -170,7 +170,8 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
     """
     api_port, flower_port = free_ports(2)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
-    env |= {"PDTASKS_HOME": str(home)} | dict(changes or {})
+    # A small cache: touching it for the first time is a part of each engine's start.
+    env |= {"PDTASKS_HOME": str(home), "PDTASKS_CPU_KV_CACHE_GIB": "1"} | dict(changes or {})
     log = (home / "up.txt").open("w")
     up = subprocess.Popen(
         [

@@ -54,4 +54,6 @@ def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1")
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="0", HF_HUB_OFFLINE="1")
+    # In this process: another one would import everything once more.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     Path(sys.argv[1]).write_text(json.dumps(answers(json.load(sys.stdin))))

@@ -88,5 +88,7 @@ def hand_over(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+    # In this process: another one would import everything once more.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory() as made:
         Path(sys.argv[1]).write_text(json.dumps(hand_over(json.load(sys.stdin), Path(made))))

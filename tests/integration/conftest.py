@@ -62,7 +62,7 @@ class Services:
         return valkey.Valkey.from_url(self.kv_server.operator_url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     home = tmp_path_factory.mktemp("services")
     with (
@@ -83,7 +83,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         yield Services(rabbit, bus, kv, env)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def our_app(services: Services) -> Iterator[Any]:
     """`pdtasks.app.app` of this process, connected to the services."""
     from pdtasks import pipeline
@@ -257,7 +257,7 @@ class Nursery:
         self._log.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery = Nursery(tmp_path_factory.mktemp("nursery"))
     try:
