@@ -28,6 +28,7 @@ from api.workers import Workers
 from pdtasks.background import Background
 from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.progress import tell_progress
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
@@ -57,6 +58,8 @@ _LATE_S = 1.0
 #: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
 #: the `Aborter`, which says what is left, takes 5.
 _CLOSE_S = 6.0
+#: Seconds without a token after which another attempt at a request may take over unasked.
+_SILENCE_S = 5.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
@@ -123,6 +126,8 @@ class _Open:
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
     sent: Future[None] | None = None  #: when RabbitMQ has it
+    attempt: int | None = None  #: at the last stage, whose tokens count
+    heard_at: float = 0.0  #: from that one, monotonic
 
 
 class PipelineCore(EngineCoreClient):
@@ -313,6 +318,8 @@ class PipelineCore(EngineCoreClient):
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
                 entry.stage_watch(reply.stage, reply.worker)
+        for request_id, attempt in reply.asks.items():
+            self._tell_progress(request_id, reply.stage, attempt)
         for request_id, failure in reply.failures.items():
             await self._give_up(request_id, failure.to_error())
         if reply.outputs and reply.engine == ENGINE_VERSION:
@@ -320,15 +327,35 @@ class PipelineCore(EngineCoreClient):
         elif reply.outputs:
             logger.error("%s runs %s, this API %s", reply.worker, reply.engine, ENGINE_VERSION)
 
+    def _tell_progress(self, request_id: str, stage: str, attempt: int) -> None:
+        """A worker runs a request again: tell it where to go on, and take nothing from others."""
+        entry = self._open.get(request_id)
+        if entry is not None and stage == STAGES[-1]:
+            entry.attempt, entry.heard_at = attempt, time.monotonic()
+        token_ids = None if entry is None else list(entry.token_ids)
+        logger.info("%s is run again by %s", request_id, stage)
+
+        async def tell() -> None:
+            try:
+                await tell_progress(self._bus, request_id, attempt, token_ids)
+            except BUS_ERRORS as exc:
+                # It begins after the first token then.
+                logger.warning("bus is away: %s", type(exc).__name__)
+
+        self._in_background(tell())
+
     async def _take_outputs(self, reply: StepReply) -> None:
         step = self._decoder.decode(reply.outputs)
         now = time.monotonic()
         wanted, unknown = [], []
-        for position, output in zip(reply.positions, step.outputs, strict=True):
+        attempts = reply.attempts or (0,) * len(reply.positions)
+        for position, attempt, output in zip(reply.positions, attempts, step.outputs, strict=True):
             entry = self._open.get(output.request_id)
             if entry is None:
                 unknown.append(output.request_id)
-            elif await self._takes(entry, position, output):
+            elif self._counts(entry, reply.stage, attempt) and await self._takes(
+                entry, position, output
+            ):
                 wanted.append(output)
         for event in (event for output in wanted for event in output.events or ()):
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
@@ -338,6 +365,22 @@ class PipelineCore(EngineCoreClient):
         if unknown:
             # A worker that was started after the abort has not heard of it.
             self._tell_workers_to_drop(unknown)
+
+    @staticmethod
+    def _counts(entry: _Open, stage: str, attempt: int) -> bool:
+        """Are tokens of this attempt the answer's?
+
+        Of several attempts at the last stage one is: that which asked last where to go on, else
+        the first to come. An older one may be alive, cut off from RabbitMQ; or there may be two
+        jobs, when the stage before was run again. One that is silent is succeeded.
+        """
+        if stage != STAGES[-1]:
+            return True
+        now = time.monotonic()
+        if entry.attempt not in (None, attempt) and now - entry.heard_at < _SILENCE_S:
+            return False
+        entry.attempt, entry.heard_at = attempt, now
+        return True
 
     async def _takes(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
         """`_merge`; whatever is raised fails this request and no other of the step."""

@@ -33,9 +33,8 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     job = read_message(DecodeJob, wire)
     here = service.current()
     try:
-        answer = here.stages.run(
-            self.request.id, _Decode(here, job, self.reply_stream).run, job.deadline
-        )
+        stage = _Decode(here, job, self.reply_stream, is_again=self.is_again)
+        answer = here.stages.run(self.request.id, stage.run, job.deadline)
     except RequestAborted:
         self.end_aborted()
         return None
@@ -62,13 +61,9 @@ class _Decode(Stage[DecodeJob]):
         if job.detokenise:
             self.detokeniser = self.here.text.detokeniser(request)
             self.detokeniser.update(list(job.output_token_ids), False)
-        make_decode(
-            request,
-            self.here.engine_id(job.request_id),
-            tokens=list(job.output_token_ids),
-            handle=job.handle,
-        )
-        generation = self.new_generation(request, position=len(job.output_token_ids))
+        tokens = await self._tokens()
+        make_decode(request, self.engine_id, tokens=list(tokens), handle=job.handle)
+        generation = self.new_generation(request, position=len(tokens))
         try:
             await self.here.generate(generation, self.reports)
             await self.here.replies_taken()
@@ -78,10 +73,22 @@ class _Decode(Stage[DecodeJob]):
         finally:
             self.here.engine.forget(generation)
         return self.make_answer(
-            before=job.output_token_ids,
+            before=tokens,
             prompt_tokens=job.prefill.prompt_tokens,
             first_token_at=job.first_token_at,
         )
+
+    async def _tokens(self) -> tuple[int, ...]:
+        """Of the answer, those that are there: from prefill, or from an attempt that was lost."""
+        own = self.job.output_token_ids
+        seen = await self.seen_tokens()
+        if not seen:
+            return own
+        if seen[: len(own)] != own:
+            # Prefill has run twice, and the asker has taken the other one's first token.
+            raise RequestAborted("another attempt answers this request")
+        logger.info("%s goes on after %d tokens", self.job.request_id, len(seen))
+        return seen
 
     def judge(self, output: EngineCoreOutput) -> Verdict:
         # The asker has them from prefill, by that engine's clock.

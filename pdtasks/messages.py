@@ -112,9 +112,13 @@ class StepReply(Message, frozen=True, kw_only=True):
     engine: str
     outputs: bytes = b""  #: vLLM's EngineCoreOutputs, request ids as the asker knows them
     positions: tuple[int, ...] = ()  #: index of each output's first token in its answer
+    attempts: tuple[int, ...] = ()  #: which attempt at its request made each output
     reports: dict[str, tuple[StageReport, ...]] = {}  #: requests that are finished now
     failures: dict[str, Failure] = {}  #: requests that have failed
     started: tuple[str, ...] = ()  #: requests that this worker begins
+    #: Requests that this worker runs again, and the number of its attempt: how much of the answer
+    #: is there (`pdtasks.bus.progress`)?
+    asks: dict[str, int] = {}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -48,7 +48,7 @@ def prefill(self: StageTask, wire: bytes) -> None:
     hand_over = partial(
         next_stage, chain=request.chain, parent_id=request.id, root_id=request.root_id
     )
-    stage = _Prefill(here, job, self.reply_stream, hand_over)
+    stage = _Prefill(here, job, self.reply_stream, hand_over, is_again=self.is_again)
     answer = None
     try:
         answer = here.stages.run(request.id, stage.run, job.deadline)
@@ -72,9 +72,12 @@ class _Prefill(Stage[PrefillJob]):
         job: PrefillJob,
         reply_to: str | None,
         next_stage: Callable[[DecodeJob], Publish],
+        *,
+        is_again: bool,
     ) -> None:
-        super().__init__(here, job, reply_to)
+        super().__init__(here, job, reply_to, is_again=is_again)
         self._next_stage = next_stage
+        self._seen: tuple[int, ...] = ()  # a first token that the asker has already
         self._first_token_at = 0.0
         self._goes_on = False  # whether there is anything for the next stage to do
 
@@ -83,12 +86,18 @@ class _Prefill(Stage[PrefillJob]):
         job = self.job
         self.here.aborted.require_wanted(job.request_id)
         self.begin()
+        self._seen = await self.seen_tokens()
+        if len(self._seen) > 1:
+            # Stage 2 has begun: this one had done all its work, and was lost before it could say
+            # so. RabbitMQ has stage 2's job until that is done.
+            return None
         original = await self._request(self.here.text)
         wire = job.request if job.request is not None else encode_request(original)
         request = decode_request(wire)
-        make_prefill(request, self.here.engine_id(job.request_id), transfer_id=job.request_id)
+        make_prefill(request, self.engine_id, transfer_id=job.request_id)
         self._goes_on = may_go_on(original, self.here.engine.config.model_config.max_model_len)
-        generation = self.new_generation(request, position=0)
+        # A first token that was seen stays; the engine's new one is of no interest then.
+        generation = self.new_generation(request, position=0, is_told=not self._seen)
         try:
             await self.here.generate(generation, self.reports)
             # Also so that the next stage's tokens come behind the first one on the reply stream.
@@ -127,7 +136,7 @@ class _Prefill(Stage[PrefillJob]):
             engine=ENGINE_VERSION,
             model=job.model,
             request=wire,
-            output_token_ids=tuple(generation.token_ids),
+            output_token_ids=self._seen or tuple(generation.token_ids),
             handle=self._handle() if self._can_be_awaited() or self._is_complete() else None,
             prefill=self._report(),
             detokenise=job.text is not None,
@@ -152,6 +161,9 @@ class _Prefill(Stage[PrefillJob]):
 
     def judge(self, output: EngineCoreOutput) -> Verdict:
         self._first_token_at = self._first_token_at or time.time()
+        if self._seen:
+            # It has not ended the answer, or nobody would wait for more.
+            return Verdict(hides_end=True)
         stopped_at = super().judge(output).stopped_at
         # An end by length is only the end of this stage.
         if output.finish_reason != FinishReason.LENGTH or stopped_at is not None:

@@ -8,6 +8,8 @@ from typing import Final
 WORKER: Final = "pd:worker:"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
+#: Of the answer to one question about a request; its id and the attempt's number follow.
+PROGRESS: Final = "pd:progress:"
 #: Of one job's record; its id follows.
 JOB: Final = "pd:job:"
 #: Behind a record's key: what its caller may read along.

@@ -51,6 +51,7 @@ class Generation:
     request_id: str  #: as the asker knows it
     reply_to: str | None  #: reply stream, or None when nobody reads along
     position: int  #: tokens of the answer that were made before
+    attempt: int = 0  #: tells attempts at one request apart, in all processes
     judge: Judge = lambda _: Verdict()
     state: State = State.NEW
     token_ids: list[int] = field(default_factory=list)  #: made here

@@ -33,6 +33,7 @@ class _StreamStep:
 
     outputs: list[EngineCoreOutput] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
     reports: dict[str, Reports] = field(default_factory=dict)
 
 
@@ -82,6 +83,7 @@ class Answers:
             part = by_stream.setdefault(generation.reply_to, _StreamStep())
             part.outputs.append(output)
             part.positions.append(position)
+            part.attempts.append(generation.attempt)
             if reports is not None:
                 part.reports[generation.request_id] = reports
         for stream, part in by_stream.items():
@@ -90,6 +92,7 @@ class Answers:
                 stream,
                 outputs=bytes(cast("bytes", self._encoder.encode(outputs)[0])),
                 positions=tuple(part.positions),
+                attempts=tuple(part.attempts),
                 reports=part.reports,
             )
 
@@ -105,6 +108,10 @@ class Answers:
     def start(self, stream: str | None, request_id: str) -> None:
         """Tell the asker who does the stage that begins now."""
         self._put(stream, started=(request_id,))
+
+    def ask(self, stream: str, request_id: str, attempt: int) -> None:
+        """Ask the asker how much of the answer it has, for an attempt that begins now."""
+        self._put(stream, asks={request_id: attempt})
 
     def _put(self, stream: str | None, **content: Any) -> None:
         if stream is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +21,7 @@ from celery import Celery
 from pdtasks.background import Background
 from pdtasks.broker.publishing import ConfirmedSender
 from pdtasks.bus.connection import connect_async
+from pdtasks.bus.progress import Progress, read_progress
 from pdtasks.bus.reply import ReplyWriter
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.boot import start_core
@@ -77,10 +78,12 @@ class Worker:
         self.results = ResultStore(app)
         self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self.aborted = AbortMemory()
-        self._replies = ReplyWriter(connect_async(settings), self._reader_is_gone)
+        self._bus = connect_async(settings)
+        self._replies = ReplyWriter(self._bus, self._reader_is_gone)
         self.answers = Answers(self._replies, worker=name, stage=role)
         self._waiting: set[asyncio.Task[None]] = set()
-        self._engine_ids = itertools.count()
+        # Unlike those of other processes, and of one of this name and pid before.
+        self._attempts = itertools.count(secrets.randbits(31) << 32)
 
         model = resolve_model(settings.model, settings.cache_dir, logger.info)
         self.engine = Engine(
@@ -129,9 +132,17 @@ class Worker:
 
     # -- for the stages, on the engine's loop ----------------------------------------------------
 
-    def engine_id(self, request_id: str) -> str:
-        """A name for the engine that no other attempt at `request_id` has."""
-        return f"{request_id}#{os.getpid()}.{next(self._engine_ids)}"
+    def new_attempt(self) -> int:
+        """A number that no other attempt at any request has, here or elsewhere."""
+        return next(self._attempts)
+
+    async def ask_progress(self, stream: str, request_id: str, attempt: int) -> Progress | None:
+        """What the asker has of an answer that `attempt` is to go on with; None: it does not say.
+
+        From here on the asker takes tokens from `attempt` alone.
+        """
+        self.answers.ask(stream, request_id, attempt)
+        return await read_progress(self._bus, request_id, attempt)
 
     def check_origin(self, engine: str, model: str | None) -> None:
         """Raises IncompatibleWorker when a request was made for another vLLM or model.

@@ -10,6 +10,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
+from pdtasks.errors import RequestAborted
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport
 from pdtasks.worker import service
 
@@ -22,9 +23,16 @@ class Stage(ABC, Generic[J]):
     name: str  #: of the stage, as in `naming`
     generation: Generation  #: from `new_generation` on
 
-    def __init__(self, here: service.Worker, job: J, reply_to: str | None) -> None:
-        """`reply_to`: the asker's reply stream, None when nobody reads along."""
+    def __init__(
+        self, here: service.Worker, job: J, reply_to: str | None, *, is_again: bool = False
+    ) -> None:
+        """Args:
+        reply_to: the asker's reply stream, None when nobody reads along.
+        is_again: the job was delivered before, perhaps to a worker that was lost.
+        """
         self.here = here
+        self.attempt = here.new_attempt()
+        self._is_again = is_again
         self.job: J = job
         self.reply_to = reply_to
         self.detokeniser: IncrementalDetokenizer | None = None  # for who wants text in the result
@@ -37,13 +45,41 @@ class Stage(ABC, Generic[J]):
         if self.job.tells_start:
             self.here.answers.start(self.reply_to, self.job.request_id)
 
-    def new_generation(self, request: EngineCoreRequest, *, position: int) -> Generation:
-        """`request` for this worker's engine; `position`: tokens of the answer that are there."""
+    @property
+    def engine_id(self) -> str:
+        """A name for the engine that no other attempt has."""
+        return f"{self.job.request_id}#{self.attempt:x}"
+
+    async def seen_tokens(self) -> tuple[int, ...]:
+        """Those of the answer that earlier attempts have published, as far as the asker says.
+
+        Raises RequestAborted when nobody waits for it any more.
+        """
+        if not self._is_again or self.reply_to is None:
+            return ()
+        request_id = self.job.request_id
+        progress = await self.here.ask_progress(self.reply_to, request_id, self.attempt)
+        if progress is None:
+            return ()
+        if not progress.is_wanted:
+            raise RequestAborted("it was answered, or the caller hung up")
+        return progress.token_ids
+
+    def new_generation(
+        self, request: EngineCoreRequest, *, position: int, is_told: bool = True
+    ) -> Generation:
+        """`request` for this worker's engine.
+
+        Args:
+            position: tokens of the answer that are there.
+            is_told: whoever reads along gets what the engine makes.
+        """
         generation = Generation(
             request=request,
             request_id=self.job.request_id,
-            reply_to=self.reply_to,
+            reply_to=self.reply_to if is_told else None,
             position=position,
+            attempt=self.attempt,
             judge=self.judge,
         )
         self.generation = generation

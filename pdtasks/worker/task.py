@@ -49,6 +49,11 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
         reply_to: str | None = self.request.reply_to
         return reply_to if is_reply_stream(reply_to) else None
 
+    @property
+    def is_again(self) -> bool:
+        """Was this job delivered before, perhaps to a worker that was lost?"""
+        return bool((self.request.delivery_info or {}).get("redelivered"))
+
     def end_aborted(self) -> None:
         """The request was dropped: raises what tells Celery how the task ended, if anything does.
 

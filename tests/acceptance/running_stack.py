@@ -158,6 +158,10 @@ class Stack:
             worker.wait(timeout=60)
             log.close()
 
+    def log(self, name: str) -> str:
+        """What the child called so has logged."""
+        return (self.home / "logs" / f"{name}.log").read_text(errors="replace")
+
     def logs(self) -> str:
         return "".join(p.read_text(errors="replace") for p in (self.home / "logs").glob("*.log"))
 

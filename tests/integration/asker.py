@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from concurrent.futures import Future
 from typing import Any, cast
 
 import valkey
+import valkey.asyncio
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from pdtasks.bus.progress import tell_progress
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
 from pdtasks.messages import Failure, PrefillJob, StepReply, read_message
@@ -99,6 +102,26 @@ class Asker:
         return any(
             o.finish_reason is not None for _, _, o in self.outputs() if o.request_id == request_id
         )
+
+    def questions(self, request_id: str = "r") -> list[tuple[str, int]]:
+        """(stage, attempt) of each attempt that wants to know how much of the answer is there."""
+        return [
+            (message.stage, message.asks[request_id])
+            for message in self.messages()
+            if request_id in message.asks
+        ]
+
+    def tell(self, token_ids: list[int] | None, request_id: str = "r") -> None:
+        """Answer the last question: `token_ids` are there, or (None) nobody waits."""
+        _, attempt = self.questions(request_id)[-1]
+        kwargs = self.bus.connection_pool.connection_kwargs
+
+        async def tell() -> None:
+            names = ("host", "port", "db", "username", "password")
+            async with valkey.asyncio.Valkey(**{n: kwargs.get(n) for n in names}) as bus:
+                await tell_progress(bus, request_id, attempt, token_ids)
+
+        asyncio.run(tell())
 
     def failures(self) -> dict[str, Failure]:
         """What has failed."""
