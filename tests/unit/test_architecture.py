@@ -52,3 +52,11 @@ def test_keys_of_the_bus_are_spelt_in_one_place() -> None:
     spelt = [path for path in sorted(modules()) if spelling.search((ROOT / path).read_text())]
 
     assert spelt == ["pdtasks/bus/keys.py"]
+
+
+def test_the_tests_that_prove_a_guarantee_exist() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`((?:unit|integration|acceptance)/[\w/]+\.py)`", page)
+
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / "tests" / path).is_file()] == []
