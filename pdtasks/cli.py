@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pdtasks.bench.commands import bench
+from pdtasks.broker.commands import deadletter
 from pdtasks.errors import PdtasksError
 
 
@@ -173,6 +174,7 @@ def api(
 
 
 main.add_command(bench)
+main.add_command(deadletter)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ EXCHANGE = "pdtasks"
 DEAD_EXCHANGE = "pdtasks.dead"
 #: Jobs whose every delivery ended with the worker's death.
 DEAD_QUEUE = "pdtasks.dead"
+#: The same after their callers were answered: for operators (`pdtasks deadletter`).
+KEPT_QUEUE = "pdtasks.deadletters"
 
 #: Control command: drop the requests whose ids it names.
 ABORT = "pdtasks_abort"

@@ -1,8 +1,12 @@
-"""Who answers for a job that no worker survived? Any worker, from the dead-letter queue."""
+"""Who answers for a job that no worker survived? Any worker, from the dead-letter queue.
+
+What was answered for goes on to the queue of `pdtasks.broker.dead_letters`, for people.
+"""
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -12,6 +16,7 @@ from celery.worker.consumer import Consumer
 from kombu.serialization import loads
 
 from pdtasks import naming
+from pdtasks.broker.dead_letters import keep, kept_queue, last_death
 from pdtasks.errors import WorkerLost, where
 from pdtasks.settings import load_settings
 from pdtasks.worker import service
@@ -21,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds before a dead job is tried again whose asker could not be told.
 _RETRY_S = 5.0
+#: Seconds for RabbitMQ to take a dead job that is kept.
+_KEEP_S = 30.0
 
 
 class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery has no types
@@ -37,29 +44,42 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
             durable=True,
             queue_arguments={"x-queue-type": "quorum"},
         )
+        kept_queue(channel).declare()
         # Whole messages, undecoded: what kills workers may be unreadable as well.
         return [kombu.Consumer(channel, queues=[queue], on_message=self.give_up, prefetch_count=1)]
 
     def give_up(self, message: kombu.Message) -> None:
         """Answer for one dead job. In the main loop: nothing here waits for the bus."""
-        acknowledge = partial(message.ack_log_error, logger, self._consumer.connection_errors)
         try:
             waits_for_result = self._answer(message)
         except Exception as exc:  # noqa: BLE001 - what kills workers must not stop this one
             logger.error("a dead job could not be answered for: %s", where(exc))  # noqa: TRY400
-            acknowledge()
-            return
+            waits_for_result = None
         if waits_for_result is None:
-            acknowledge()
+            self._keep(message)
             return
         request_id, error = waits_for_result
 
         def stored(well: bool) -> None:
             # From the thread that stored: back into the main loop, which owns the channel.
-            soon = self._consumer.call_soon
-            soon(acknowledge if well else partial(self._later, message))
+            self._consumer.call_soon(partial(self._keep if well else self._later, message))
 
         service.current().results.fail(request_id, error, stored)
+
+    def _keep(self, message: kombu.Message) -> None:
+        """Put it where people find it; acknowledged here when it is there."""
+        sent = service.current().sender.send(
+            partial(keep, message, _why_dead(message)), within_s=_KEEP_S, insist=True
+        )
+
+        def kept(future: Future[None]) -> None:
+            well = not future.cancelled() and future.exception() is None
+            self._consumer.call_soon(partial(self._done if well else self._later, message))
+
+        sent.add_done_callback(kept)
+
+    def _done(self, message: kombu.Message) -> None:
+        message.ack_log_error(logger, self._consumer.connection_errors)
 
     def _later(self, message: kombu.Message) -> None:
         requeue = partial(
@@ -86,8 +106,7 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
 
 
 def _why_dead(message: kombu.Message) -> str:
-    deaths = message.headers.get("x-death") or [{}]
-    if deaths[0].get("reason") == "rejected":
+    if last_death(message).get("reason") == "rejected":
         return "was refused by a worker that cannot read it"
     limit = load_settings().delivery_limit
     return f"was given up: {limit + 1} deliveries ended with the loss of the worker"
