@@ -118,6 +118,20 @@ def down() -> None:
 
 
 @main.command()
+@click.argument("workers", nargs=-1)
+def restart(workers: tuple[str, ...]) -> None:
+    """Restart WORKERS (as `decode1`) of the running stack, or all, one after the other.
+
+    With two workers of each stage no request notices: what one has begun another goes on with.
+    """
+    from pdtasks.cluster.console import Console
+    from pdtasks.cluster.restart import restart_workers
+    from pdtasks.settings import load_settings
+
+    sys.exit(restart_workers(load_settings(), workers, Console()))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(as_json: bool) -> None:
     """Show services and workers. Exit code 1 when nothing runs."""

@@ -1,18 +1,25 @@
 """Stage 2: load the prompt's KV and write the rest of the answer.
 
-Tokens go to the asker from the engine's steps.  For a caller without a reply stream the finished
+Tokens go to the asker from the engine's steps.  A worker that stops hands what it has begun to
+another one, tokens and all.  For a caller without a reply stream the finished
 answer is the task's result.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Any
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
 
 import msgspec
+from celery.exceptions import Ignore
 from vllm.v1.engine import EngineCoreOutput
 
 from pdtasks.app import app
+from pdtasks.broker.publishing import Publish
 from pdtasks.engine.generation import Verdict
 from pdtasks.engine.handover import make_decode
 from pdtasks.engine.wire import decode_request
@@ -20,6 +27,7 @@ from pdtasks.errors import RequestAborted
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
 from pdtasks.naming import DECODE, DECODE_TASK
+from pdtasks.pipeline import same_stage
 from pdtasks.worker import service
 from pdtasks.worker.stage import Stage
 from pdtasks.worker.task import StageTask
@@ -32,13 +40,33 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     """Run a `DecodeJob`; returns an `Answer` as plain values when the caller wants text."""
     job = read_message(DecodeJob, wire)
     here = service.current()
+    request = self.request
+    again = partial(
+        same_stage,
+        task_id=request.id,
+        chain=request.chain,
+        parent_id=request.parent_id,
+        root_id=request.root_id,
+        reply_to=request.reply_to,
+        ignore_result=request.ignore_result,
+    )
+    is_again = self.is_again or job.goes_on
+    stage = _Decode(here, job, self.reply_stream, again, is_again=is_again)
     try:
-        stage = _Decode(here, job, self.reply_stream, is_again=self.is_again)
-        answer = here.stages.run(self.request.id, stage.run, job.deadline)
+        answer = here.stages.run(request.id, stage.run, job.deadline)
     except RequestAborted:
         self.end_aborted()
         return None
+    if answer is HANDED_ON:
+        raise Ignore  # there is no result yet
     return None if answer is None else msgspec.to_builtins(answer)
+
+
+class _HandedOn:
+    """Another worker goes on with it."""
+
+
+HANDED_ON: Final = _HandedOn()
 
 
 class _Decode(Stage[DecodeJob]):
@@ -46,15 +74,30 @@ class _Decode(Stage[DecodeJob]):
 
     name = DECODE
 
-    async def run(self) -> Answer | None:
-        """Returns the answer if somebody waits for it as a result."""
-        try:
-            return await self._run()
-        finally:
-            # Also when the request was aborted or has failed: nobody else will read it.
-            self.here.discard(self.job.request_id)
+    def __init__(
+        self,
+        here: service.Worker,
+        job: DecodeJob,
+        reply_to: str | None,
+        same_stage: Callable[[DecodeJob], Publish],
+        *,
+        is_again: bool,
+    ) -> None:
+        super().__init__(here, job, reply_to, is_again=is_again)
+        self._same_stage = same_stage
 
-    async def _run(self) -> Answer | None:
+    async def run(self) -> Answer | _HandedOn | None:
+        """Returns the answer if somebody waits for it as a result."""
+        outcome: Answer | _HandedOn | None = None
+        try:
+            outcome = await self._run()
+        finally:
+            if outcome is not HANDED_ON:
+                # Also when the request was aborted or has failed: nobody else will read it.
+                self.here.discard(self.job.request_id)
+        return outcome
+
+    async def _run(self) -> Answer | _HandedOn | None:
         job = self.job
         self.begin()
         request = decode_request(job.request)
@@ -67,6 +110,9 @@ class _Decode(Stage[DecodeJob]):
         try:
             await self.here.generate(generation, self.reports)
             await self.here.replies_taken()
+        except service.HandsOn:
+            await self._hand_on(tokens + tuple(generation.token_ids))
+            return HANDED_ON
         except RequestAborted:
             self.tell_of_aborted()
             raise
@@ -78,13 +124,25 @@ class _Decode(Stage[DecodeJob]):
             first_token_at=job.first_token_at,
         )
 
+    async def _hand_on(self, tokens: tuple[int, ...]) -> None:
+        """Send the job to another worker of this stage; returns when RabbitMQ has confirmed it.
+
+        If it does not in time this worker ends all the same, and RabbitMQ delivers its own again.
+        """
+        # What the next one asks about lies behind what was published here.
+        await self.here.replies_taken()
+        job = msgspec.structs.replace(self.job, output_token_ids=tokens, goes_on=True)
+        within_s = max(0.0, job.deadline - time.time())
+        sent = self.here.sender.send(self._same_stage(job), within_s=within_s, insist=True)
+        await asyncio.wrap_future(sent)
+
     async def _tokens(self) -> tuple[int, ...]:
         """Of the answer, those that are there: from prefill, or from an attempt that was lost."""
         own = self.job.output_token_ids
         seen = await self.seen_tokens()
         if not seen:
             return own
-        if seen[: len(own)] != own:
+        if any(a != b for a, b in zip(own, seen, strict=False)):
             # Prefill has run twice, and the asker has taken the other one's first token.
             raise RequestAborted("another attempt answers this request")
         logger.info("%s goes on after %d tokens", self.job.request_id, len(seen))

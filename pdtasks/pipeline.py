@@ -127,6 +127,11 @@ def next_stage(
     )
 
 
+def same_stage(job: DecodeJob, *, task_id: str, **options: Any) -> Publish:
+    """The message that hands `job` to another worker of its stage; `options`: as the task's own."""
+    return _task_message(DECODE_TASK, job, queue=DECODE, task_id=task_id, **options)
+
+
 def _task_message(name: str, job: Message, *, queue: str, task_id: str, **options: Any) -> Publish:
     # Not `send_task`: for a result it would have this process listen on the bus.
     message = app.amqp.create_task_message(

@@ -201,7 +201,11 @@ class Parts:
                 self._record()
             return
         code = part.process.poll()
-        if code is not None:
+        if code == 0 and part.ready and part.is_worker:
+            # Asked to by somebody, and done in order: no failure.
+            self._console.line(f"{part.name} was stopped")
+            part.restart_at, part.ready, part.ill_since = time.monotonic(), False, None
+        elif code is not None:
             self._restart_later(part, f"ended by itself ({describe_exit(code)})")
         elif not part.ready:
             self._ask(part)

@@ -222,6 +222,13 @@ class Engine:
         """`generation` is of no further interest; late transfer records are dropped."""
         self._running.pop(generation.request.request_id, None)
 
+    def interrupt(self, error: type[Exception]) -> int:
+        """Have `error` raised for all who wait for an answer under way; returns their number."""
+        found = [g for g in self._running.values() if g.state is State.RUNNING]
+        for generation in found:
+            generation.fail(error())
+        return len(found)
+
     def abort(self, request_id: str) -> bool:
         """End all generations of `request_id`; True when there was one."""
         found = [

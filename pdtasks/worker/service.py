@@ -20,7 +20,8 @@ from celery import Celery
 
 from pdtasks.background import Background
 from pdtasks.broker.publishing import ConfirmedSender
-from pdtasks.bus.connection import connect_async
+from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.progress import Progress, read_progress
 from pdtasks.bus.reply import ReplyWriter
 from pdtasks.engine.arguments import ENGINE_VERSION
@@ -29,7 +30,7 @@ from pdtasks.engine.core import Engine
 from pdtasks.engine.generation import Generation, State
 from pdtasks.engine.models import resolve_model
 from pdtasks.engine.text import TextFrontend
-from pdtasks.errors import IncompatibleWorker, PdtasksError
+from pdtasks.errors import IncompatibleWorker, PdtasksError, where
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
@@ -49,8 +50,14 @@ logger = logging.getLogger(__name__)
 _ABORTED_SAVE_S = 60.0
 #: Longest time that the store may take to delete what belongs to finished requests.
 _DISCARD_S = 2.0
+#: Seconds between the notice that this worker stops and a look at who else is there.
+_LOOK_AROUND_S = 0.5
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
+
+
+class HandsOn(Exception):
+    """This worker stops: another one of its stage is to go on with the request."""
 
 
 class Worker:
@@ -63,6 +70,8 @@ class Worker:
         """
         self.settings = settings
         self.name = name
+        self._role = role
+        self._hands_on = False
         self.background = Background()
         self.liveness = Liveness()
         # Seen from the start, also while the engine comes up.
@@ -159,8 +168,13 @@ class Worker:
             )
 
     async def generate(self, generation: Generation, reports: Callable[[], Reports]) -> None:
-        """Run `generation`; `reports` is asked when its answer is finished here."""
+        """Run `generation`; `reports` is asked when its answer is finished here.
+
+        Raises HandsOn when this worker stops and another one is to go on.
+        """
         self.aborted.require_wanted(generation.request_id)
+        if self._hands_on:
+            raise HandsOn
         self.answers.begin(generation, reports)
         try:
             await self.engine.generate(generation)
@@ -201,6 +215,25 @@ class Worker:
         self.abort(self.answers.readers_of(stream))
 
     # -- for any thread --------------------------------------------------------------------------
+
+    def hand_on_soon(self) -> None:
+        """Give what runs here to another worker of the stage, if there is one."""
+        self.engine.call(self._hand_on())
+
+    async def _hand_on(self) -> None:
+        # Those that stop in the same moment have said so by then.
+        await asyncio.sleep(_LOOK_AROUND_S)
+        try:
+            workers = await read_workers_async(self._bus)
+        except BUS_ERRORS as exc:
+            logger.warning("bus is away: %s: running requests are finished here", where(exc))
+            return
+        ours = (self._role, self.settings.model_name, ENGINE_VERSION, "ready")
+        if any((w.role, w.model, w.engine, w.state) == ours for w in workers):
+            self._hands_on = True
+            logger.info("handing on %d requests", self.engine.interrupt(HandsOn))
+        else:
+            logger.info("nobody else is there: running requests are finished here")
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
         """`abort`, from any thread."""

@@ -40,6 +40,7 @@ def be_slow(*_):
 faulthandler.register(signal.SIGUSR2)
 signal.signal(signal.SIGRTMIN, be_slow)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
 print("up", flush=True)
 time.sleep(60)
 """
@@ -130,6 +131,21 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
     for bench in made:
         bench.parts.kill()
         bench.parts.close()
+
+
+def test_a_worker_that_was_asked_to_stop_is_back_at_once_and_it_is_no_failure(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+
+    bench.part.process.signal(signal.SIGALRM)
+
+    bench.until(lambda: bench.part.process.pid != bench.first_pid)
+    told = bench.output.getvalue()
+    assert "decode1 was stopped" in told
+    assert "restarting decode1" in told
+    assert "ended by itself" not in told
+    assert bench.part.failures == 0
 
 
 def test_a_stalled_worker_is_replaced_and_where_it_stood_is_in_its_log(

@@ -1,0 +1,75 @@
+"""What does `pdtasks restart` do? Workers of the running stack begin anew, one after the other.
+
+Each is asked to stop: it takes nothing more, and what it has begun goes to another worker of its
+stage where there is one, or is finished.  The supervisor starts it again; the next one's turn comes
+when it is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+from pdtasks.cluster.console import Console
+from pdtasks.cluster.probes import wait_until
+from pdtasks.cluster.status import Status, read_status
+from pdtasks.errors import PdtasksError
+from pdtasks.naming import STAGES
+from pdtasks.running_stack import Member, read_stack
+from pdtasks.settings import Settings
+
+#: Seconds from the request to stop until its successor is ready: a drain, and a start that captures
+#: CUDA graphs.
+_DEADLINE_S = 900.0
+
+
+def restart_workers(
+    settings: Settings,
+    names: Sequence[str],
+    console: Console,
+    *,
+    ask: Callable[[Settings], Status] = read_status,
+) -> int:
+    """Restart the workers called `names`, all without one; returns the exit code.
+
+    Raises PdtasksError for a name that is not there, or when nothing runs; UnreadableStack.
+    """
+    stack = read_stack(settings.home)
+    if stack is None or not stack.supervisor.alive():
+        raise PdtasksError("nothing runs here: start a stack with `pdtasks up`")
+    workers = {m.name: m for m in stack.services if m.role in STAGES}
+    for name in names:
+        if name not in workers:
+            raise PdtasksError(f"no worker is called {name!r}, only {', '.join(workers)}")
+    for name in names or workers:
+        if not _restart(settings, workers[name], console, ask):
+            return 1
+    return 0
+
+
+def _restart(
+    settings: Settings, member: Member, console: Console, ask: Callable[[Settings], Status]
+) -> bool:
+    others = [w for w in ask(settings).workers if w.role == member.role and w.pid != member.pid]
+    if not any(w.state == "ready" for w in others):
+        console.warn(
+            f"{member.name} is the only {member.role} worker: it finishes what it has, and new "
+            "requests are refused until it is back"
+        )
+    began = time.monotonic()
+    if member.identity.alive():
+        os.kill(member.pid, signal.SIGTERM)
+
+    def is_back() -> bool:
+        rows = [w for w in ask(settings).workers if w.name.partition("@")[0] == member.name]
+        state = rows[0].state if rows else "away"
+        console.progress(f"{time.monotonic() - began:4.0f} s  {member.name}: {state}")
+        return any(w.pid != member.pid and w.state == "ready" for w in rows)
+
+    if not wait_until(is_back, _DEADLINE_S):
+        console.bad(f"{member.name} is not back after {_DEADLINE_S:.0f} s: see `pdtasks status`")
+        return False
+    console.good(f"{member.name} is back after {time.monotonic() - began:.0f} s")
+    return True

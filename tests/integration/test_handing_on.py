@@ -1,0 +1,89 @@
+"""A decode worker that is told to stop hands what it has begun to another one, at once."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from pdtasks.bus.presence import read_workers
+from pdtasks.pipeline import submit
+from tests.integration.asker import Asker
+from tests.integration.conftest import Services, StartWorker
+from tests.integration.stub_worker import token_text
+from tests.waiting import wait_until
+
+#: No second attempt makes the same tokens.
+RANDOM: dict[str, Any] = {"temperature": 1.0, "max_tokens": 6}
+
+
+def test_a_worker_that_stops_hands_its_requests_on_and_no_token_is_lost(
+    start_worker: StartWorker, asker: Asker, services: Services
+) -> None:
+    # Given two requests in a worker that would not finish them in any time
+    start_worker("prefill")
+    leaving = start_worker("decode", held=True)
+    asker.ask("r", **RANDOM)
+    result = submit("hello", **RANDOM)
+    wait_until(lambda: len(leaving.steering.added()) == 2)
+    leaving.steering.step(2)
+    wait_until(lambda: len(asker.tokens()) == 3)
+    begun = asker.tokens()
+
+    # When it is told to stop, and there is another one
+    start_worker("decode", 2)
+    leaving.signal(signal.SIGTERM)
+
+    # Then it ends in peace, and the other one goes on where it was
+    assert leaving.wait() == 0
+    wait_until(asker.questions)
+    asker.tell(begun)
+    wait_until(asker.finished)
+    assert asker.tokens()[:3] == begun
+    assert len(asker.tokens()) == 6
+    assert [p for stage, p, _ in asker.outputs() if stage == "decode"] == [1, 2, 3, 4, 5]
+    assert asker.failures() == {}
+    # also for who waits for a result: tokens of both workers, and their text
+    answer = result.get(timeout=20)
+    assert len(answer["token_ids"]) == 6
+    assert answer["text"] == "".join(map(token_text, answer["token_ids"]))
+    assert len({token // 1000 for token in answer["token_ids"]}) == 3, "of three attempts"
+    result.forget()
+    wait_until(lambda: not list(services.kv.scan_iter()), what="partial blocks are deleted")
+
+
+def test_the_last_worker_of_a_stage_finishes_what_it_has(
+    start_worker: StartWorker, asker: Asker, services: Services
+) -> None:
+    start_worker("prefill")
+    leaving = start_worker("decode", held=True)
+    asker.ask("r")
+    wait_until(leaving.steering.added)
+
+    leaving.signal(signal.SIGTERM)
+    wait_until(
+        lambda: {w.state for w in read_workers(services.bus) if w.role == "decode"} == {"draining"}
+    )
+    wait_until(lambda: "nobody else is there" in leaving.log)
+    leaving.steering.release()
+
+    assert leaving.wait() == 0
+    assert asker.tokens() == [100, 101, 102, 103]
+    assert asker.questions() == []
+
+
+def test_two_that_stop_together_do_not_hand_to_each_other(
+    start_worker: StartWorker, asker: Asker
+) -> None:
+    start_worker("prefill")
+    first = start_worker("decode", held=True)
+    asker.ask("r")
+    wait_until(first.steering.added)
+    second = start_worker("decode", 2)
+
+    for worker in (first, second):
+        worker.signal(signal.SIGTERM)
+    wait_until(lambda: "nobody else is there" in first.log)
+    first.steering.release()
+
+    assert [first.wait(), second.wait()] == [0, 0]
+    assert asker.tokens() == [100, 101, 102, 103]

@@ -1,0 +1,113 @@
+"""Are workers restarted one after the other? With children that only sleep, and no bus."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdtasks.cluster import restart
+from pdtasks.cluster.console import Console
+from pdtasks.cluster.restart import restart_workers
+from pdtasks.cluster.stack import write_stack
+from pdtasks.cluster.status import Row, Status
+from pdtasks.errors import PdtasksError
+from pdtasks.running_stack import Member, Stack, identify
+from pdtasks.settings import Settings
+
+
+class Bench:
+    """A stack of workers that end when they are asked to; a successor is ready soon after."""
+
+    def __init__(self, home: Path, roles: dict[str, str]) -> None:
+        self.settings = Settings(home=home)
+        self.output = io.StringIO()
+        self.comes_back = True
+        self.order: list[str] = []  #: in which they ended
+        self._back: list[str] = []
+        self._roles = roles
+        self.children = {
+            name: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            for name in roles
+        }
+        own = identify(os.getpid())
+        assert own is not None
+        members = []
+        for name, role in roles.items():
+            found = identify(self.children[name].pid)
+            assert found is not None
+            members.append(Member(name, role, found.pid, found.started, "/log"))
+        write_stack(home, Stack(own.pid, own.started, "ready", services=tuple(members)))
+
+    def ask(self, _: Settings) -> Status:
+        ended = [name for name, child in self.children.items() if child.poll() is not None]
+        self.order += [name for name in ended if name not in self.order]
+        away = [name for name in ended if name not in self._back]
+        assert len(away) <= 1, "one after the other"
+        if self.comes_back:
+            self._back += away
+        return Status(
+            workers=tuple(
+                Row(f"{name}@h", role, self.children[name].pid + 10**6 * (name in ended), "ready")
+                for name, role in self._roles.items()
+                if name not in ended or name in self._back
+            )
+        )
+
+    def run(self, *names: str) -> int:
+        return restart_workers(self.settings, names, Console(self.output), ask=self.ask)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    roles = {"prefill1": "prefill", "decode1": "decode", "decode2": "decode"}
+    made = Bench(tmp_path, roles)
+    yield made
+    for child in made.children.values():
+        child.kill()
+        child.wait()
+
+
+def test_all_workers_are_restarted_one_after_the_other(bench: Bench) -> None:
+    assert bench.run() == 0
+
+    assert bench.order == ["prefill1", "decode1", "decode2"]
+    told = bench.output.getvalue()
+    assert told.count("is back after") == 3
+    assert told.count("is the only") == 1
+    assert "prefill1 is the only prefill worker" in told
+
+
+def test_named_workers_are_restarted_alone(bench: Bench) -> None:
+    assert bench.run("decode2") == 0
+
+    assert bench.order == ["decode2"]
+
+
+def test_the_next_ones_stay_when_one_does_not_come_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "_DEADLINE_S", 0.3)
+    bench.comes_back = False
+
+    assert bench.run("decode1", "decode2") == 1
+
+    assert bench.children["decode2"].poll() is None
+    assert "decode1 is not back" in bench.output.getvalue()
+
+
+def test_a_name_that_is_not_there_is_an_error(bench: Bench) -> None:
+    with pytest.raises(PdtasksError, match="no worker is called 'decode7', only prefill1"):
+        bench.run("decode7")
+
+    assert bench.order == []
+
+
+def test_without_a_stack_it_says_how_to_start_one(tmp_path: Path) -> None:
+    with pytest.raises(PdtasksError, match="pdtasks up"):
+        restart_workers(Settings(home=tmp_path), (), Console(io.StringIO()))
