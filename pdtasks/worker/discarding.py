@@ -2,7 +2,7 @@
 
 Names gather, and one call deletes many.  A store that is away or slow costs nobody but itself: what
 is not deleted expires.  A block may still be on its way to the store when the answer that needed it
-is finished: what was not there is looked for once more.
+is finished: what was not there is looked for again, soon and late.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 MOST_WAITING = 10_000
 #: Names in one call.
 _BATCH = 500
-#: Seconds after which that is done: longer than a block may take (`kv_timeout_s`).
-AGAIN_S = 12.0
+#: Seconds between two looks: soon, and after longer than a block may take (`kv_timeout_s`).
+AGAIN_S = (1.0, 12.0)
 #: Seconds that a close waits for what is left.
 _CLOSE_S = 1.0
 
@@ -40,7 +40,8 @@ class Discarder:
         """`store`: used by this object's thread alone; its `timeout_s` bounds each call."""
         self._store = store
         self._names = Backlog(MOST_WAITING, _LEFT)
-        self._second_look: deque[tuple[float, list[str]]] = deque()  # when (monotonic), at what
+        # Further looks: when (monotonic), at what. Each pause has a queue of its own, in order.
+        self._further: list[deque[tuple[float, list[str]]]] = [deque() for _ in AGAIN_S]
         self._backoff = Backoff(maximum_s=10.0)
         self._thread = background.thread("discard", self._run)
 
@@ -58,25 +59,27 @@ class Discarder:
 
     def _run(self) -> None:
         while True:
-            names = self._names.take(_BATCH, self._until_second_look())
+            names = self._names.take(_BATCH, self._until_further_look())
             self._names.settle()  # counted below, if they are not deleted
             if names:
-                unknown = self._delete(names)
-                self._second_look.append((time.monotonic() + AGAIN_S, unknown))
+                self._look_again(0, self._delete(names))
             elif self._names.is_closed:
                 return
-            elif self._second_look and time.monotonic() >= self._second_look[0][0]:
-                self._delete(self._second_look.popleft()[1])
+            for number, looks in enumerate(self._further):
+                while looks and time.monotonic() >= looks[0][0]:
+                    self._look_again(number + 1, self._delete(looks.popleft()[1]))
             if self._names.is_closed and self._backoff.pause_s:
                 return
             self._names.pause(self._backoff.pause_s)
 
-    def _until_second_look(self) -> float | None:
-        while self._second_look and not self._second_look[0][1]:
-            self._second_look.popleft()
-        if not self._second_look:
-            return None
-        return max(0.0, self._second_look[0][0] - time.monotonic())
+    def _look_again(self, number: int, names: list[str]) -> None:
+        """At `names`, if there is another look."""
+        if names and number < len(AGAIN_S):
+            self._further[number].append((time.monotonic() + AGAIN_S[number], names))
+
+    def _until_further_look(self) -> float | None:
+        times = [looks[0][0] for looks in self._further if looks]
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _delete(self, names: list[str]) -> list[str]:
         """Returns those that were not there."""

@@ -170,15 +170,16 @@ def test_what_cannot_be_deleted_does_not_pile_up(
 def test_a_block_that_comes_after_its_answer_is_deleted_too(
     discarder: Discarder, store: StubStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discarding, "AGAIN_S", 0.1)
+    monkeypatch.setattr(discarding, "AGAIN_S", (0.1, 0.2))
     store.on_their_way = {"late", "never"}
     discarder.discard(["there", "late", "never"])
     wait_until(lambda: store.calls)
+    store.on_their_way = {"never"}
 
-    wait_until(lambda: len(store.calls) == 2)
-    assert store.calls[1] == ["late", "never"]
+    wait_until(lambda: len(store.calls) == 3)
+    assert store.calls[1:] == [["late", "never"], ["never"]]
     # That was the last look
     discarder.discard(["other"])
-    wait_until(lambda: len(store.calls) == 3)
-    time.sleep(0.3)
-    assert store.calls[2:] == [["other"]]
+    wait_until(lambda: len(store.calls) == 4)
+    time.sleep(0.5)
+    assert store.calls[3:] == [["other"]]
