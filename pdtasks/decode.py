@@ -50,10 +50,12 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
         reply_to=request.reply_to,
         ignore_result=request.ignore_result,
     )
-    is_again = self.is_again or job.goes_on
+    is_again = self.is_again or job.handed_on > 0
     stage = _Decode(here, job, self.reply_stream, again, is_again=is_again)
+    # One that was handed on does not join the run that has handed it on.
+    run_id = f"{request.id}#{job.handed_on}"
     try:
-        answer = here.stages.run(request.id, stage.run, job.deadline)
+        answer = here.stages.run(run_id, stage.run, job.deadline)
     except RequestAborted:
         self.end_aborted()
         return None
@@ -131,7 +133,9 @@ class _Decode(Stage[DecodeJob]):
         """
         # What the next one asks about lies behind what was published here.
         await self.here.replies_taken()
-        job = msgspec.structs.replace(self.job, output_token_ids=tokens, goes_on=True)
+        job = msgspec.structs.replace(
+            self.job, output_token_ids=tokens, handed_on=self.job.handed_on + 1
+        )
         within_s = max(0.0, job.deadline - time.time())
         sent = self.here.sender.send(self._same_stage(job), within_s=within_s, insist=True)
         await asyncio.wrap_future(sent)

@@ -86,7 +86,7 @@ class DecodeJob(Message, frozen=True, kw_only=True):
     first_token_at: float
     deadline: float
     tells_start: bool = False
-    goes_on: bool = False  #: another worker of the stage has begun it, and hands it on
+    handed_on: int = 0  #: times that a worker of this stage has begun it and left it to another
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,11 @@ class Presence:
         self._state = state
         self._changed.set()
 
+    @property
+    def is_draining(self) -> bool:
+        """Does it take nothing more?"""
+        return self._state == "draining"
+
     def leave(self) -> None:
         """Take the sign of life away. After `enter("stopped")`."""
         with connect(self._settings) as bus, suppress(*BUS_ERRORS):

@@ -42,7 +42,6 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
     def on_init_blueprint(self) -> None:
         """Bring up the engine; a worker without one would consume all the same."""
         (role,) = self.app.amqp.queues.consume_from
-        self._role = role
         try:
             import_module(f"pdtasks.{role}")  # registers the stage's task
             super().on_init_blueprint()
@@ -67,9 +66,6 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
         here = service.current()
         here.liveness.stop_requested()
         here.presence.enter("draining")
-        if self._role == naming.DECODE:
-            # A prompt takes a moment to be computed, an answer may take minutes.
-            here.hand_on_soon()
 
     def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
         here = service.current()

@@ -70,9 +70,14 @@ class HeartStep(Heart):  # type: ignore[misc]
 
 
 class TasksStep(Tasks):  # type: ignore[misc]
-    """Celery's, without mingle before it."""
+    """Celery's, without mingle before it; what runs may be handed on when it has stopped."""
 
     requires = (EventsStep,)
+
+    def stop(self, c: Consumer) -> None:
+        super().stop(c)
+        # Not before: what is handed on would come back here.
+        service.current().consumes_no_more()
 
 
 class ControlStep(Control):  # type: ignore[misc]

@@ -34,7 +34,7 @@ from pdtasks.errors import IncompatibleWorker, PdtasksError, where
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
-from pdtasks.naming import PREFILL
+from pdtasks.naming import DECODE, PREFILL
 from pdtasks.settings import Settings
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
@@ -216,9 +216,11 @@ class Worker:
 
     # -- for any thread --------------------------------------------------------------------------
 
-    def hand_on_soon(self) -> None:
-        """Give what runs here to another worker of the stage, if there is one."""
-        self.engine.call(self._hand_on())
+    def consumes_no_more(self) -> None:
+        """No job comes any more: for good, or until there is another connection to RabbitMQ."""
+        # A prompt takes a moment to be computed, an answer may take minutes.
+        if self._role == DECODE and self.presence.is_draining:
+            self.engine.call(self._hand_on())
 
     async def _hand_on(self) -> None:
         # Those that stop in the same moment have said so by then.

@@ -51,6 +51,25 @@ def test_a_worker_that_stops_hands_its_requests_on_and_no_token_is_lost(
     wait_until(lambda: not list(services.kv.scan_iter()), what="partial blocks are deleted")
 
 
+def test_none_of_many_comes_back_to_who_has_handed_it_on(
+    start_worker: StartWorker, asker: Asker
+) -> None:
+    names = [f"r{number}" for number in range(8)]
+    start_worker("prefill")
+    leaving = start_worker("decode", held=True)
+    for name in names:
+        asker.ask(name)
+    wait_until(lambda: len(leaving.steering.added()) == len(names))
+    start_worker("decode", 2)
+
+    leaving.signal(signal.SIGTERM)
+
+    assert leaving.wait() == 0
+    wait_until(lambda: all(asker.finished(name) for name in names))
+    assert {tuple(asker.tokens(name)) for name in names} == {(100, 101, 102, 103)}
+    assert sorted(leaving.steering.added()) == names
+
+
 def test_the_last_worker_of_a_stage_finishes_what_it_has(
     start_worker: StartWorker, asker: Asker, services: Services
 ) -> None:
