@@ -27,6 +27,7 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
+from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import load_settings
 from tests.integration.steering import Steering, steering_url
 from tests.integration.store_calls import MakeStore
@@ -353,7 +354,7 @@ def start_worker(
 
 def _delete_queues(services: Services) -> None:
     with kombu.Connection(services.rabbit.url) as connection:
-        for queue in ("prefill", "decode", "pdtasks.dead"):
+        for queue in (*STAGES, DEAD_QUEUE, KEPT_QUEUE):
             try:
                 connection.default_channel.queue_delete(queue)
             except connection.channel_errors:
