@@ -9,7 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,12 +31,13 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from api.attempts import Attempts
 from api.reports import Reports
 from api.workers import Workers
 from pdtasks.background import Background
 from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
-from pdtasks.bus.progress import tell_progress
+from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
@@ -42,7 +51,7 @@ from pdtasks.errors import (
     WorkerLost,
     where,
 )
-from pdtasks.messages import PrefillJob, StepReply
+from pdtasks.messages import Ask, PrefillJob, StepReply
 from pdtasks.naming import STAGES
 from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
 from pdtasks.settings import Settings
@@ -58,8 +67,6 @@ _LATE_S = 1.0
 #: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
 #: the `Aborter`, which says what is left, takes 5.
 _CLOSE_S = 6.0
-#: Seconds without a token after which another attempt at a request may take over unasked.
-_SILENCE_S = 5.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 
@@ -126,8 +133,7 @@ class _Open:
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
     sent: Future[None] | None = None  #: when RabbitMQ has it
-    attempt: int | None = None  #: at the last stage, whose tokens count
-    heard_at: float = 0.0  #: from that one, monotonic
+    attempts: Attempts = field(default_factory=Attempts)
 
 
 class PipelineCore(EngineCoreClient):
@@ -318,8 +324,8 @@ class PipelineCore(EngineCoreClient):
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
                 entry.stage_watch(reply.stage, reply.worker)
-        for request_id, attempt in reply.asks.items():
-            self._tell_progress(request_id, reply.stage, attempt)
+        for request_id, ask in reply.asks.items():
+            self._tell_progress(request_id, reply.stage, ask)
         for request_id, failure in reply.failures.items():
             await self._give_up(request_id, failure.to_error())
         if reply.outputs and reply.engine == ENGINE_VERSION:
@@ -327,17 +333,20 @@ class PipelineCore(EngineCoreClient):
         elif reply.outputs:
             logger.error("%s runs %s, this API %s", reply.worker, reply.engine, ENGINE_VERSION)
 
-    def _tell_progress(self, request_id: str, stage: str, attempt: int) -> None:
+    def _tell_progress(self, request_id: str, stage: str, ask: Ask) -> None:
         """A worker runs a request again: tell it where to go on, and take nothing from others."""
         entry = self._open.get(request_id)
-        if entry is not None and stage == STAGES[-1]:
-            entry.attempt, entry.heard_at = attempt, time.monotonic()
-        token_ids = None if entry is None else list(entry.token_ids)
-        logger.info("%s is run again by %s", request_id, stage)
+        if entry is None:
+            progress = Progress(state="gone")
+        elif stage == STAGES[-1] and not entry.attempts.takes_over(ask):
+            progress = Progress(state="elsewhere")
+        else:
+            progress = Progress(state="wanted", token_ids=tuple(entry.token_ids))
+        logger.info("%s is run again: its %s is %s", request_id, stage, progress.state)
 
         async def tell() -> None:
             try:
-                await tell_progress(self._bus, request_id, attempt, token_ids)
+                await tell_progress(self._bus, request_id, ask.attempt, progress)
             except BUS_ERRORS as exc:
                 # It begins after the first token then.
                 logger.warning("bus is away: %s", type(exc).__name__)
@@ -353,9 +362,7 @@ class PipelineCore(EngineCoreClient):
             entry = self._open.get(output.request_id)
             if entry is None:
                 unknown.append(output.request_id)
-            elif self._counts(entry, reply.stage, attempt) and await self._takes(
-                entry, position, output
-            ):
+            elif await self._takes(entry, position, output, reply.stage, attempt):
                 wanted.append(output)
         for event in (event for output in wanted for event in output.events or ()):
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
@@ -366,25 +373,15 @@ class PipelineCore(EngineCoreClient):
             # A worker that was started after the abort has not heard of it.
             self._tell_workers_to_drop(unknown)
 
-    @staticmethod
-    def _counts(entry: _Open, stage: str, attempt: int) -> bool:
-        """Are tokens of this attempt the answer's?
-
-        Of several attempts at the last stage one is: that which asked last where to go on, else
-        the first to come. An older one may be alive, cut off from RabbitMQ; or there may be two
-        jobs, when the stage before was run again. One that is silent is succeeded.
-        """
-        if stage != STAGES[-1]:
-            return True
-        now = time.monotonic()
-        if entry.attempt not in (None, attempt) and now - entry.heard_at < _SILENCE_S:
-            return False
-        entry.attempt, entry.heard_at = attempt, now
-        return True
-
-    async def _takes(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
-        """`_merge`; whatever is raised fails this request and no other of the step."""
+    async def _takes(
+        self, entry: _Open, position: int, output: EngineCoreOutput, stage: str, attempt: int
+    ) -> bool:
+        """`_merge`, if the attempt counts; what is raised fails this request and no other."""
         try:
+            if stage == STAGES[-1]:
+                fits = _fits(entry.token_ids, position, output.new_token_ids)
+                if not entry.attempts.counts(attempt, fits=fits):
+                    return False
             return await self._merge(entry, position, output)
         except Exception as exc:  # noqa: BLE001
             logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
@@ -397,15 +394,13 @@ class PipelineCore(EngineCoreClient):
 
         A stage whose worker died is run again by another and repeats what we have.
         """
-        have = len(entry.token_ids)
-        repeated = entry.token_ids[position : position + len(output.new_token_ids)]
-        if position > have or repeated != output.new_token_ids[: len(repeated)]:
+        if not _fits(entry.token_ids, position, output.new_token_ids):
             await self._give_up(
                 output.request_id,
                 WorkerLost("a worker was lost and its successor's answer differs: ask again"),
             )
             return False
-        if repeated:
+        if repeated := entry.token_ids[position : position + len(output.new_token_ids)]:
             if len(repeated) == len(output.new_token_ids) and output.finish_reason is None:
                 return False
             output.new_token_ids = output.new_token_ids[len(repeated) :]
@@ -482,6 +477,12 @@ class PipelineCore(EngineCoreClient):
     async def _drop(self, request_id: str, error: PdtasksError) -> None:
         self._tell_workers_to_drop([request_id])
         await self._give_up(request_id, error)
+
+
+def _fits(have: Sequence[int], position: int, new: Sequence[int]) -> bool:
+    """Do `new` tokens, the first at `position`, repeat those that we `have`, or follow on them?"""
+    repeated = have[position : position + len(new)]
+    return position <= len(have) and repeated == new[: len(repeated)]
 
 
 async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
+from enum import Enum, auto
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import msgspec
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from vllm.v1.engine import EngineCoreOutput
 
 from pdtasks.app import app
@@ -23,16 +23,19 @@ from pdtasks.broker.publishing import Publish
 from pdtasks.engine.generation import Verdict
 from pdtasks.engine.handover import make_decode
 from pdtasks.engine.wire import decode_request
-from pdtasks.errors import RequestAborted
+from pdtasks.errors import PdtasksError, RequestAborted
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
 from pdtasks.naming import DECODE, DECODE_TASK
 from pdtasks.pipeline import same_stage
 from pdtasks.worker import service
-from pdtasks.worker.stage import Stage
+from pdtasks.worker.stage import GoesOnElsewhere, Stage
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
+
+#: Seconds for RabbitMQ to take a job that is handed on; nobody makes tokens of it meanwhile.
+_HAND_ON_S = 5.0
 
 
 @app.task(base=StageTask, bind=True, name=DECODE_TASK)
@@ -59,16 +62,18 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     except RequestAborted:
         self.end_aborted()
         return None
-    if answer is HANDED_ON:
+    if answer is Left.HANDED_ON:
         raise Ignore  # there is no result yet
+    if answer is Left.GIVEN_BACK:
+        raise Reject("this worker stops", requeue=True)
     return None if answer is None else msgspec.to_builtins(answer)
 
 
-class _HandedOn:
-    """Another worker goes on with it."""
+class Left(Enum):
+    """Another worker goes on with a request that this one leaves."""
 
-
-HANDED_ON: Final = _HandedOn()
+    HANDED_ON = auto()  #: it has a job of its own
+    GIVEN_BACK = auto()  #: RabbitMQ takes no job now, but gives this one to somebody again
 
 
 class _Decode(Stage[DecodeJob]):
@@ -88,18 +93,22 @@ class _Decode(Stage[DecodeJob]):
         super().__init__(here, job, reply_to, is_again=is_again)
         self._same_stage = same_stage
 
-    async def run(self) -> Answer | _HandedOn | None:
+    async def run(self) -> Answer | Left | None:
         """Returns the answer if somebody waits for it as a result."""
-        outcome: Answer | _HandedOn | None = None
+        goes_on = False
         try:
             outcome = await self._run()
+            goes_on = isinstance(outcome, Left)
+        except GoesOnElsewhere:
+            goes_on = True
+            raise
         finally:
-            if outcome is not HANDED_ON:
+            if not goes_on:
                 # Also when the request was aborted or has failed: nobody else will read it.
                 self.here.discard(self.job.request_id)
         return outcome
 
-    async def _run(self) -> Answer | _HandedOn | None:
+    async def _run(self) -> Answer | Left | None:
         job = self.job
         self.begin()
         request = decode_request(job.request)
@@ -113,8 +122,7 @@ class _Decode(Stage[DecodeJob]):
             await self.here.generate(generation, self.reports)
             await self.here.replies_taken()
         except service.HandsOn:
-            await self._hand_on(tokens + tuple(generation.token_ids))
-            return HANDED_ON
+            return await self._hand_on(tokens + tuple(generation.token_ids))
         except RequestAborted:
             self.tell_of_aborted()
             raise
@@ -126,29 +134,30 @@ class _Decode(Stage[DecodeJob]):
             first_token_at=job.first_token_at,
         )
 
-    async def _hand_on(self, tokens: tuple[int, ...]) -> None:
-        """Send the job to another worker of this stage; returns when RabbitMQ has confirmed it.
-
-        If it does not in time this worker ends all the same, and RabbitMQ delivers its own again.
-        """
+    async def _hand_on(self, tokens: tuple[int, ...]) -> Left:
+        """Leave the job to another worker of this stage; returns when RabbitMQ knows."""
         # What the next one asks about lies behind what was published here.
         await self.here.replies_taken()
         job = msgspec.structs.replace(
             self.job, output_token_ids=tokens, handed_on=self.job.handed_on + 1
         )
-        within_s = max(0.0, job.deadline - time.time())
-        sent = self.here.sender.send(self._same_stage(job), within_s=within_s, insist=True)
-        await asyncio.wrap_future(sent)
+        sent = self.here.sender.send(self._same_stage(job), within_s=_HAND_ON_S, insist=True)
+        try:
+            await asyncio.wrap_future(sent)
+        except PdtasksError as exc:
+            logger.warning("%s is given back: %s", job.request_id, exc)
+            return Left.GIVEN_BACK
+        return Left.HANDED_ON
 
     async def _tokens(self) -> tuple[int, ...]:
         """Of the answer, those that are there: from prefill, or from an attempt that was lost."""
         own = self.job.output_token_ids
-        seen = await self.seen_tokens()
+        seen = await self.seen_tokens(self.job.handed_on)
         if not seen:
             return own
         if any(a != b for a, b in zip(own, seen, strict=False)):
             # Prefill has run twice, and the asker has taken the other one's first token.
-            raise RequestAborted("another attempt answers this request")
+            raise GoesOnElsewhere("another attempt answers this request")
         logger.info("%s goes on after %d tokens", self.job.request_id, len(seen))
         return seen
 

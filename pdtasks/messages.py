@@ -105,6 +105,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return from_code(self.code, self.message)
 
 
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker runs a request again: how much of the answer is there (`pdtasks.bus.progress`)?"""
+
+    attempt: int
+    handed_on: int = 0  #: see `DecodeJob`
+
+
 class StepReply(Message, frozen=True, kw_only=True):
     """All that one engine step has for one reply stream."""
 
@@ -117,9 +124,7 @@ class StepReply(Message, frozen=True, kw_only=True):
     reports: dict[str, tuple[StageReport, ...]] = {}  #: requests that are finished now
     failures: dict[str, Failure] = {}  #: requests that have failed
     started: tuple[str, ...] = ()  #: requests that this worker begins
-    #: Requests that this worker runs again, and the number of its attempt: how much of the answer
-    #: is there (`pdtasks.bus.progress`)?
-    asks: dict[str, int] = {}
+    asks: dict[str, Ask] = {}  #: requests that this worker runs again
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +152,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     reason: str = ""  #: why it is not ready, or what is wrong although it is; for people
     active: int = 0  #: requests in its engine
     held: int = 0  #: requests that it keeps anything of; 0 when it is idle, or something leaks
+    slots: int = 0  #: requests that it takes at once
     kv_usage: float = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
     max_model_len: int = 0

@@ -86,7 +86,12 @@ class _Prefill(Stage[PrefillJob]):
         job = self.job
         self.here.aborted.require_wanted(job.request_id)
         self.begin()
-        self._seen = await self.seen_tokens()
+        try:
+            self._seen = await self.seen_tokens()
+        except RequestAborted:
+            # An attempt that was lost may have written it.
+            self.here.discard(job.request_id)
+            raise
         if len(self._seen) > 1:
             # Stage 2 has begun: this one had done all its work, and was lost before it could say
             # so. RabbitMQ has stage 2's job until that is done.

@@ -102,14 +102,16 @@ def drop(*, letter_ids: tuple[str, ...], every: bool) -> None:
     if bool(letter_ids) == every:
         raise InvalidRequest("name dead letters, or say --all")
     with dead_letters(load_settings()) as letters:
-        chosen = letters.all() if every else [letters.find(i) for i in dict.fromkeys(letter_ids)]
+        named = letters.all() if every else [letters.find(name) for name in letter_ids]
+        # A task and its request are one letter.
+        chosen = list({id(letter): letter for letter in named}.values())
         for letter in chosen:
             letters.drop(letter)
         click.echo(f"dropped {len(chosen)}")
 
 
 def _told(letter: DeadLetter) -> dict[str, Any]:
-    """Without anything that a caller has written."""
+    """Without prompt and answer; the id has what the caller sent as X-Request-Id."""
     return {
         "id": letter.id,
         "task": letter.task,

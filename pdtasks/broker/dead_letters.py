@@ -15,14 +15,14 @@ from typing import Any
 
 import kombu
 import msgspec
-from amqp.exceptions import AMQPError
+from amqp.exceptions import AMQPError, MessageNacked
 from kombu.exceptions import KombuError, OperationalError
 from kombu.serialization import dumps, loads
 
 from pdtasks import naming
 from pdtasks.bus.reply import is_reply_stream
 from pdtasks.errors import BrokerUnavailable, IncompatibleWorker, InvalidRequest
-from pdtasks.messages import DecodeJob, PrefillJob, read_message
+from pdtasks.messages import DecodeJob, PrefillJob, TextRequest, read_message
 from pdtasks.settings import Settings
 
 _MOST_LETTERS = 1000
@@ -95,7 +95,7 @@ class DeadLetter:
             task=str(headers.get("task", "-")),
             queue=str(told.get("queue", "?")),
             reason=str(told.get("reason", "")),
-            at=float(told.get("at", 0.0)),
+            at=at if isinstance(at := told.get("at"), float) else 0.0,
             num_bytes=len(message.body or b""),
             is_streamed=is_reply_stream(message.properties.get("reply_to")),
             message=message,
@@ -107,9 +107,7 @@ class DeadLetter:
             (wire,), _, _ = self._body()
             return read_message(_JOBS[self.task], wire)
         except (KombuError, IncompatibleWorker, LookupError, TypeError, ValueError) as exc:
-            raise InvalidRequest(
-                f"{self.id} is no job that this release can read ({type(exc).__name__})"
-            ) from None
+            raise self._unreadable(exc) from None
 
     def about(self) -> dict[str, Any]:
         """What it was to do, without its prompt. Raises InvalidRequest as `job` does."""
@@ -117,26 +115,33 @@ class DeadLetter:
         found: dict[str, Any] = {"request": job.request_id, "model": job.model}
         if isinstance(job, DecodeJob):
             found["tokens of the answer"] = len(job.output_token_ids)
-        if job.request is not None:
-            from pdtasks.engine.wire import decode_request
-
-            request = decode_request(job.request)
-            found["prompt tokens"] = len(request.prompt_token_ids or ())
-            found |= {name: getattr(request.sampling_params, name, None) for name in _NUMBERS}
-        elif job.text is not None:
-            found |= {name: job.text.sampling.get(name) for name in _NUMBERS}
-        return found
+        prompt, sampling = self._asked(job)
+        if isinstance(prompt, list):
+            found["prompt tokens"] = len(prompt)
+        return found | {name: sampling.get(name) for name in _NUMBERS}
 
     def prompt(self) -> str:
         """The prompt, or its token ids. Raises InvalidRequest as `job` does."""
-        job = self.job()
-        if job.request is not None:
-            from pdtasks.engine.wire import decode_request
+        return str(self._asked(self.job())[0])
 
-            return str(decode_request(job.request).prompt_token_ids)
-        text = job.text
-        assert text is not None
-        return str(text.prompt or text.messages or text.prompt_token_ids)
+    def _asked(self, job: PrefillJob | DecodeJob) -> tuple[Any, dict[str, Any]]:
+        """Prompt (a list: its token ids) and what is to be known of how tokens are chosen."""
+        if job.request is None:
+            text = job.text or TextRequest()
+            ids = text.prompt_token_ids
+            return list(ids) if ids is not None else text.prompt or text.messages, text.sampling
+        from pdtasks.engine.wire import decode_request
+
+        try:
+            request = decode_request(job.request)
+        except msgspec.MsgspecError as exc:
+            raise self._unreadable(exc) from None
+        sampling = {name: getattr(request.sampling_params, name, None) for name in _NUMBERS}
+        return list(request.prompt_token_ids or ()), sampling
+
+    def _unreadable(self, exc: Exception) -> InvalidRequest:
+        kind = type(exc).__name__
+        return InvalidRequest(f"{self.id} is no job that this release can read ({kind})")
 
     def _body(self) -> Any:
         return loads(
@@ -221,7 +226,7 @@ def dead_letters(settings: Settings) -> Iterator[DeadLetters]:
             },
         ) as connection:
             yield DeadLetters(connection.channel())
-    except (AMQPError, OperationalError, OSError) as exc:
+    except (AMQPError, MessageNacked, OperationalError, OSError) as exc:
         raise BrokerUnavailable(
             f"RabbitMQ cannot be reached ({type(exc).__name__}): is it running?"
         ) from exc

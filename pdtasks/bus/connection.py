@@ -87,7 +87,9 @@ async def _answer_within(seconds: float) -> AsyncIterator[None]:
 
 
 def _blocks_s(command: tuple[Any, ...]) -> float:
-    """Seconds that `command` waits in the server. Of those that can, we use XREAD alone."""
+    """Seconds that `command` waits in the server. Of those that can, we use two."""
+    if command[0] == "BLPOP":
+        return float(command[-1])
     if command[0] != "XREAD" or b"BLOCK" not in command:
         return 0.0
     return float(command[command.index(b"BLOCK") + 1]) / 1000

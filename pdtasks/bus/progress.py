@@ -10,8 +10,7 @@ client can ever have seen.  The answer comes back under a key of the attempt's o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import valkey.asyncio
 
@@ -32,19 +31,15 @@ _TTL_S = 30
 class Progress(Message, frozen=True, kw_only=True):
     """What an asker says of one request."""
 
-    is_wanted: bool  #: somebody still waits for its answer
+    #: `gone`: nobody waits for its answer; `elsewhere`: a later attempt goes on with it.
+    state: Literal["wanted", "gone", "elsewhere"]
     token_ids: tuple[int, ...] = ()  #: of the answer, all that there are
 
 
 async def tell_progress(
-    bus: valkey.asyncio.Valkey, request_id: str, attempt: int, token_ids: Sequence[int] | None
+    bus: valkey.asyncio.Valkey, request_id: str, attempt: int, progress: Progress
 ) -> None:
-    """Answer the question of `attempt`. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`.
-
-    Args:
-        token_ids: None: nobody waits for this request.
-    """
-    progress = Progress(is_wanted=token_ids is not None, token_ids=tuple(token_ids or ()))
+    """Answer the question of `attempt`. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
     key = _key(request_id, attempt)
     async with bus.pipeline(transaction=False) as both:
         both.rpush(key, progress.to_wire())

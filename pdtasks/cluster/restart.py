@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 
@@ -63,7 +64,9 @@ def _restart(
         os.kill(member.pid, signal.SIGTERM)
 
     def is_back() -> bool:
-        rows = [w for w in ask(settings).workers if w.name.partition("@")[0] == member.name]
+        # Other hosts may have workers of this name; one that has said nothing yet has no host.
+        names = (member.name, f"{member.name}@{socket.gethostname()}")
+        rows = [w for w in ask(settings).workers if w.name in names]
         state = rows[0].state if rows else "away"
         console.progress(f"{time.monotonic() - began:4.0f} s  {member.name}: {state}")
         return any(w.pid != member.pid and w.state == "ready" for w in rows)

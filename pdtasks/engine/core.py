@@ -222,9 +222,9 @@ class Engine:
         """`generation` is of no further interest; late transfer records are dropped."""
         self._running.pop(generation.request.request_id, None)
 
-    def interrupt(self, error: type[Exception]) -> int:
-        """Have `error` raised for all who wait for an answer under way; returns their number."""
-        found = [g for g in self._running.values() if g.state is State.RUNNING]
+    def interrupt(self, error: type[Exception], at_most: int) -> int:
+        """Have `error` raised for those who wait for an answer under way; returns their number."""
+        found = [g for g in self._running.values() if g.state is State.RUNNING][:at_most]
         for generation in found:
             generation.fail(error())
         return len(found)

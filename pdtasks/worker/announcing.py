@@ -54,12 +54,14 @@ class Presence:
         *,
         name: str,
         role: str,
+        slots: int,
         liveness: Liveness,
         background: Background,
     ) -> None:
         self._settings = settings
         self._name = name
         self._role = role
+        self._slots = slots
         self._liveness = liveness
         self._background = background
         self._state = "starting"
@@ -111,6 +113,7 @@ class Presence:
             state=state,
             reason=reason,
             active=figures.active,
+            slots=self._slots,
             held=figures.held,
             kv_usage=figures.kv_usage,
             model=self._settings.model_name,

@@ -14,7 +14,7 @@ from pdtasks.bus.reply import is_reply_stream
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.generation import Generation
 from pdtasks.errors import EngineFailed, PdtasksError, where
-from pdtasks.messages import Failure, StageReport, StepReply
+from pdtasks.messages import Ask, Failure, StageReport, StepReply
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,9 @@ class Answers:
         """Tell the asker who does the stage that begins now."""
         self._put(stream, started=(request_id,))
 
-    def ask(self, stream: str, request_id: str, attempt: int) -> None:
+    def ask(self, stream: str, request_id: str, ask: Ask) -> None:
         """Ask the asker how much of the answer it has, for an attempt that begins now."""
-        self._put(stream, asks={request_id: attempt})
+        self._put(stream, asks={request_id: ask})
 
     def _put(self, stream: str | None, **content: Any) -> None:
         if stream is not None:

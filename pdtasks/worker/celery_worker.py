@@ -51,7 +51,16 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
             signals.worker_shutting_down.connect(
                 self._stop_is_requested, sender=self.hostname, weak=False
             )
-            service.start(self.app, load_settings(), name=self.hostname, role=role)
+            settings = load_settings()
+            # (Celery knows the number behind "auto" only later.)
+            slots = self.concurrency if isinstance(self.concurrency, int) else 0
+            service.start(
+                self.app,
+                settings,
+                name=self.hostname,
+                role=role,
+                slots=slots or settings.max_num_seqs,
+            )
         except PdtasksError as exc:
             _refuse(str(exc))
         except Exception as exc:  # noqa: BLE001 - whatever it is, one sentence ends the start

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds before a dead job is tried again whose asker could not be told.
 _RETRY_S = 5.0
+#: Dead jobs that are answered while others wait for RabbitMQ to keep them.
+_AT_ONCE = 50
 #: Seconds for RabbitMQ to take a dead job that is kept.
 _KEEP_S = 30.0
 
@@ -46,7 +48,11 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
         )
         kept_queue(channel).declare()
         # Whole messages, undecoded: what kills workers may be unreadable as well.
-        return [kombu.Consumer(channel, queues=[queue], on_message=self.give_up, prefetch_count=1)]
+        return [
+            kombu.Consumer(
+                channel, queues=[queue], on_message=self.give_up, prefetch_count=_AT_ONCE
+            )
+        ]
 
     def give_up(self, message: kombu.Message) -> None:
         """Answer for one dead job. In the main loop: nothing here waits for the bus."""
@@ -74,9 +80,13 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
 
         def kept(future: Future[None]) -> None:
             well = not future.cancelled() and future.exception() is None
-            self._consumer.call_soon(partial(self._done if well else self._later, message))
+            self._consumer.call_soon(partial(self._done if well else self._keep_later, message))
 
         sent.add_done_callback(kept)
+
+    def _keep_later(self, message: kombu.Message) -> None:
+        # Not back into the queue: its caller has its answer.
+        self._consumer.timer.call_after(_RETRY_S, partial(self._keep, message))
 
     def _done(self, message: kombu.Message) -> None:
         message.ack_log_error(logger, self._consumer.connection_errors)

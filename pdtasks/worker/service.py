@@ -34,6 +34,7 @@ from pdtasks.errors import IncompatibleWorker, PdtasksError, where
 from pdtasks.kv.keys import tail_key
 from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
+from pdtasks.messages import Ask
 from pdtasks.naming import DECODE, PREFILL
 from pdtasks.settings import Settings
 from pdtasks.worker.aborted import AbortMemory
@@ -63,8 +64,13 @@ class HandsOn(Exception):
 class Worker:
     """Everything that the tasks of this process share; complete once it is made."""
 
-    def __init__(self, app: Celery, settings: Settings, *, name: str, role: str) -> None:
+    def __init__(
+        self, app: Celery, settings: Settings, *, name: str, role: str, slots: int
+    ) -> None:
         """Bring up the engine; returns when it can take requests. May take minutes.
+
+        Args:
+            slots: jobs that this worker takes at once.
 
         Raises EngineFailed and what `resolve_model` raises.
         """
@@ -76,7 +82,12 @@ class Worker:
         self.liveness = Liveness()
         # Seen from the start, also while the engine comes up.
         self.presence = Presence(
-            settings, name=name, role=role, liveness=self.liveness, background=self.background
+            settings,
+            name=name,
+            role=role,
+            slots=slots,
+            liveness=self.liveness,
+            background=self.background,
         )
         self.presence.start()
         self._ended = threading.Event()
@@ -145,13 +156,13 @@ class Worker:
         """A number that no other attempt at any request has, here or elsewhere."""
         return next(self._attempts)
 
-    async def ask_progress(self, stream: str, request_id: str, attempt: int) -> Progress | None:
-        """What the asker has of an answer that `attempt` is to go on with; None: it does not say.
+    async def ask_progress(self, stream: str, request_id: str, ask: Ask) -> Progress | None:
+        """What the asker has of an answer that is to be gone on with; None: it does not say.
 
-        From here on the asker takes tokens from `attempt` alone.
+        From here on the asker takes tokens from this attempt alone.
         """
-        self.answers.ask(stream, request_id, attempt)
-        return await read_progress(self._bus, request_id, attempt)
+        self.answers.ask(stream, request_id, ask)
+        return await read_progress(self._bus, request_id, ask.attempt)
 
     def check_origin(self, engine: str, model: str | None) -> None:
         """Raises IncompatibleWorker when a request was made for another vLLM or model.
@@ -231,11 +242,17 @@ class Worker:
             logger.warning("bus is away: %s: running requests are finished here", where(exc))
             return
         ours = (self._role, self.settings.model_name, ENGINE_VERSION, "ready")
-        if any((w.role, w.model, w.engine, w.state) == ours for w in workers):
-            self._hands_on = True
-            logger.info("handing on %d requests", self.engine.interrupt(HandsOn))
-        else:
-            logger.info("nobody else is there: running requests are finished here")
+        # Not more than begin at once elsewhere: the others are finished sooner here.
+        room = sum(
+            max(0, w.slots - w.active)
+            for w in workers
+            if (w.role, w.model, w.engine, w.state) == ours and w.name != self.name
+        )
+        if room == 0:
+            logger.info("no room elsewhere: running requests are finished here")
+            return
+        self._hands_on = self.engine.num_running <= room
+        logger.info("handing on %d requests", self.engine.interrupt(HandsOn, room))
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
         """`abort`, from any thread."""
@@ -276,10 +293,10 @@ def _exit_without_engine() -> None:
 _current: Worker | None = None
 
 
-def start(app: Celery, settings: Settings, *, name: str, role: str) -> None:
+def start(app: Celery, settings: Settings, *, name: str, role: str, slots: int) -> None:
     """Make this process a worker of `app`."""
     global _current  # noqa: PLW0603 - Celery's tasks have no other way to it
-    _current = Worker(app, settings, name=name, role=role)
+    _current = Worker(app, settings, name=name, role=role, slots=slots)
 
 
 def current() -> Worker:

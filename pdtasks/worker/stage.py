@@ -11,10 +11,14 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.errors import RequestAborted
-from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport
+from pdtasks.messages import Answer, Ask, DecodeJob, PrefillJob, StageReport
 from pdtasks.worker import service
 
 J = TypeVar("J", PrefillJob, DecodeJob)
+
+
+class GoesOnElsewhere(RequestAborted):
+    """Another attempt answers this request: what belongs to it stays."""
 
 
 class Stage(ABC, Generic[J]):
@@ -50,18 +54,21 @@ class Stage(ABC, Generic[J]):
         """A name for the engine that no other attempt has."""
         return f"{self.job.request_id}#{self.attempt:x}"
 
-    async def seen_tokens(self) -> tuple[int, ...]:
+    async def seen_tokens(self, handed_on: int = 0) -> tuple[int, ...]:
         """Those of the answer that earlier attempts have published, as far as the asker says.
 
-        Raises RequestAborted when nobody waits for it any more.
+        Raises RequestAborted when nobody waits for it any more, GoesOnElsewhere when a job that was
+        handed on more often than `handed_on` has taken it over.
         """
         if not self._is_again or self.reply_to is None:
             return ()
-        request_id = self.job.request_id
-        progress = await self.here.ask_progress(self.reply_to, request_id, self.attempt)
+        ask = Ask(attempt=self.attempt, handed_on=handed_on)
+        progress = await self.here.ask_progress(self.reply_to, self.job.request_id, ask)
         if progress is None:
             return ()
-        if not progress.is_wanted:
+        if progress.state == "elsewhere":
+            raise GoesOnElsewhere("another attempt answers this request")
+        if progress.state == "gone":
             raise RequestAborted("it was answered, or the caller hung up")
         return progress.token_ids
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import valkey
 import valkey.asyncio
@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from pdtasks.bus.progress import tell_progress
+from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
 from pdtasks.messages import Failure, PrefillJob, StepReply, read_message
@@ -106,20 +106,29 @@ class Asker:
     def questions(self, request_id: str = "r") -> list[tuple[str, int]]:
         """(stage, attempt) of each attempt that wants to know how much of the answer is there."""
         return [
-            (message.stage, message.asks[request_id])
+            (message.stage, message.asks[request_id].attempt)
             for message in self.messages()
             if request_id in message.asks
         ]
 
-    def tell(self, token_ids: list[int] | None, request_id: str = "r") -> None:
-        """Answer the last question: `token_ids` are there, or (None) nobody waits."""
+    def tell(
+        self,
+        token_ids: list[int] | None,
+        request_id: str = "r",
+        *,
+        otherwise: Literal["gone", "elsewhere"] = "gone",
+    ) -> None:
+        """Answer the last question: `token_ids` are there, or (None) what is the case instead."""
+        progress = Progress(state=otherwise)
+        if token_ids is not None:
+            progress = Progress(state="wanted", token_ids=tuple(token_ids))
         _, attempt = self.questions(request_id)[-1]
         kwargs = self.bus.connection_pool.connection_kwargs
 
         async def tell() -> None:
             names = ("host", "port", "db", "username", "password")
             async with valkey.asyncio.Valkey(**{n: kwargs.get(n) for n in names}) as bus:
-                await tell_progress(bus, request_id, attempt, token_ids)
+                await tell_progress(bus, request_id, attempt, progress)
 
         asyncio.run(tell())
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from pdtasks.broker.dead_letters import dead_letters
 from pdtasks.cli import main
 from pdtasks.errors import BrokerUnavailable, WorkerLost
+from pdtasks.messages import PrefillJob
 from pdtasks.naming import KEPT_QUEUE
 from pdtasks.pipeline import submit
 from pdtasks.settings import Settings
@@ -91,7 +92,7 @@ def test_what_was_given_up_is_shown_without_its_prompt_and_can_be_dropped(
     # and a look takes nothing away
     assert letters(pdtasks) == found
 
-    assert "dropped 1" in pdtasks("drop", "r")
+    assert "dropped 1" in pdtasks("drop", "r", "r.prefill")
     assert list(letters(pdtasks)) == [f"{given_up.id}.prefill"]
     assert "no dead letter 'r'" in pdtasks("show", "r", code=1)
     assert "name dead letters, or say --all" in pdtasks("drop", code=1)
@@ -135,7 +136,17 @@ def test_what_is_no_job_of_ours_is_kept_and_said_to_be_none(
         serializer="json",
         headers={"id": 7, "task": ["no", "name"], "x-death": "canary"},
     )
+    # and something in the queue of letters itself
+    kombu.Producer(channel).publish(
+        [[PrefillJob(request_id="x", engine="", model=None, submitted_at=0, deadline=0).to_wire()]],
+        routing_key=KEPT_QUEUE,
+        serializer="msgpack",
+        headers={"id": "8", "task": "pdtasks.prefill", "pdtasks-dead": {"at": "canary"}},
+    )
 
+    assert wait_until(lambda: set(letters(pdtasks)) == {"7", "8"})
+    assert "no job that this release can read" in pdtasks("show", "8", "--prompt")
+    pdtasks("drop", "8")
     found = wait_until(lambda: letters(pdtasks))
     assert list(found) == ["7"]
     assert "no job that this release can read" in pdtasks("show", "7")

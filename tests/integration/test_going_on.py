@@ -75,6 +75,27 @@ def test_an_attempt_whose_request_nobody_waits_for_ends_without_the_engine(
     assert asker.failures() == {}
 
 
+def test_an_attempt_that_another_has_taken_over_leaves_what_belongs_to_the_request(
+    lost_in_decode: Callable[..., list[int]],
+    start_worker: StartWorker,
+    asker: Asker,
+    services: Services,
+) -> None:
+    lost_in_decode()
+    (tail,) = services.kv.scan_iter()
+
+    successor = start_worker("decode", 2)
+    wait_until(asker.questions)
+    asker.tell(None, otherwise="elsewhere")
+
+    # Its next job comes after that one
+    asker.ask("next")
+    wait_until(lambda: asker.finished("next"))
+    assert successor.steering.added() == ["next"]
+    wait_until(lambda: list(services.kv.scan_iter()) == [tail])
+    assert asker.failures() == {}
+
+
 def test_an_asker_that_does_not_say_gets_the_answer_from_the_first_token_on(
     lost_in_decode: Callable[..., list[int]], start_worker: StartWorker, asker: Asker
 ) -> None:

@@ -10,6 +10,7 @@ from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker
 from tests.integration.stub_worker import token_text
+from tests.integration.test_publishing import memory_alarm
 from tests.waiting import wait_until
 
 #: No second attempt makes the same tokens.
@@ -70,6 +71,52 @@ def test_none_of_many_comes_back_to_who_has_handed_it_on(
     assert sorted(leaving.steering.added()) == names
 
 
+def test_not_more_is_handed_on_than_others_can_begin(
+    start_worker: StartWorker, asker: Asker
+) -> None:
+    # Given three requests, and another worker with room for one
+    start_worker("prefill")
+    leaving = start_worker("decode", held=True)
+    for name in ("a", "b", "c"):
+        asker.ask(name)
+    wait_until(lambda: len(leaving.steering.added()) == 3)
+    other = start_worker("decode", 2, concurrency=1)
+
+    leaving.signal(signal.SIGTERM)
+    wait_until(lambda: "handing on 1 requests" in leaving.log)
+    leaving.steering.release()
+
+    assert leaving.wait() == 0
+    wait_until(lambda: all(asker.finished(name) for name in ("a", "b", "c")))
+    assert len(other.steering.added()) == 1
+    assert asker.failures() == {}
+
+
+def test_what_rabbitmq_does_not_take_is_given_back_to_it(
+    start_worker: StartWorker, asker: Asker, services: Services
+) -> None:
+    start_worker("prefill")
+    leaving = start_worker("decode", held=True)
+    asker.ask("r", **RANDOM)
+    wait_until(leaving.steering.added)
+    leaving.steering.step(2)
+    wait_until(lambda: len(asker.tokens()) == 3)
+    begun = asker.tokens()
+    start_worker("decode", 2)
+
+    with memory_alarm(services):
+        leaving.signal(signal.SIGTERM)
+        assert leaving.wait() == 0
+        assert "r is given back: RabbitMQ did not confirm the message in time" in leaving.log
+        wait_until(asker.questions)
+        asker.tell(begun)
+        wait_until(asker.finished)
+
+    assert asker.tokens()[:3] == begun
+    assert len(asker.tokens()) == 6
+    assert asker.failures() == {}
+
+
 def test_the_last_worker_of_a_stage_finishes_what_it_has(
     start_worker: StartWorker, asker: Asker, services: Services
 ) -> None:
@@ -82,7 +129,7 @@ def test_the_last_worker_of_a_stage_finishes_what_it_has(
     wait_until(
         lambda: {w.state for w in read_workers(services.bus) if w.role == "decode"} == {"draining"}
     )
-    wait_until(lambda: "nobody else is there" in leaving.log)
+    wait_until(lambda: "no room elsewhere" in leaving.log)
     leaving.steering.release()
 
     assert leaving.wait() == 0
@@ -101,7 +148,7 @@ def test_two_that_stop_together_do_not_hand_to_each_other(
 
     for worker in (first, second):
         worker.signal(signal.SIGTERM)
-    wait_until(lambda: "nobody else is there" in first.log)
+    wait_until(lambda: "no room elsewhere" in first.log)
     first.steering.release()
 
     assert [first.wait(), second.wait()] == [0, 0]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from vllm.v1.engine import FinishReason
 
-from api import core
+from api import attempts, core
+from pdtasks.bus.progress import Progress
+from pdtasks.messages import Ask
 from tests.unit.api.core_bench import Bench, with_bench
 from tests.unit.factories import an_output
 from tests.waiting import until
@@ -16,12 +18,12 @@ OLD, NEW = 1, 2
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[int] | None]]:
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Progress]]:
     """What workers were told of their requests."""
-    found: list[tuple[str, int, list[int] | None]] = []
+    found: list[tuple[str, int, Progress]] = []
 
-    async def tell(_bus: Any, request_id: str, attempt: int, token_ids: list[int] | None) -> None:
-        found.append((request_id, attempt, token_ids))
+    async def tell(_bus: Any, request_id: str, attempt: int, progress: Progress) -> None:
+        found.append((request_id, attempt, progress))
 
     monkeypatch.setattr(core, "tell_progress", tell)
     return found
@@ -40,20 +42,20 @@ def test_a_worker_that_runs_a_request_again_is_told_all_tokens_that_are_there(
     async def test(bench: Bench) -> None:
         await begun(bench)
 
-        await bench.take(asks={"r": NEW})
+        await bench.take(asks={"r": Ask(attempt=NEW)})
         await until(lambda: bool(told))
 
-        assert told == [("r", NEW, [7, 8])]
+        assert told == [("r", NEW, Progress(state="wanted", token_ids=(7, 8)))]
 
     with_bench(test, leaves=("r",))
 
 
 def test_a_worker_is_told_when_nobody_waits_any_more(told: list[Any]) -> None:
     async def test(bench: Bench) -> None:
-        await bench.take(asks={"gone": NEW})
+        await bench.take(asks={"gone": Ask(attempt=NEW)})
         await until(lambda: bool(told))
 
-        assert told == [("gone", NEW, None)]
+        assert told == [("gone", NEW, Progress(state="gone"))]
 
     with_bench(test)
 
@@ -61,7 +63,7 @@ def test_a_worker_is_told_when_nobody_waits_any_more(told: list[Any]) -> None:
 def test_an_older_attempt_that_lives_is_not_heard_any_more(told: list[Any]) -> None:
     async def test(bench: Bench) -> None:
         await begun(bench)
-        await bench.take(asks={"r": NEW})
+        await bench.take(asks={"r": Ask(attempt=NEW)})
 
         await bench.take((2, an_output([66], finish_reason=FinishReason.STOP)), attempts=(OLD,))
         await bench.take((2, an_output([9])), attempts=(NEW,))
@@ -90,7 +92,7 @@ def test_a_second_job_of_one_request_is_not_heard_while_the_first_goes_on() -> N
 def test_an_attempt_that_is_silent_is_succeeded_by_one_that_has_not_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(attempts, "SILENCE_S", 0.0)
 
     async def test(bench: Bench) -> None:
         await begun(bench)
@@ -103,12 +105,67 @@ def test_an_attempt_that_is_silent_is_succeeded_by_one_that_has_not_asked(
     with_bench(test)
 
 
+def test_an_attempt_that_was_displaced_never_comes_back_however_silent_the_new_one_is(
+    told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "SILENCE_S", 0.0)
+
+    async def test(bench: Bench) -> None:
+        await begun(bench)
+        await bench.take(asks={"r": Ask(attempt=NEW)})
+
+        # The old one is ahead, and even one that fits is from nobody
+        await bench.take((3, an_output([67])), attempts=(OLD,))
+        await bench.take((2, an_output([66])), attempts=(OLD,))
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)), attempts=(NEW,))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_second_job_that_does_not_fit_takes_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The one that counts is silent for long: vLLM has put it off
+    monkeypatch.setattr(attempts, "SILENCE_S", 0.0)
+
+    async def test(bench: Bench) -> None:
+        await begun(bench)
+
+        await bench.take((3, an_output([67])), attempts=(NEW,))
+        await bench.take((1, an_output([55])), attempts=(NEW,))
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)), attempts=(OLD,))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+def test_a_job_that_was_handed_on_is_not_taken_back_by_who_gets_the_old_one(
+    told: list[Any],
+) -> None:
+    # Its worker was killed before it could say that it has handed the job on
+    async def test(bench: Bench) -> None:
+        await begun(bench)
+        await bench.take(asks={"r": Ask(attempt=NEW, handed_on=1)})
+
+        await bench.take(asks={"r": Ask(attempt=3)})
+        await until(lambda: len(told) == 2)
+        assert told[1] == ("r", 3, Progress(state="elsewhere"))
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)), attempts=(NEW,))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+
+    with_bench(test)
+
+
 def test_a_question_of_prefill_leaves_decode_its_answer(told: list[Any]) -> None:
     # Prefill was lost after its hand-over, before it could say that it is done
     async def test(bench: Bench) -> None:
         await begun(bench)
 
-        await bench.take(stage="prefill", asks={"r": NEW})
+        await bench.take(stage="prefill", asks={"r": Ask(attempt=NEW)})
         await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)), attempts=(OLD,))
 
         assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
@@ -127,7 +184,7 @@ def test_an_answer_that_cannot_be_told_costs_a_warning(
     async def test(bench: Bench) -> None:
         await begun(bench)
 
-        await bench.take(asks={"r": NEW})
+        await bench.take(asks={"r": Ask(attempt=NEW)})
         await until(lambda: "bus is away: ConnectionError" in caplog.text)
 
     with_bench(test, leaves=("r",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pdtasks.errors import PdtasksError
 from pdtasks.running_stack import Member, Stack, identify
 from pdtasks.settings import Settings
 
+_HERE = socket.gethostname()
+
 
 class Bench:
     """A stack of workers that end when they are asked to; a successor is ready soon after."""
@@ -28,6 +31,7 @@ class Bench:
         self.settings = Settings(home=home)
         self.output = io.StringIO()
         self.comes_back = True
+        self.elsewhere: dict[str, str] = {}  #: workers of another host, as in `roles`
         self.order: list[str] = []  #: in which they ended
         self._back: list[str] = []
         self._roles = roles
@@ -53,10 +57,17 @@ class Bench:
             self._back += away
         return Status(
             workers=tuple(
-                Row(f"{name}@h", role, self.children[name].pid + 10**6 * (name in ended), "ready")
+                Row(
+                    f"{name}@{_HERE}",
+                    role,
+                    self.children[name].pid + 10**6 * (name in ended),
+                    "ready",
+                )
                 for name, role in self._roles.items()
                 if name not in ended or name in self._back
             )
+            # Of another host
+            + tuple(Row(f"{name}@far", role, 1, "ready") for name, role in self.elsewhere.items())
         )
 
     def run(self, *names: str) -> int:
@@ -87,6 +98,16 @@ def test_named_workers_are_restarted_alone(bench: Bench) -> None:
     assert bench.run("decode2") == 0
 
     assert bench.order == ["decode2"]
+
+
+def test_a_worker_of_another_host_is_not_taken_for_one_that_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "_DEADLINE_S", 0.3)
+    bench.elsewhere = {"decode1": "decode"}
+    bench.comes_back = False
+
+    assert bench.run("decode1") == 1
 
 
 def test_the_next_ones_stay_when_one_does_not_come_back(

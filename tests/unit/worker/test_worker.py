@@ -59,6 +59,7 @@ def presence(bus: StubBus, beside: Background, alive: Liveness) -> Iterator[Pres
     made = Presence(
         Settings(bus_url="valkey://nowhere"),
         name="w@h",
+        slots=8,
         role="decode",
         liveness=alive,
         background=beside,
