@@ -380,3 +380,24 @@ def make_asker(services: Services, start_worker: StartWorker) -> Iterator[Callab
 @pytest.fixture
 def asker(make_asker: Callable[[], Any]) -> Any:
     return make_asker()
+
+
+@pytest.fixture
+def half_answered(
+    start_worker: StartWorker, asker: Any
+) -> Callable[..., tuple[StubWorker, list[int]]]:
+    """A decode worker that has made two tokens of "r" and stands; the three that there are."""
+
+    def begin(**request: Any) -> tuple[StubWorker, list[int]]:
+        start_worker("prefill")
+        worker = start_worker("decode", held=True)
+        asker.ask("r", **request)
+        wait_until(worker.steering.added)
+        worker.steering.step(2)
+        wait_until(lambda: len(asker.tokens()) == 3)
+        return worker, asker.tokens()
+
+    return begin
+
+
+HalfAnswered = Callable[..., tuple[StubWorker, list[int]]]

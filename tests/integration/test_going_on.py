@@ -11,7 +11,7 @@ import pytest
 
 from pdtasks.bus import progress
 from tests.integration.asker import Asker
-from tests.integration.conftest import Services, StartWorker, StubWorker
+from tests.integration.conftest import HalfAnswered, Services, StartWorker, StubWorker
 from tests.integration.test_publishing import memory_alarm
 from tests.waiting import wait_until
 
@@ -25,18 +25,13 @@ def kill(worker: StubWorker) -> None:
 
 
 @pytest.fixture
-def lost_in_decode(start_worker: StartWorker, asker: Asker) -> Callable[..., list[int]]:
-    """Kills decode's worker after three tokens, starts the next one; the tokens."""
+def lost_in_decode(half_answered: HalfAnswered) -> Callable[..., list[int]]:
+    """Kills decode's worker after three tokens; these."""
 
     def lose(**request: Any) -> list[int]:
-        start_worker("prefill")
-        victim = start_worker("decode", held=True)
-        asker.ask("r", **request)
-        wait_until(victim.steering.added)
-        victim.steering.step(2)
-        wait_until(lambda: len(asker.tokens()) == 3)
+        victim, tokens = half_answered(**request)
         kill(victim)
-        return asker.tokens()
+        return tokens
 
     return lose
 

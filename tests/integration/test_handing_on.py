@@ -8,7 +8,7 @@ from typing import Any
 from pdtasks.bus.presence import read_workers
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
-from tests.integration.conftest import Services, StartWorker
+from tests.integration.conftest import HalfAnswered, Services, StartWorker
 from tests.integration.stub_worker import token_text
 from tests.integration.test_publishing import memory_alarm
 from tests.waiting import wait_until
@@ -93,15 +93,9 @@ def test_not_more_is_handed_on_than_others_can_begin(
 
 
 def test_what_rabbitmq_does_not_take_is_given_back_to_it(
-    start_worker: StartWorker, asker: Asker, services: Services
+    half_answered: HalfAnswered, start_worker: StartWorker, asker: Asker, services: Services
 ) -> None:
-    start_worker("prefill")
-    leaving = start_worker("decode", held=True)
-    asker.ask("r", **RANDOM)
-    wait_until(leaving.steering.added)
-    leaving.steering.step(2)
-    wait_until(lambda: len(asker.tokens()) == 3)
-    begun = asker.tokens()
+    leaving, begun = half_answered(**RANDOM)
     start_worker("decode", 2)
 
     with memory_alarm(services):

@@ -21,7 +21,7 @@ import aiohttp
 from pdtasks.bench.serving.plan import Workload
 
 #: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
-_TOKENS = range(300, 30_000)
+TOKENS = range(300, 30_000)
 #: Seconds without a byte after which an answer is given up.
 _SILENCE_S = 60.0
 
@@ -62,34 +62,34 @@ class Sample:
 
 def make_requests(workload: Workload, rate: float, rng: random.Random) -> Iterator[Request]:
     """The requests of one run. Without a seed of `rng`'s owner no two runs share a prompt."""
-    shared = rng.choices(_TOKENS, k=workload.shared_prefix)
+    shared = rng.choices(TOKENS, k=workload.shared_prefix)
     for number in range(workload.num_requests(rate)):
         length = workload.prompt
         if workload.short is not None and number % workload.short.every == 0:
             length = workload.short.prompt
-        yield Request(shared + rng.choices(_TOKENS, k=length), workload.answer, number)
+        yield Request(shared + rng.choices(TOKENS, k=length), workload.answer, number)
 
 
 async def ask_all(
-    url: str, model: str, requests: list[Request], rate: float, rng: random.Random, *, stages: bool
+    url: str, model: str, requests: list[Request], rate: float, rng: random.Random, *, reports: bool
 ) -> list[Sample]:
     """Ask all `requests` of the server at `url`, `rate` a second (0: at once).
 
-    `stages`: it is pdtasks, so ask what the stages say of each request.
+    `reports`: it is pdtasks, so ask what the stages report of each request.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         asked = []
         for request in requests:
-            asked.append(asyncio.create_task(_ask(session, model, request, stages=stages)))
+            asked.append(asyncio.create_task(_ask(session, model, request, reports=reports)))
             if rate:
                 await asyncio.sleep(rng.expovariate(rate))
         return await asyncio.gather(*asked)
 
 
 async def _ask(
-    session: aiohttp.ClientSession, model: str, request: Request, *, stages: bool
+    session: aiohttp.ClientSession, model: str, request: Request, *, reports: bool
 ) -> Sample:
     name = uuid.uuid4().hex
     body = {
@@ -118,7 +118,7 @@ async def _ask(
     usage = last.get("usage") or {}
     if usage.get("completion_tokens") != request.answer or not at:
         return Sample(began, failure=f"not the whole answer: {str(last)[:200]}")
-    return Sample(began, at, None, await _stages(session, name) if stages else {})
+    return Sample(began, at, None, await _stages(session, name) if reports else {})
 
 
 async def _read(stream: aiohttp.StreamReader) -> tuple[tuple[float, ...], dict[str, Any]]:

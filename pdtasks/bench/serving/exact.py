@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx
 
+from pdtasks.bench.serving.client import TOKENS
+
 #: As many greedy requests as seeded ones.
 REQUESTS = 20
 _PROMPT = 700  # tokens: several blocks, and no multiple of their size
 _ANSWER = 32
-_TOKENS = range(300, 30_000)
 _TIMEOUT_S = 120.0
 
 
@@ -47,7 +48,7 @@ class Comparison:
         return asdict(self)
 
 
-def ask_exact(url: str, model: str, *, stages: bool, requests: int = REQUESTS) -> list[Answer]:
+def ask_exact(url: str, model: str, *, reports: bool, requests: int = REQUESTS) -> list[Answer]:
     """Ask the same questions as ever, one after the other. Raises httpx.HTTPError."""
     rng = random.Random(15)  # noqa: S311 - the same questions for everybody
     answers = []
@@ -55,7 +56,7 @@ def ask_exact(url: str, model: str, *, stages: bool, requests: int = REQUESTS) -
         for number in range(requests):
             body = {
                 "model": model,
-                "prompt": rng.choices(_TOKENS, k=_PROMPT),
+                "prompt": rng.choices(TOKENS, k=_PROMPT),
                 "max_tokens": _ANSWER,
                 "ignore_eos": True,
                 "temperature": number % 2,
@@ -67,7 +68,7 @@ def ask_exact(url: str, model: str, *, stages: bool, requests: int = REQUESTS) -
             headers = {"X-Request-Id": name}
             found = client.post("/v1/completions", json=body, headers=headers)
             choice = found.raise_for_status().json()["choices"][0]
-            decode = _decode_report(client, name) if stages else {}
+            decode = _decode_report(client, name) if reports else {}
             answers.append(
                 Answer(
                     tuple(choice["token_ids"]),

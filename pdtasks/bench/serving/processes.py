@@ -32,7 +32,7 @@ class Running:
     """A topology that answers."""
 
     url: str
-    stages: bool  #: it is pdtasks, and its stages report
+    reports: bool  #: of each request, by pdtasks' stages
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class Runner:
         async def ask() -> list[Sample]:
             async with asyncio.timeout(self._left()):
                 return await ask_all(
-                    running.url, MODEL, requests, run.rate, rng, stages=running.stages
+                    running.url, MODEL, requests, run.rate, rng, reports=running.reports
                 )
 
         samples = asyncio.run(ask())
@@ -208,7 +208,7 @@ class Runner:
             self._problem(f"{name}: answers were not compared, no time was left")
             return
         try:
-            answers = exact.ask_exact(running.url, MODEL, stages=running.stages)
+            answers = exact.ask_exact(running.url, MODEL, reports=running.reports)
         except (httpx.HTTPError, LookupError, TypeError) as exc:
             self._problem(f"{name}: answers could not be compared: {exc}")
             return

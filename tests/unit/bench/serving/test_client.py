@@ -18,11 +18,11 @@ WORKLOAD = Workload(
 
 
 def ask(
-    server: StubServer, *, rate: float = 0, requests: int = 3, stages: bool = False
+    server: StubServer, *, rate: float = 0, requests: int = 3, reports: bool = False
 ) -> list[Sample]:
     wanted = [Request([300 + n], 4, n) for n in range(requests)]
     with running(server.app()) as url:
-        return asyncio.run(ask_all(url, "m", wanted, rate, random.Random(1), stages=stages))
+        return asyncio.run(ask_all(url, "m", wanted, rate, random.Random(1), reports=reports))
 
 
 def test_prompts_share_what_the_workload_says_and_nothing_else() -> None:
@@ -83,13 +83,13 @@ def test_a_server_that_is_not_there_is_a_failure() -> None:
     requests = [Request([300], 4, 0)]
 
     found = asyncio.run(
-        ask_all("http://127.0.0.1:1", "m", requests, 0, random.Random(), stages=False)
+        ask_all("http://127.0.0.1:1", "m", requests, 0, random.Random(), reports=False)
     )
 
     assert "Cannot connect" in (found[0].failure or "")
 
 
 def test_stages_are_asked_for_what_they_did() -> None:
-    (sample,) = ask(StubServer(), requests=1, stages=True)
+    (sample,) = ask(StubServer(), requests=1, reports=True)
 
     assert sample.stages["decode"]["kv_blocks_loaded"] == 11
