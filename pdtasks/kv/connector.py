@@ -22,6 +22,7 @@ Reading, in the engine that continues::
     start_load_kv             threads fetch; other requests go on decoding
     get_transfer_results      finished_recving, or failed_recving: vLLM recomputes the prompt
                               (`kv_load_failure_policy="recompute"`)
+    handle_preemptions        before a later step: what it reads and was told too soon is there
 
 Sharing, in the engine that computes a prompt which begins like an earlier one: a probe asks the
 store for the blocks while the request waits, then reading goes as above for that part of it.
@@ -88,8 +89,13 @@ CONNECTIONS = {"cpu": 4, "cuda": 8}
 TIMEOUT_S = 10.0
 MIN_PREFIX_TOKENS = {"cpu": 128, "cuda": 512}
 RING_MIB = {"cpu": 256, "cuda": 4096}
-#: What a step may load from rings while it waits: about 15 ms of copying.
+#: What may still be on its way from a ring when a request joins a step, and what the only request
+#: of an engine waits for in its step: about 15 ms of copying.
 SYNC_MIB = {"cpu": 64, "cuda": 768}
+#: The same of requests that others would wait for: one or two milliseconds.
+SHORT_MIB = {"cpu": 8, "cuda": 64}
+#: Tokens of prompts that keep the processor busy in one step.
+FULL_STEP = {"cpu": 1024, "cuda": 2048}
 #: Seconds between two looks for rings that have come to this host.
 _RINGS_INTERVAL_S = 1.0
 #: Longest time that one of the engine's threads keeps the others from running, seconds.
@@ -137,7 +143,9 @@ class ValkeyConnector(KVConnectorBase_V1):
                 ring=engine_id if ring_bytes else None,
                 rings=Rings(payloads=False),
                 block_bytes=block_bytes(kv_cache_config),
+                short_bytes=SHORT_MIB[device] << 20,
                 sync_bytes=SYNC_MIB[device] << 20,
+                full_step=FULL_STEP[device],
             )
         else:
             timeout_s = float(option("timeout_s", TIMEOUT_S))
@@ -155,6 +163,7 @@ class ValkeyConnector(KVConnectorBase_V1):
                 timeout_s=timeout_s,
                 engine_id=engine_id,
                 ring_bytes=ring_bytes,
+                soon_bytes=SYNC_MIB[device] << 20,
                 report=self._reporter,
             )
             _look_for_rings(self._transfer)
@@ -203,7 +212,8 @@ class ValkeyConnector(KVConnectorBase_V1):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert self._transfer is not None
         assert isinstance(kv_connector_metadata, TransferPlan)
-        self._transfer.give_up(kv_connector_metadata.preempted)
+        # vLLM calls this before each step, whether or not something is preempted.
+        self._transfer.before_step(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         assert self._transfer is not None

@@ -34,6 +34,7 @@ class Tally:
     error: str = ""
     sealed: bool = False  # no further blocks will be added
     cancelled: bool = False  # nobody wants the rest
+    told: bool = False  # the engine has been told that it is done, or nearly
 
     def note(self, moved: int | None, error: Exception | None = None) -> None:
         """One block's way has ended: with so many bytes, or None: it was not moved."""

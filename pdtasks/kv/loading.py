@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
 from pdtasks.kv.movers import Block, Movers, Own, blocks_of
-from pdtasks.kv.plan import BlockLoad, TransferPlan
+from pdtasks.kv.plan import BlockLoad, Join, TransferPlan
 from pdtasks.kv.ring import Presence, RingReader
 from pdtasks.kv.rings import Rings
 from pdtasks.kv.store import BlockStore, UnexpectedValue
@@ -45,11 +45,13 @@ class Loads:
         rank: int,
         movers: Movers,
         copiers: Movers,
+        soon_blocks: int,
         timeout_s: float,
     ) -> None:
         """Args:
         movers: speak to the store; with stagings.
         copiers: read rings, and never wait for the store: a step may wait for them.
+        soon_blocks: what may be missing of a load that is told (`Join.SOON`).
         """
         self._ledger = ledger
         self._store = store
@@ -58,41 +60,66 @@ class Loads:
         self._rank = rank
         self._movers = movers
         self._copiers = copiers
+        self._soon_blocks = soon_blocks
         self._timeout_s = timeout_s
         self._ended = threading.Condition(ledger.lock)
         self.running: dict[str, Tally] = {}
         self._received: set[str] = set()
         self._failed: set[str] = set()
+        self._lost: set[str] = set()  # told, and not all there
 
     # -- in the engine's thread ----------------------------------------------------------------
 
+    def before_step(self, plan: TransferPlan) -> None:
+        """Have the blocks ready that the step reads, and left alone those that it may write.
+
+        Starts the loads whose requests join soon: what is copied first is there first.
+        """
+        for request_id in plan.left:
+            self._leave(request_id)
+        for request_id in plan.joined:
+            self._wait_for(request_id, self.running.get(request_id))
+        for load in plan.loads:
+            if load.join is Join.SOON and load.block_ids:
+                self._start(load)
+
     def start(self, plan: TransferPlan) -> None:
-        """Start fetching the blocks of the step's new requests.
+        """Start fetching the blocks of the step's other new requests.
 
         Returns when those are there without which this step cannot run.
         """
-        tallies = [(load, self._start(load)) for load in plan.loads if load.block_ids]
+        tallies = [
+            (load, self._start(load))
+            for load in plan.loads
+            if load.block_ids and load.join is not Join.SOON
+        ]
         with self._ledger.lock:  # no thread would ever end these
-            self._received |= {x.request_id for x in plan.loads if not (x.block_ids or x.sync)}
+            self._received |= {
+                load.request_id
+                for load in plan.loads
+                if not (load.block_ids or load.join is Join.NOW)
+            }
         for load, tally in tallies:
-            if load.sync:
-                self._wait_for(load, tally)
-        if plan.loads:
+            if load.join is Join.NOW:
+                self._wait_for(load.request_id, tally)
+        if plan.loads or plan.joined:
             self._ledger.tell()
 
     def _start(self, load: BlockLoad) -> Tally:
         # (The first use of a ring may take a second: it is not in the load's time.)
         ring = self._rings.find(load.handle, self._rank)
         tally = Tally(load.request_id, "load", open=len(load.block_ids), sealed=True)
-        if not load.sync:
-            with self._ledger.lock:
-                self.running[load.request_id] = tally
-        deadline = time.monotonic() + (_SYNC_S if load.sync else self._timeout_s)
+        is_kept = load.join is not Join.THERE
+        with self._ledger.lock:
+            self.running[load.request_id] = tally
+            if ring is not None:
+                self._tell_soon(load, tally)
+        deadline = time.monotonic() + (_SYNC_S if is_kept else self._timeout_s)
         for block in blocks_of(load, self._rank, None, deadline):
             try:
                 if ring is not None:
                     self._copiers.submit(self._fetch_from_ring, load, tally, block, ring)
-                elif load.sync:
+                elif is_kept:
                     self._block_ended(load, tally, None, None)
                 else:
                     self._movers.submit(self._fetch, load, tally, block)
@@ -100,8 +127,29 @@ class Loads:
                 self._block_ended(load, tally, None, exc)
         return tally
 
-    def _wait_for(self, load: BlockLoad, tally: Tally) -> None:
-        """Return when all of `load` is there.
+    def _tell_soon(self, load: BlockLoad, tally: Tally) -> None:
+        """The engine needs a step or two until the request is in one: tell it so much before.
+
+        Called with the lock.
+        """
+        is_well = not (tally.told or tally.missing or tally.cancelled)
+        if load.join is Join.SOON and is_well and tally.open <= self._soon_blocks:
+            tally.told = True
+            self._received.add(load.request_id)
+
+    def _leave(self, request_id: str) -> None:
+        """Copy nothing more for a request that has ended."""
+        with self._ledger.lock:
+            self._lost.discard(request_id)
+            tally = self.running.get(request_id)
+            if tally is None:
+                return
+            tally.cancelled = True
+            if not self._ended.wait_for(lambda: tally.copying == 0, _SYNC_S):
+                raise RuntimeError(f"a copy for {request_id} does not end")
+
+    def _wait_for(self, request_id: str, tally: Tally | None) -> None:
+        """Return when all that `tally` counts is there; None: it has ended before.
 
         Raises RuntimeError, which ends the engine, when it is not: vLLM 0.32 cannot take a request
         back that its step has begun with, and would answer it, and those that share its prefix, out
@@ -109,11 +157,14 @@ class Loads:
         so this takes a fault that nobody knows of; the jobs go to another engine.
         """
         with self._ledger.lock:
-            left = tally.started + _SYNC_S - time.monotonic()
-            self._ended.wait_for(lambda: tally.open == 0, max(0.0, left))
-            if not (tally.open or tally.missing):
+            if tally is not None:
+                left = tally.started + _SYNC_S - time.monotonic()
+                self._ended.wait_for(lambda: tally.open == 0, max(0.0, left))
+            is_lost = request_id in self._lost
+            self._lost.discard(request_id)
+            if not is_lost and (tally is None or tally.open == 0):
                 return
-        raise RuntimeError(f"the KV of {load.request_id} was lost while its step waited for it")
+        raise RuntimeError(f"the KV of {request_id} was lost while its step waited for it")
 
     def cancel(self, request_ids: Collection[str]) -> None:
         """Nobody wants these any more. Called with the ledger's lock."""
@@ -136,6 +187,7 @@ class Loads:
             "loads": self.running,
             "received": self._received,
             "failed": self._failed,
+            "lost": self._lost,
         }
 
     # -- in the threads ------------------------------------------------------------------------
@@ -148,7 +200,7 @@ class Loads:
             if not (tally.missing or tally.cancelled):
                 keep(block.deadline)
                 received = self._from_ring(load, tally, block, ring)
-                if received is None and not load.sync:
+                if received is None and load.join is Join.THERE:
                     self._movers.submit(self._fetch, load, tally, block)
                     return
         except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
@@ -194,7 +246,7 @@ class Loads:
         """Is block `number` what is in its slot? Kept ones are, also while their word is away."""
         if ring.presence(number) is Presence.HERE:
             return True
-        return load.sync and ring.is_kept(number % ring.num_slots)
+        return load.join is not Join.THERE and ring.is_kept(number % ring.num_slots)
 
     def _from_store(self, load: BlockLoad, tally: Tally, block: Block) -> int | None:
         """Returns the bytes, or None when the store lacks the block.
@@ -251,12 +303,20 @@ class Loads:
             tally.note(received, error)
             if received is None:
                 tally.missing += 1
+            self._tell_soon(load, tally)
             if tally.open == 0:
-                if not load.sync:
-                    del self.running[tally.request_id]
-                    self._received.add(tally.request_id)
-                    if tally.missing:
-                        self._failed.add(tally.request_id)
+                del self.running[tally.request_id]
+                self._conclude(load, tally)
                 self._ledger.record(tally)
                 self._ended.notify_all()
         self._ledger.tell()
+
+    def _conclude(self, load: BlockLoad, tally: Tally) -> None:
+        """Note how it has ended, for whoever asks next. Called with the lock."""
+        if load.join is Join.NOW or tally.told:
+            if tally.missing and not tally.cancelled:
+                self._lost.add(tally.request_id)
+            return
+        self._received.add(tally.request_id)
+        if tally.missing:
+            self._failed.add(tally.request_id)

@@ -28,11 +28,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
-from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
+from pdtasks.kv.plan import BlockLoad, BlockSave, Join, TransferPlan
 from pdtasks.kv.probe import PrefixProbe
 from pdtasks.kv.resume import advance_grammar, carry_over
 from pdtasks.kv.ring import Presence, is_there, ring_name
 from pdtasks.kv.rings import Rings
+from pdtasks.kv.turns import Turns
 
 logger = init_logger(__name__)
 
@@ -73,13 +74,17 @@ class BlockLookup:
         ring: str | None = None,
         rings: Rings | None = None,
         block_bytes: int = 0,
+        short_bytes: int = 0,
         sync_bytes: int = 0,
+        full_step: int | None = None,
     ) -> None:
         """Args:
         ring: the engine's id if its ranks have rings.
         rings: those of this host; None: blocks come from the store alone.
         block_bytes: of one rank.
-        sync_bytes: what one rank may load from rings while the engine's step waits.
+        short_bytes: what one rank may load from rings while other requests' step waits.
+        sync_bytes: the same when there are no other requests.
+        full_step: see `Turns`; for prompts that are computed to be handed over.
         min_prefix_tokens: a shorter prefix is computed, not loaded, even if the store has it.
         vocabulary: number of token ids.
         max_tokens: the engine's context.
@@ -98,17 +103,23 @@ class BlockLookup:
         self._ring = ring
         self._rings = rings
         self._block_bytes = block_bytes
+        self._short_bytes = short_bytes
         self._sync_bytes = sync_bytes
+        self._turns = Turns(full_step)
         self._next_number = 0  # of a block in the ring
         self._waits_until: dict[str, float] = {}  # for blocks to be in a ring, monotonic
-        self._sync: set[str] = set()  # requests whose load the step waits for
-        self._planned_sync = 0  # bytes, for the next step
+        self._joins: dict[str, Join] = {}  # of loads that are promised
+        self._planned_now = 0  # bytes that the next step waits for
+        self._open: set[str] = set()  # all requests that have not ended
+        self._soon: dict[str, Request] = {}  # `Join.SOON`, in no step yet
+        self._left: set[str] = set()  # of these, ended since the last step
         self._finished: dict[str, bool] = {}  # since the last step, with saves under way
         self._looked_at = time.monotonic()
         self._num_leaked = 0  # as told last
 
     def on_new_request(self, request: Request) -> None:
         """Take note of what `request` wants."""
+        self._open.add(request.request_id)
         self._drop_nonsense(request)
         wants = params.ours(request.kv_transfer_params)
         carry_over(request)
@@ -200,18 +211,24 @@ class BlockLookup:
             return None
         num_tokens = num_blocks * self._block_size - num_computed_tokens
         if not self._worth_it(num_tokens):
-            return 0
+            return 0 if self._has_turn(request, num_computed_tokens) else None
         self._handles[request_id] = self._handle(request, "", num_blocks)
         return num_tokens
 
+    def _has_turn(self, request: Request, num_computed: int) -> bool:
+        saving = self._saving.get(request.request_id)
+        if saving is None or saving.transfer_id is None:
+            return True  # the answer is made here as well: vLLM knows better
+        return self._turns.take(request.num_tokens - num_computed)
+
     def loads_beside(self, request: Request) -> bool:
         """Do the steps go on while what `num_loadable_tokens` promised is loaded?"""
-        return request.request_id not in self._sync
+        return self._joins.get(request.request_id) is not Join.NOW
 
     def _num_loadable(self, request: Request, handle: KVHandle, num_computed: int) -> int | None:
         request_id = request.request_id
         num_tokens = max(0, handle.num_tokens - num_computed)
-        self._sync.discard(request_id)
+        self._joins.pop(request_id, None)
         if not num_tokens or handle.ring is None or self._rings is None:
             return num_tokens
         first = num_computed // self._block_size
@@ -221,17 +238,22 @@ class BlockLookup:
             if now < self._waits_until.setdefault(request_id, now + _RING_WAIT_S):
                 return None
         self._waits_until.pop(request_id, None)
-        num_bytes = (handle.num_blocks - first) * self._block_bytes
-        fits = self._planned_sync + num_bytes <= self._sync_bytes
-        # A step has to compute something: the last token that is known.
-        if (
-            presence is Presence.HERE
-            and fits
-            and request.num_tokens > handle.num_tokens
-            and self._rings.keep(handle, first, KEPT_S)
-        ):
-            self._sync.add(request_id)
+        if presence is Presence.HERE and self._rings.keep(handle, first, KEPT_S):
+            num_bytes = (handle.num_blocks - first) * self._block_bytes
+            self._joins[request_id] = self._join(request, handle, num_bytes)
         return num_tokens
+
+    def _join(self, request: Request, handle: KVHandle, num_bytes: int) -> Join:
+        """Of a load of `num_bytes` from rings that cannot go wrong.
+
+        A step with it costs all others the whole load's time, a later one costs the request itself
+        a step or two.
+        """
+        is_alone = self._open == {request.request_id}
+        limit = self._sync_bytes if is_alone else self._short_bytes
+        # A step has to compute something: the last token that is known.
+        computes = request.num_tokens > handle.num_tokens
+        return Join.NOW if computes and self._planned_now + num_bytes <= limit else Join.SOON
 
     def plan_load(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> None:
         """Load `num_tokens` into the newly allocated `blocks` in the next step."""
@@ -243,26 +265,31 @@ class BlockLookup:
         # The blocks before are local prefix hits.
         first = (handle.num_tokens - num_tokens) // self._block_size
         block_ids = all_ids[first : handle.num_blocks]
-        sync = request.request_id in self._sync
-        self._sync.discard(request.request_id)
-        if sync:
-            self._planned_sync += len(block_ids) * self._block_bytes
+        join = self._joins.pop(request.request_id, Join.THERE)
+        if join is Join.NOW:
+            self._planned_now += len(block_ids) * self._block_bytes
+        elif join is Join.SOON:
+            self._soon[request.request_id] = request
         self._loads.append(
             BlockLoad(
                 request_id=request.request_id,
                 handle=handle,
                 first=first,
                 block_ids=block_ids,
-                sync=sync,
+                join=join,
             )
         )
 
     def build_plan(self, step: SchedulerOutput) -> TransferPlan:
         """Everything that the worker side has to do with this step."""
         plan = TransferPlan(
-            loads=self._loads, finished=self._finished, preempted=step.preempted_req_ids or set()
+            loads=self._loads,
+            finished=self._finished,
+            preempted=step.preempted_req_ids or set(),
+            joined=self._take_joined(),
+            left=self._left,
         )
-        self._loads, self._finished, self._planned_sync = [], {}, 0
+        self._loads, self._finished, self._planned_now, self._left = [], {}, 0, set()
         for request_id in plan.preempted:
             if saving := self._saving.get(request_id):
                 saving.num_saved, saving.last, saving.numbers = 0, False, []
@@ -272,8 +299,30 @@ class BlockLookup:
                 save = self._plan_save(saving, num_scheduled, step)
                 if save is not None:
                     plan.saves.append(save)
+        self._turns.next_step(self._num_left(step))
         self._look_for_leaks()
         return plan
+
+    def _take_joined(self) -> set[str]:
+        """Requests of `Join.SOON` that vLLM has taken up: it may share their blocks from now on."""
+        joined = {
+            request_id
+            for request_id, request in self._soon.items()
+            if request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS
+        }
+        for request_id in joined:
+            del self._soon[request_id]
+        return joined
+
+    def _num_left(self, step: SchedulerOutput) -> int:
+        """Tokens of prompts that `step` begins, or goes on with, and does not end."""
+        left = 0
+        for request_id, num_scheduled in step.num_scheduled_tokens.items():
+            saving = self._saving.get(request_id)
+            if saving is not None and not saving.last and saving.transfer_id is not None:
+                request = saving.request
+                left += request.num_prompt_tokens - request.num_computed_tokens - num_scheduled
+        return left
 
     def _look_for_leaks(self) -> None:
         """Say when requests that have ended are kept; between steps there should be none."""
@@ -295,7 +344,10 @@ class BlockLookup:
             "finished": len(self._finished),
             "questions": self._probe.num_open,
             "waits": len(self._waits_until),
-            "sync": len(self._sync),
+            "joins": len(self._joins),
+            "open": len(self._open),
+            "soon": len(self._soon),
+            "left": len(self._left),
         }
         return {name: number for name, number in kept.items() if number}
 
@@ -370,7 +422,10 @@ class BlockLookup:
         request_id = request.request_id
         self._handles.pop(request_id, None)
         self._waits_until.pop(request_id, None)
-        self._sync.discard(request_id)
+        self._joins.pop(request_id, None)
+        self._open.discard(request_id)
+        if self._soon.pop(request_id, None):
+            self._left.add(request_id)
         self._probe.forget(request_id)
         saving = self._saving.pop(request_id, None)
         if saving is None or not saving.num_saved:

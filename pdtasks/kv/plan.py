@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
@@ -31,6 +32,14 @@ class BlockSave:
         return None if self.numbered_from is None else self.numbered_from + index - self.first
 
 
+class Join(Enum):
+    """When may the request of a load be in a step?"""
+
+    THERE = auto()  #: once all blocks are there
+    SOON = auto()  #: while the last ones come: the step that has it first waits for them
+    NOW = auto()  #: the step that the load begins with has it, and waits
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockLoad:
     """Blocks to bring in before the request can run."""
@@ -39,7 +48,7 @@ class BlockLoad:
     handle: KVHandle
     first: int
     block_ids: list[int]
-    sync: bool = False  #: the step itself needs them
+    join: Join = Join.THERE
 
     def number(self, index: int) -> int | None:
         """Of block `index` of the prompt in the ring that the handle names."""
@@ -56,6 +65,10 @@ class TransferPlan(KVConnectorMetadata):
     finished: dict[str, bool] = field(default_factory=dict)
     #: Requests whose blocks vLLM takes away before this step.
     preempted: set[str] = field(default_factory=set)
+    #: Requests of `Join.SOON` whose blocks this step may read.
+    joined: set[str] = field(default_factory=set)
+    #: Requests of `Join.SOON` that have ended before, whose blocks this step may write.
+    left: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ the store), so a slow store costs the hand-over time and the engine some room in
 the deadline.  Blocks that vLLM takes away earlier, from a preempted request, are given up before
 they are overwritten (`give_up`): bytes of another request must never be stored under their name.
 
-A load from a ring is so short that the engine may wait for it and run the request in the same step
-(`BlockLoad.sync`); those from the store go on beside its steps.
+A load from a ring is so short that the engine may wait for it and run the request in the same step,
+or count on its end before it is there (`Join`); those from the store go on beside its steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -60,6 +60,7 @@ class BlockTransfer:
         timeout_s: float,
         engine_id: str = "",
         ring_bytes: int = 0,
+        soon_bytes: int = 0,
         report: Callable[[TransferRecord], bool] | None = None,
     ) -> None:
         """Args:
@@ -68,6 +69,7 @@ class BlockTransfer:
         timeout_s: seconds that the blocks of one step may take.
         engine_id: names the ring.
         ring_bytes: of shared memory for the ring; 0: none.
+        soon_bytes: what may be missing of a load that is said to be done soon (`Join.SOON`).
         report: see `Ledger`.
         """
         self._store = store
@@ -77,6 +79,7 @@ class BlockTransfer:
         self._timeout_s = timeout_s
         self.engine_id = engine_id
         self._ring_bytes = ring_bytes
+        self._soon_bytes = soon_bytes
         self._ledger = Ledger(rank, world, report)
         self._ring: RingWriter | None = None
         self._rings: Rings | None = None
@@ -116,6 +119,7 @@ class BlockTransfer:
             rank=self._rank,
             movers=loaders,
             copiers=self._new_movers("kv-transfer-ring", pages, staging=False),
+            soon_blocks=self._soon_bytes // pages.block_bytes,
             timeout_s=self._timeout_s,
         )
 
@@ -146,9 +150,13 @@ class BlockTransfer:
         """Start saving the blocks that the step completes."""
         self._saves.start(plan)
 
-    def give_up(self, request_ids: Collection[str]) -> None:
-        """vLLM takes the blocks of these requests away; see `Saves.give_up`."""
-        self._saves.give_up(request_ids)
+    def before_step(self, plan: TransferPlan) -> None:
+        """Nothing that this step reads is missing, and nothing that it writes is being copied.
+
+        See `Saves.give_up` and `Loads.before_step`.
+        """
+        self._saves.give_up(plan.preempted)
+        self._loads.before_step(plan)
 
     def start_loads(self, plan: TransferPlan) -> None:
         """Start fetching the blocks of the step's new requests; see `Loads.start`."""

@@ -13,6 +13,7 @@ from pdtasks.kv import lookup as lookup_module
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.lookup import BlockLookup
 from pdtasks.kv.params import ours
+from pdtasks.kv.plan import Join
 from pdtasks.kv.ring import Presence
 from tests.unit.kv.vllm_scheduler import BLOCK, FakeScheduler, a_request, blocks_of
 
@@ -45,7 +46,9 @@ def rings() -> FakeRings:
 
 @pytest.fixture
 def lookup(make_lookup: Callable[..., BlockLookup], rings: FakeRings) -> BlockLookup:
-    return make_lookup(ring="engine-a", rings=rings, block_bytes=100, sync_bytes=300)
+    return make_lookup(
+        ring="engine-a", rings=rings, block_bytes=100, short_bytes=300, sync_bytes=300
+    )
 
 
 def a_handed_over_prompt(
@@ -135,7 +138,7 @@ def test_what_is_in_a_ring_is_loaded_by_the_step_that_runs_the_request(
     lookup.plan_load(request, blocks_of([7, 8, 9, 10], num_cached=3), 24)
 
     (load,) = FakeScheduler(lookup).step().loads
-    assert (load.first, load.block_ids, load.sync) == (1, [8, 9], True)
+    assert (load.first, load.block_ids, load.join) == (1, [8, 9], Join.NOW)
 
 
 def test_what_will_be_in_a_ring_is_waited_for_but_not_for_ever(
@@ -173,6 +176,71 @@ def test_all_else_is_loaded_beside_the_steps(
 
     assert lookup.num_loadable_tokens(request, 0) == num_tokens
     assert lookup.loads_beside(request)
+    lookup.plan_load(request, blocks_of([1, 2, 3, 4]), num_tokens)
+    (load,) = FakeScheduler(lookup).step().loads
+    is_certain = why in ("too much", "nothing to compute")
+    assert load.join is (Join.SOON if is_certain else Join.THERE)
+
+
+def test_others_are_not_kept_waiting_for_a_long_load(
+    make_lookup: Callable[..., BlockLookup], rings: FakeRings
+) -> None:
+    lookup = make_lookup(
+        ring="engine-a", rings=rings, block_bytes=100, short_bytes=200, sync_bytes=300
+    )
+    handle = a_handed_over_prompt(make_lookup)
+    beside = []
+    # The last one has its first block here already
+    for name, num_computed in (("alone", 0), ("long", 0), ("short", BLOCK)):
+        request = a_resumed_request(handle, name=name)
+        lookup.on_new_request(request)
+        lookup.num_loadable_tokens(request, num_computed)
+        beside.append(lookup.loads_beside(request))
+    assert beside == [False, True, False]
+
+
+def test_the_first_step_that_may_read_a_load_is_told(
+    lookup: BlockLookup, make_lookup: Callable[..., BlockLookup]
+) -> None:
+    request = a_long_load(lookup, make_lookup)
+    scheduler = FakeScheduler(lookup)
+
+    assert [load.request_id for load in scheduler.step().loads] == ["r"]
+    assert scheduler.step().joined == set()
+    request.status = RequestStatus.WAITING  # vLLM has been told that it is done
+    assert scheduler.step().joined == {"r"}
+    assert scheduler.step().joined == set()
+    lookup.finish(request)
+    assert scheduler.step().left == set(), "it was in a step: nothing is copied any more"
+    assert lookup.leftovers() == {}
+
+
+def test_the_next_step_is_told_of_a_load_whose_request_has_ended(
+    lookup: BlockLookup, make_lookup: Callable[..., BlockLookup]
+) -> None:
+    request = a_long_load(lookup, make_lookup)
+    scheduler = FakeScheduler(lookup)
+    scheduler.step()
+
+    request.status = RequestStatus.FINISHED_ABORTED
+    lookup.finish(request)
+
+    plan = scheduler.step()
+    assert (plan.left, plan.joined) == ({"r"}, set())
+    assert scheduler.step().left == set()
+    assert lookup.leftovers() == {}
+
+
+def a_long_load(lookup: BlockLookup, make_lookup: Callable[..., BlockLookup]) -> Any:
+    """A request for which vLLM has allocated blocks, and which waits for them."""
+    request = a_resumed_request(a_handed_over_prompt(make_lookup, 60), 60)
+    lookup.on_new_request(request)
+    num_tokens = lookup.num_loadable_tokens(request, 0)
+    assert num_tokens == 60
+    assert lookup.loads_beside(request)
+    lookup.plan_load(request, blocks_of([1, 2, 3, 4]), num_tokens)
+    request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    return request
 
 
 def test_a_step_waits_for_no_more_than_its_share(
@@ -188,7 +256,8 @@ def test_a_step_waits_for_no_more_than_its_share(
         lookup.plan_load(request, blocks_of([1, 2, 3]), num_tokens or 0)
 
     assert beside == [False, True]
-    assert [load.sync for load in FakeScheduler(lookup).step().loads] == [True, False]
+    joins = [load.join for load in FakeScheduler(lookup).step().loads]
+    assert joins == [Join.NOW, Join.SOON]
 
 
 @pytest.mark.parametrize(

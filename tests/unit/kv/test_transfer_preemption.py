@@ -86,7 +86,7 @@ def test_giving_up_waits_for_copies_under_way(prefill: Side, store: MemoryStore)
     done = threading.Event()
 
     def give_up() -> None:
-        prefill.transfer.give_up({"p"})
+        prefill.transfer.before_step(TransferPlan(preempted={"p"}))
         prefill.cache.fill_(99)
         done.set()
 
@@ -110,7 +110,7 @@ def test_giving_up_does_not_wait_for_the_network(prefill: Side, store: MemorySto
     prefill.step(a_save(a_handle(8), list(range(8))))
     wait_until(lambda: store.under_way["put"] == NUM_THREADS)
 
-    prefill.transfer.give_up({"p"})
+    prefill.transfer.before_step(TransferPlan(preempted={"p"}))
 
     assert store.under_way["put"] == NUM_THREADS
 
@@ -121,7 +121,7 @@ def test_giving_up_one_request_does_not_wait_for_copies_of_another(prefill: Side
     prefill.step(a_save(a_handle(1, name="u"), [1], request_id="q"))
     assert mark.waiting.acquire(timeout=10)
 
-    prefill.transfer.give_up({"p", "never heard of"})
+    prefill.transfer.before_step(TransferPlan(preempted={"p", "never heard of"}))
 
     mark.reached.set()
     prefill.finish(q=True)
@@ -205,7 +205,7 @@ class Engine:
             self.count += 1
             self.start(f"r{self.count}", a_handle(name=f"r{self.count % 7}"))
         # vLLM's order: blocks are given up before the step computes in them.
-        self.side.transfer.give_up(plan.preempted)
+        self.side.transfer.before_step(plan)
         plan.preempted = set()
         self.compute(plan)
         before = Counter(self.side.sent)

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from pdtasks.kv import loading, ring, saving
-from pdtasks.kv.plan import BlockLoad, TransferPlan, TransferRecord
+from pdtasks.kv.plan import BlockLoad, Join, TransferPlan, TransferRecord
 from pdtasks.kv.reports import Reporter, Reports
 from pdtasks.kv.ring import Presence, RingError, RingReader, RingWriter, ring_name
 from pdtasks.kv.rings import Rings
@@ -93,7 +93,7 @@ def test_a_load_that_the_step_waits_for_is_there_when_it_begins(
     prefill.step(a_save(handle, [5, 0, 3]))
     prefill.step_until(lambda: prefill.records)
 
-    decode.transfer.start_loads(a_load(prefill.handed_over(handle), [1, 2, 4], sync=True))
+    decode.transfer.start_loads(a_load(prefill.handed_over(handle), [1, 2, 4], join=Join.NOW))
 
     assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
     decode.steps()
@@ -220,7 +220,7 @@ def test_an_engine_ends_rather_than_running_a_step_without_its_blocks(
         prefill.step_until(lambda: len(prefill.records) == 2)
 
     with pytest.raises(RuntimeError, match="was lost while its step waited"):
-        decode.transfer.start_loads(a_load(handed, [1, 2, 4], sync=True))
+        decode.transfer.start_loads(a_load(handed, [1, 2, 4], join=Join.NOW))
 
 
 def test_a_slot_that_a_step_depends_on_is_not_used_again_meanwhile() -> None:
@@ -256,7 +256,7 @@ def test_what_a_step_has_loaded_is_kept_no_longer(
         prefill.step_until(lambda n=n: len(prefill.records) == n + 1)  # type: ignore[misc]
         handed = prefill.handed_over(handle, f"p{n}")
         assert rings.keep(handed, 0, seconds=2.0)
-        decode.step(a_load(handed, [1, 2, 4], sync=True))
+        decode.step(a_load(handed, [1, 2, 4], join=Join.NOW))
 
     assert time.monotonic() - began < 2.0
     rings.close()
@@ -521,7 +521,7 @@ def test_a_step_does_not_wait_behind_what_comes_from_the_store(
     wait_until(lambda: store.under_way["get"] == 2)
 
     began = time.monotonic()
-    decode.step(a_load(prefill.handed_over(handle), [1, 2, 4], sync=True))
+    decode.step(a_load(prefill.handed_over(handle), [1, 2, 4], join=Join.NOW))
 
     assert time.monotonic() - began < 0.5
     assert decode.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()

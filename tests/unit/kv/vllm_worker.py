@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 from pdtasks.kv.codec import HEADER_BYTES, check
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.pages import BlockPages
-from pdtasks.kv.plan import BlockLoad, BlockSave, TransferPlan
+from pdtasks.kv.plan import BlockLoad, BlockSave, Join, TransferPlan
 from pdtasks.kv.transfer import BlockTransfer
 from tests.unit.kv.doubles import MemoryStore
 from tests.waiting import wait_until
@@ -46,8 +46,12 @@ class Side:
         num_threads: int = NUM_THREADS,
         timeout_s: float = 10.0,
         ring_slots: int = 0,
+        soon_blocks: int = 8,
     ) -> None:
-        """`ring_slots`: blocks for which its ring has room; 0: it has none."""
+        """Args:
+        ring_slots: blocks for which its ring has room; 0: it has none.
+        soon_blocks: see `Loads`.
+        """
         tensor = KVCacheTensor(
             size=NUM_BLOCKS * BLOCK_BYTES,
             layers=["a", "b"],
@@ -66,6 +70,7 @@ class Side:
             timeout_s=timeout_s,
             engine_id=f"test-{uuid.uuid4().hex}",
             ring_bytes=ring_slots * SLOT_BYTES,
+            soon_bytes=soon_blocks * BLOCK_BYTES,
         )
         self.ring = self.transfer.engine_id if ring_slots else None
         self._next_number = 0
@@ -86,7 +91,7 @@ class Side:
             plan.saves = [self._numbered(save) for save in plan.saves]
         self._begun |= {save.request_id for save in plan.saves}
         self._ended |= set(plan.finished)
-        self.transfer.give_up(plan.preempted)
+        self.transfer.before_step(plan)
         self.transfer.start_loads(plan)
         self.transfer.start_saves(plan)
         results: KVConnectorTransferResults = self.transfer.take_results(finished or set())
@@ -166,10 +171,12 @@ def a_save(
     )
 
 
-def a_load(handle: KVHandle, ids: list[int], *, first: int = 0, sync: bool = False) -> TransferPlan:
+def a_load(
+    handle: KVHandle, ids: list[int], *, first: int = 0, join: Join = Join.THERE
+) -> TransferPlan:
     """A step's plan that loads the blocks of a prompt into `ids`."""
     return TransferPlan(
-        loads=[BlockLoad(request_id="d", handle=handle, first=first, block_ids=ids, sync=sync)]
+        loads=[BlockLoad(request_id="d", handle=handle, first=first, block_ids=ids, join=join)]
     )
 
 

@@ -28,7 +28,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.v1.worker import kv_connector_model_runner_mixin
+from vllm.v1.worker import gpu_model_runner, kv_connector_model_runner_mixin
 from vllm.v1.worker.gpu import kv_connector as gpu_kv_connector
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
@@ -158,3 +158,24 @@ def test_an_engine_that_may_load_frees_no_block_that_a_step_still_writes() -> No
 @pytest.mark.parametrize("runner", [gpu_kv_connector, kv_connector_model_runner_mixin])
 def test_a_load_that_a_step_needs_begins_before_its_forward_pass(runner: ModuleType) -> None:
     assert "has_sync_kv_loads" in inspect.getsource(runner)
+
+
+@pytest.mark.parametrize(
+    "before_forward",
+    [gpu_kv_connector.ActiveKVConnector.pre_forward, gpu_model_runner.GPUModelRunner.execute_model],
+)
+def test_each_step_asks_the_connector_before_it_writes(before_forward: Callable[..., Any]) -> None:
+    # With or without preemptions: there a step waits for loads that vLLM takes for done.
+    source = inspect.getsource(before_forward)
+    assert ".handle_preemptions(kv_connector_metadata)" in source
+    assert "if scheduler_output.preempted_req_ids" not in source
+
+
+def test_vllm_asks_about_a_load_once_its_request_has_another_status() -> None:
+    # `BlockLookup` sees by the status that vLLM takes the blocks for loaded.
+    source = inspect.getsource(Scheduler._handle_blocked_waiting_request)
+    assert "self._update_waiting_for_remote_kv(request)" in source
+    assert "request.status = RequestStatus.WAITING" in source
+    assert "self.finished_recving_kv_req_ids.add" in inspect.getsource(
+        Scheduler._update_from_kv_xfer_finished
+    )
