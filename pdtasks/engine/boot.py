@@ -6,6 +6,7 @@ import os
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
@@ -46,7 +47,10 @@ async def start_core(
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={k: v for k, v in options.items() if v is not None},
     )
-    config = AsyncEngineArgs(**arguments, kv_transfer_config=transfer).create_engine_config()
+    # Without it vLLM takes 2,048 tokens a step where `vllm serve` takes 8,192.
+    config = AsyncEngineArgs(**arguments, kv_transfer_config=transfer).create_engine_config(
+        usage_context=UsageContext.OPENAI_API_SERVER
+    )
     core = EngineCoreClient.make_async_mp_client(
         config,
         Executor.get_class(config),

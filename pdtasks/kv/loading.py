@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from vllm.logger import init_logger
 
 from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
-from pdtasks.kv.movers import Block, Movers, Own, blocks_of
+from pdtasks.kv.movers import Block, Movers, Own, batches_of, blocks_of
+from pdtasks.kv.pages import Blocks
 from pdtasks.kv.plan import BlockLoad, Join, TransferPlan
 from pdtasks.kv.ring import Presence, RingReader
 from pdtasks.kv.rings import Rings
@@ -115,17 +116,31 @@ class Loads:
             if ring is not None:
                 self._tell_soon(load, tally)
         deadline = time.monotonic() + (_SYNC_S if is_kept else self._timeout_s)
-        for block in blocks_of(load, self._rank, None, deadline):
+        blocks = list(blocks_of(load, self._rank, None, deadline))
+        if is_kept:
+            self._start_kept(load, tally, blocks, ring)
+            return tally
+        for block in blocks:
             try:
                 if ring is not None:
                     self._copiers.submit(self._fetch_from_ring, load, tally, block, ring)
-                elif is_kept:
-                    self._block_ended(load, tally, None, None)
                 else:
                     self._movers.submit(self._fetch, load, tally, block)
             except RuntimeError as exc:  # closed
-                self._block_ended(load, tally, None, exc)
+                self._ended_with(load, tally, 1, None, exc)
         return tally
+
+    def _start_kept(
+        self, load: BlockLoad, tally: Tally, blocks: list[Block], ring: RingReader | None
+    ) -> None:
+        for batch in batches_of(blocks, ring.block_bytes if ring is not None else 1):
+            try:
+                if ring is None:
+                    self._ended_with(load, tally, len(batch), None)
+                else:
+                    self._copiers.submit(self._fetch_kept, load, tally, batch, ring)
+            except RuntimeError as exc:  # closed
+                self._ended_with(load, tally, len(batch), None, exc)
 
     def _tell_soon(self, load: BlockLoad, tally: Tally) -> None:
         """The engine needs a step or two until the request is in one: tell it so much before.
@@ -195,17 +210,30 @@ class Loads:
     def _fetch_from_ring(
         self, load: BlockLoad, tally: Tally, block: Block, ring: RingReader
     ) -> None:
-        received = error = None
+        error: Exception | None = None
+        is_here = False
         try:
             if not (tally.missing or tally.cancelled):
                 keep(block.deadline)
-                received = self._from_ring(load, tally, block, ring)
-                if received is None and load.join is Join.THERE:
+                is_here = self._from_ring(load, tally, [block], ring)
+                if not is_here:
                     self._movers.submit(self._fetch, load, tally, block)
                     return
         except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
             error = exc
-        self._block_ended(load, tally, received, error)
+        self._ended_with(load, tally, 1, ring.block_bytes if is_here else None, error)
+
+    def _fetch_kept(
+        self, load: BlockLoad, tally: Tally, blocks: Sequence[Block], ring: RingReader
+    ) -> None:
+        error: Exception | None = None
+        are_here = False
+        try:
+            keep(blocks[0].deadline)
+            are_here = self._from_ring(load, tally, blocks, ring)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, their step says so
+            error = exc
+        self._ended_with(load, tally, len(blocks), ring.block_bytes if are_here else None, error)
 
     def _fetch(self, load: BlockLoad, tally: Tally, block: Block) -> None:
         error: Exception | None = None
@@ -221,32 +249,38 @@ class Loads:
             error = self._forget(block.key)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the prompt is recomputed
             error = exc
-        self._block_ended(load, tally, received, error)
+        self._ended_with(load, tally, 1, received, error)
 
     def _from_ring(
-        self, load: BlockLoad, tally: Tally, block: Block, ring: RingReader
-    ) -> int | None:
-        """Returns the bytes, or None when the block is not there, or not any more."""
-        number = block.number
-        if number is None or not self._stays(load, number, ring):
-            return None
-        slot = number % ring.num_slots
-        if ring.name_of(slot) != name_of(block.content, self._fingerprint):
-            logger.warning("a ring has another block than %s", block.key)
-            return None
-        payload = ring.payload(slot)
-        if not self._scatter(tally, self._copiers.own, block, payload):
-            return None
-        if not self._stays(load, number, ring):
-            return None
-        ring.note_read(number)
-        return len(payload)
+        self, load: BlockLoad, tally: Tally, blocks: Sequence[Block], ring: RingReader
+    ) -> bool:
+        """False: one of the blocks is not there, or not any more; or nobody wants them."""
+        numbers = [block.number for block in blocks if block.number is not None]
+        if len(numbers) < len(blocks) or not self._stay(load, numbers, ring):
+            return False
+        copies = []
+        for block, number in zip(blocks, numbers, strict=True):
+            slot = number % ring.num_slots
+            if ring.name_of(slot) != name_of(block.content, self._fingerprint):
+                logger.warning("a ring has another block than %s", block.key)
+                return False
+            copies.append((block.block_id, ring.payload(slot)))
+        if not self._scatter(tally, self._copiers.own, copies, pinned=ring.pinned):
+            return False
+        if not self._stay(load, numbers, ring):
+            return False
+        for number in numbers:
+            ring.note_read(number)
+        return True
 
-    def _stays(self, load: BlockLoad, number: int, ring: RingReader) -> bool:
-        """Is block `number` what is in its slot? Kept ones are, also while their word is away."""
-        if ring.presence(number) is Presence.HERE:
-            return True
-        return load.join is not Join.THERE and ring.is_kept(number % ring.num_slots)
+    def _stay(self, load: BlockLoad, numbers: list[int], ring: RingReader) -> bool:
+        """Are those blocks in their slots? Kept ones are, also while their word is away."""
+        is_kept = load.join is not Join.THERE
+        return all(
+            ring.presence(number) is Presence.HERE
+            or (is_kept and ring.is_kept(number % ring.num_slots))
+            for number in numbers
+        )
 
     def _from_store(self, load: BlockLoad, tally: Tally, block: Block) -> int | None:
         """Returns the bytes, or None when the store lacks the block.
@@ -263,18 +297,18 @@ class Loads:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_LOOK_S)
         check(own.header, block.content, payload, self._fingerprint)
-        if not self._scatter(tally, own, block, payload):
+        if not self._scatter(tally, own, [(block.block_id, payload)], pinned=True):
             return None
         return HEADER_BYTES + len(payload)
 
-    def _scatter(self, tally: Tally, own: Own, block: Block, payload: memoryview) -> bool:
-        """False: nobody waits for the block, whose place may be another's."""
+    def _scatter(self, tally: Tally, own: Own, blocks: Blocks, *, pinned: bool) -> bool:
+        """False: nobody waits for the blocks, whose places may be another's."""
         with self._ledger.lock:
             if tally.cancelled:
                 return False
             tally.copying += 1
         try:
-            own.copier.scatter(block.block_id, payload)
+            own.copier.scatter(blocks, pinned=pinned)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1
@@ -296,13 +330,20 @@ class Loads:
             return exc
         return None
 
-    def _block_ended(
-        self, load: BlockLoad, tally: Tally, received: int | None, error: Exception | None
+    def _ended_with(
+        self,
+        load: BlockLoad,
+        tally: Tally,
+        num_blocks: int,
+        received: int | None,
+        error: Exception | None = None,
     ) -> None:
+        """`num_blocks` have ended, each with so many bytes; None: they are not there."""
         with self._ledger.lock:
-            tally.note(received, error)
-            if received is None:
-                tally.missing += 1
+            for _ in range(num_blocks):
+                tally.note(received, error)
+                if received is None:
+                    tally.missing += 1
             self._tell_soon(load, tally)
             if tally.open == 0:
                 del self.running[tally.request_id]

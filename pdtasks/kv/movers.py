@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +12,9 @@ import torch
 from pdtasks.kv.codec import HEADER_BYTES
 from pdtasks.kv.pages import BlockPages, Copier, Mark, Staging
 from pdtasks.kv.plan import BlockLoad, BlockSave
+
+#: Bytes that are copied at once: 5 to 6 ms on a GPU's link.
+_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ def blocks_of(
             deadline=deadline,
             number=move.number(index),
         )
+
+
+def batches_of(blocks: Sequence[Block], block_bytes: int) -> Iterable[Sequence[Block]]:
+    """`blocks` in groups that are each copied at once."""
+    size = max(1, _BATCH_BYTES // block_bytes)
+    for begin in range(0, len(blocks), size):
+        yield blocks[begin : begin + size]
 
 
 class Own(threading.local):

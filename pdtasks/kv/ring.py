@@ -95,6 +95,8 @@ def is_there(name: str) -> bool:
 class _Mapped:
     """A ring's file in this process's memory."""
 
+    pinned = False  #: does CUDA know it?
+
     def __init__(self, fd: int, length: int) -> None:
         self._memory = mmap.mmap(fd, length)
         self._view = memoryview(self._memory)
@@ -183,7 +185,7 @@ class RingWriter(_Mapped):
             ) from exc
         with suppress(OSError, ValueError):  # where the host allows it for shared memory
             self._memory.madvise(_MADV_HUGEPAGE)
-        self._pinned = pin and _pin(self._view)
+        self.pinned = pin and _pin(self._view)
         self._changed = threading.Condition()
         self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
 
@@ -234,7 +236,7 @@ class RingWriter(_Mapped):
     def close(self) -> None:
         """Remove it; those who read it go on with what they have."""
         self._path.unlink(missing_ok=True)
-        if self._pinned:
+        if self.pinned:
             _unpin(self._view)
         os.close(self._fd)
 
@@ -271,7 +273,7 @@ class RingReader(_Mapped):
             raise RingError(f"it cannot be read ({type(exc).__name__})") from exc
         finally:
             os.close(fd)
-        self._pinned = pin and _pin(self._view)
+        self.pinned = pin and _pin(self._view)
         self._fence = threading.Lock()
 
     def keep(self, numbers: Iterable[int], seconds: float) -> bool:
@@ -292,7 +294,7 @@ class RingReader(_Mapped):
 
     def close(self) -> None:
         """Let go of it."""
-        if self._pinned:
+        if self.pinned:
             _unpin(self._view)
 
 
@@ -315,10 +317,16 @@ def _payload_begin(num_slots: int) -> int:
 
 
 def _pin(view: memoryview) -> bool:
-    buffer = torch.frombuffer(view, dtype=torch.int8)
-    code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-    return int(code) == 0
+    from vllm.v1.kv_offload.cpu.host_register import host_register
+
+    return host_register(_address(view), len(view))
 
 
 def _unpin(view: memoryview) -> None:
-    torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(view, dtype=torch.int8).data_ptr())
+    from vllm.v1.kv_offload.cpu.host_register import host_unregister
+
+    host_unregister(_address(view))
+
+
+def _address(view: memoryview) -> int:
+    return int(torch.frombuffer(view, dtype=torch.int8).data_ptr())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -18,7 +19,7 @@ from vllm.logger import init_logger
 
 from pdtasks.kv.codec import name_of, seal
 from pdtasks.kv.ledger import Late, Ledger, Tally, describe, keep
-from pdtasks.kv.movers import Block, Movers, blocks_of
+from pdtasks.kv.movers import Block, Movers, batches_of, blocks_of
 from pdtasks.kv.pages import BlockPages
 from pdtasks.kv.plan import TransferPlan
 from pdtasks.kv.ring import RingWriter
@@ -142,9 +143,9 @@ class Saves:
         # prompt longer than the ring an earlier block would take its place.)
         if len(blocks) < self._ring.num_slots:
             blocks.sort(key=lambda block: block.shared)
-        for block in blocks:
-            job = partial(self._copy_to_ring, self._ring, tally, block, asked)
-            self._submit(self._copiers, job, partial(self._done, tally))
+        for batch in batches_of(blocks, self._ring.block_bytes):
+            job = partial(self._copy_to_ring, self._ring, tally, deque(batch), asked)
+            self._submit(self._copiers, job, partial(self._all_done, tally, batch))
 
     def give_up(self, request_ids: Collection[str]) -> None:
         """vLLM takes the blocks of these requests away; returns when nobody reads them any more.
@@ -175,47 +176,74 @@ class Saves:
 
     # -- with a ring ---------------------------------------------------------------------------
 
-    def _copy_to_ring(self, ring: RingWriter, tally: Tally, block: Block, asked: _Question) -> None:
-        slot = copied = error = None
+    def _copy_to_ring(
+        self, ring: RingWriter, tally: Tally, blocks: deque[Block], asked: _Question
+    ) -> None:
+        while blocks:
+            taken: list[tuple[int, Block]] = []  # slots, for what
+            error: Exception | None = None
+            copied = False
+            try:
+                if not self._is_pointless(tally):
+                    self._take_slots(ring, blocks, taken)
+                    copied = self._copy_into(ring, tally, taken)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
+                error = exc
+            if not copied:
+                for slot, _ in taken:
+                    ring.release(slot)
+                self._all_done(tally, [block for _, block in taken] + list(blocks), None, error)
+                return
+            self._all_done(tally, [block for _, block in taken], ring.block_bytes, None)
+            for slot, block in taken:
+                self._send_soon(ring, slot, block, asked)
+
+    def _take_slots(
+        self, ring: RingWriter, blocks: deque[Block], taken: list[tuple[int, Block]]
+    ) -> None:
+        """Wait for the first block's slot, and take those of the next that are free.
+
+        Whoever has a slot never waits for another: two could wait for each other.
+        """
+        deadline = blocks[0].deadline
+        while blocks:
+            number = blocks[0].number
+            assert number is not None
+            slot = ring.take(number, deadline, self._give_up_sending)
+            if slot is None:
+                break
+            taken.append((slot, blocks.popleft()))
+            deadline = time.monotonic()
+        if not taken:
+            raise Late
+
+    def _copy_into(self, ring: RingWriter, tally: Tally, taken: list[tuple[int, Block]]) -> bool:
+        with self._ledger.lock:
+            if tally.cancelled:  # its blocks may be another's by now
+                return False
+            tally.copying += 1
         try:
+            first = taken[0][1]
+            keep(first.deadline)
+            assert self._copiers is not None
+            copies = [(block.block_id, ring.payload(slot)) for slot, block in taken]
+            self._copiers.own.copier.gather(copies, first.after, pinned=ring.pinned)
+        finally:
+            with self._ledger.lock:
+                tally.copying -= 1
+                self._copied.notify_all()
+        for slot, block in taken:
             assert block.number is not None
-            if not self._is_pointless(tally):
-                slot = ring.take(block.number, block.deadline, self._give_up_sending)
-                if slot is None:
-                    raise Late  # noqa: TRY301
-                copied = self._copy_into(ring, slot, tally, block)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, decode will recompute
-            error = exc
-        self._done(tally, copied, error)
-        if slot is None:
-            return
-        if copied is None:
-            ring.release(slot)
-            return
+            ring.publish(slot, block.number, name_of(block.content, self._fingerprint))
+        return True
+
+    def _send_soon(self, ring: RingWriter, slot: int, block: Block, asked: _Question) -> None:
         with self._ledger.lock:
             self._waiting[slot] = block, asked
         try:
             self._senders.submit(self._send_next, ring)
         except RuntimeError:  # closed
             ring.release(slot)
-
-    def _copy_into(self, ring: RingWriter, slot: int, tally: Tally, block: Block) -> int | None:
-        payload = ring.payload(slot)
-        with self._ledger.lock:
-            if tally.cancelled:  # its block may be another's by now
-                return None
-            tally.copying += 1
-        try:
-            keep(block.deadline)
-            assert self._copiers is not None
-            self._copiers.own.copier.gather(block.block_id, block.after, payload)
-        finally:
-            with self._ledger.lock:
-                tally.copying -= 1
-                self._copied.notify_all()
-        assert block.number is not None
-        ring.publish(slot, block.number, name_of(block.content, self._fingerprint))
-        return len(payload)
 
     def _ask(self, asked: _Question) -> None:
         present: list[str] = []
@@ -311,7 +339,8 @@ class Saves:
             tally.copying += 1
         try:
             keep(block.deadline)
-            own.copier.gather(block.block_id, block.after, own.staging.payload)
+            copy = [(block.block_id, own.staging.payload)]
+            own.copier.gather(copy, block.after, pinned=True)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1
@@ -337,9 +366,18 @@ class Saves:
         except RuntimeError as exc:  # closed: the engine's thread must not end of it
             failed(None, exc)
 
-    def _all_done(self, tally: Tally, blocks: list[Block], sent: None, error: Exception) -> None:
-        for _ in blocks:
-            self._done(tally, sent, error)
+    def _all_done(
+        self,
+        tally: Tally,
+        blocks: Sequence[Block],
+        moved: int | None,
+        error: Exception | None = None,
+    ) -> None:
+        with self._ledger.lock:
+            for _ in blocks:
+                tally.note(moved, error)
+            self._end_if_done(tally)
+        self._ledger.tell()
 
     def _done(self, tally: Tally, moved: int | None, error: Exception | None = None) -> None:
         with self._ledger.lock:

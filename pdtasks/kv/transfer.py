@@ -41,6 +41,9 @@ from pdtasks.kv.store import BlockStore
 
 logger = init_logger(__name__)
 
+#: Threads that copy between cache and rings, in each direction: two fill a GPU's link, and each
+#: more costs the engine's thread.
+_COPIERS = 2
 #: Seconds between two looks for transfers that never end, and how old those are.
 _LOOK_S = 60.0
 _LEAKED_AFTER_S = 1800.0
@@ -97,7 +100,9 @@ class BlockTransfer:
         copiers, askers = None, loaders
         if self._ring is not None:
             senders = self._new_movers("kv-transfer-send", pages, staging=False)
-            copiers = self._new_movers("kv-transfer-copy", pages, staging=False)
+            copiers = self._new_movers(
+                "kv-transfer-copy", pages, staging=False, num_threads=_COPIERS
+            )
             askers = self._new_movers("kv-transfer-ask", pages, staging=False, num_threads=1)
         self._saves = Saves(
             self._ledger,
@@ -118,7 +123,9 @@ class BlockTransfer:
             fingerprint=self._fingerprint,
             rank=self._rank,
             movers=loaders,
-            copiers=self._new_movers("kv-transfer-ring", pages, staging=False),
+            copiers=self._new_movers(
+                "kv-transfer-ring", pages, staging=False, num_threads=_COPIERS
+            ),
             soon_blocks=self._soon_bytes // pages.block_bytes,
             timeout_s=self._timeout_s,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-from pdtasks.kv.pages import BlockPages, Copier, Mark, Staging, block_bytes
+from pdtasks.kv import pages as pages_module
+from pdtasks.kv.pages import BlockPages, Copier, Kernel, Mark, Staging, block_bytes
 
 PAGE = 24  # bytes of one layer's part of a block
 NUM_BLOCKS = 5
@@ -63,7 +65,7 @@ def caches(config: KVCacheConfig, storage: torch.Tensor) -> dict[str, torch.Tens
 def gathered(pages: BlockPages, block_id: int) -> torch.Tensor:
     """The bytes of a block as they leave."""
     staging = Staging(pages)
-    Copier(pages).gather(block_id, pages.mark(), staging.payload)
+    Copier(pages).gather([(block_id, staging.payload)], pages.mark(), pinned=True)
     return torch.tensor(list(staging.payload), dtype=torch.uint8)
 
 
@@ -108,9 +110,11 @@ def test_a_block_moves_to_another_engine_and_nothing_else_changes(
     writer, reader = BlockPages(source, config), BlockPages(target, config)
 
     sent, received = Staging(writer), Staging(reader)
-    Copier(writer).gather(1, writer.mark(), sent.payload)
+    Copier(writer).gather([(1, sent.payload)], writer.mark(), pinned=True)
     received.payload[:] = sent.payload
-    Copier(reader).scatter(4, received.payload)  # another engine has other free blocks
+    Copier(reader).scatter(
+        [(4, received.payload)], pinned=True
+    )  # another engine has other free blocks
 
     for name in LAYERS:
         assert torch.equal(target[name][4].view(torch.int8), source[name][1].view(torch.int8))
@@ -180,7 +184,7 @@ def test_a_staging_holds_one_block_whatever_happens_to_the_cache(
     views = caches(config, storage)
     pages = BlockPages(views, config)
     staging = Staging(pages)
-    Copier(pages).gather(2, pages.mark(), staging.payload)
+    Copier(pages).gather([(2, staging.payload)], pages.mark(), pinned=True)
     before = pages_of(views, LAYERS, 2).tolist()
 
     storage.fill_(7)
@@ -208,7 +212,7 @@ def test_a_copy_waits_for_the_engines_work(cache: tuple[KVCacheConfig, torch.Ten
     computed = FakeEvent(lambda: storage.fill_(5))
     staging = Staging(pages)
 
-    Copier(pages).gather(1, cast("Mark", computed), staging.payload)
+    Copier(pages).gather([(1, staging.payload)], cast("Mark", computed), pinned=True)
 
     assert set(staging.payload) == {5}
 
@@ -217,3 +221,38 @@ def test_on_a_cpu_work_is_done_when_python_says_so() -> None:
     config, storage = layer_outermost()
 
     assert BlockPages(caches(config, storage), config).mark() is None
+
+
+def memmove_all(source: torch.Tensor, target: torch.Tensor, sizes: torch.Tensor) -> None:
+    """What the kernel does, on the CPU."""
+    for come, go, size in zip(source.tolist(), target.tolist(), sizes.tolist(), strict=True):
+        ctypes.memmove(go, come, size)
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 24])
+def test_a_kernel_copies_what_single_copies_do(
+    cache: tuple[KVCacheConfig, torch.Tensor], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(pages_module, "_PIECE_BYTES", piece_bytes)
+    config, storage = cache
+    pages = BlockPages(caches(config, storage), config)
+    kernel = Kernel(pages, memmove_all)
+    stagings = {block_id: Staging(pages) for block_id in (3, 0, 4)}
+    blocks = [(block_id, staging.payload) for block_id, staging in stagings.items()]
+
+    kernel.copy(blocks, out_of_cache=True)
+    before = storage.clone()
+    for block_id, payload in blocks:
+        assert list(payload) == gathered(pages, block_id).tolist()
+
+    storage.zero_()
+    kernel.copy(blocks[:2], out_of_cache=False)
+    expected = torch.zeros_like(storage)
+    for region, empty in zip(
+        BlockPages(caches(config, before), config).regions,
+        BlockPages(caches(config, expected), config).regions,
+        strict=True,
+    ):
+        for block_id, _ in blocks[:2]:
+            empty[block_id] = region[block_id]
+    assert torch.equal(storage, expected)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from pdtasks.kv.pages import Copier
+from pdtasks.kv.pages import Blocks, Copier
 from pdtasks.kv.plan import Join, TransferPlan
-from tests.unit.kv.vllm_worker import Side, a_handle, a_load, a_save, fill
+from tests.unit.kv.vllm_worker import BLOCK_BYTES, Side, a_handle, a_load, a_save, fill
 from tests.waiting import wait_until
 
 
@@ -21,18 +21,19 @@ class HeldCopier(Copier):
     num_begun = 0
     error: Exception | None = None
 
-    def scatter(self, block_id: int, payload: memoryview) -> None:
+    def scatter(self, blocks: Blocks, *, pinned: bool) -> None:
         type(self).num_begun += 1
         assert self.may_copy.wait(20)
         if self.error is not None:
             raise self.error
-        super().scatter(block_id, payload)
+        super().scatter(blocks, pinned=pinned)
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HeldCopier]]:
     HeldCopier.may_copy, HeldCopier.num_begun, HeldCopier.error = threading.Event(), 0, None
     monkeypatch.setattr("pdtasks.kv.movers.Copier", HeldCopier)
+    monkeypatch.setattr("pdtasks.kv.movers._BATCH_BYTES", BLOCK_BYTES)  # one block at a time
     yield HeldCopier
     HeldCopier.may_copy.set()
 

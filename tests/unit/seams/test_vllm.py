@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.generate import api_router
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -26,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.kv_offload.cpu import host_register, swap_blocks_triton
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker import gpu_model_runner, kv_connector_model_runner_mixin
@@ -179,3 +181,18 @@ def test_vllm_asks_about_a_load_once_its_request_has_another_status() -> None:
     assert "self.finished_recving_kv_req_ids.add" in inspect.getsource(
         Scheduler._update_from_kv_xfer_finished
     )
+
+
+def test_one_kernel_copies_between_the_cache_and_host_memory() -> None:
+    parameters = inspect.signature(swap_blocks_triton.swap_blocks_batch).parameters
+    assert [*parameters] == [
+        "src_addrs", "dst_addrs", "sizes", "is_src_access_order_any", "bytes_per_chunk"
+    ]  # fmt: skip
+    assert "sizes + job) // 8" in inspect.getsource(swap_blocks_triton)  # multiples of 8 bytes
+    assert [*inspect.signature(host_register.host_register).parameters] == ["ptr", "num_bytes"]
+    assert [*inspect.signature(host_register.host_unregister).parameters] == ["ptr"]
+
+
+def test_an_engine_of_ours_has_the_limits_of_vllm_serve() -> None:
+    source = inspect.getsource(EngineArgs.get_batch_defaults)
+    assert "UsageContext.OPENAI_API_SERVER: 8192" in source
