@@ -28,6 +28,8 @@ logger = init_logger(__name__)
 _ON_ITS_WAY_S = 2.0
 #: Seconds between two looks for one.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.02
+#: Bytes that are copied at once from a ring: 5 to 6 ms on a GPU's link.
+_BATCH_BYTES = 256 << 20
 #: Seconds after which an engine is given up that waits for what its step depends on: copies within
 #: the host take milliseconds, but a host may stand still for a while.
 _SYNC_S = 30.0
@@ -133,7 +135,7 @@ class Loads:
     def _start_kept(
         self, load: BlockLoad, tally: Tally, blocks: list[Block], ring: RingReader | None
     ) -> None:
-        for batch in batches_of(blocks, ring.block_bytes if ring is not None else 1):
+        for batch in batches_of(blocks, ring.block_bytes if ring is not None else 1, _BATCH_BYTES):
             try:
                 if ring is None:
                     self._ended_with(load, tally, len(batch), None)

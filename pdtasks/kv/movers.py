@@ -10,11 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from pdtasks.kv.codec import HEADER_BYTES
-from pdtasks.kv.pages import BlockPages, Copier, Mark, Staging
+from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Mark, Staging
 from pdtasks.kv.plan import BlockLoad, BlockSave
-
-#: Bytes that are copied at once: 5 to 6 ms on a GPU's link.
-_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,11 @@ def blocks_of(
         )
 
 
-def batches_of(blocks: Sequence[Block], block_bytes: int) -> Iterable[Sequence[Block]]:
-    """`blocks` in groups that are each copied at once."""
-    size = max(1, _BATCH_BYTES // block_bytes)
+def batches_of(
+    blocks: Sequence[Block], block_bytes: int, batch_bytes: int
+) -> Iterable[Sequence[Block]]:
+    """`blocks` in groups that are each copied at once, of at most `batch_bytes`."""
+    size = max(1, batch_bytes // block_bytes)
     for begin in range(0, len(blocks), size):
         yield blocks[begin : begin + size]
 
@@ -67,6 +66,7 @@ class Movers:
 
     def __init__(self, name: str, num_threads: int, pages: BlockPages, *, staging: bool) -> None:
         """`staging`: give each thread memory for one block, now."""
+        many = ManyCopies.of_vllm(pages)
         # All memory is taken now: a host that lacks it says so at the start.
         stagings = [Staging(pages) for _ in range(num_threads)] if staging else []
         self.own = Own()
@@ -74,7 +74,7 @@ class Movers:
         def equip() -> None:
             if pages.device.type == "cuda":
                 torch.cuda.set_device(pages.device)
-            self.own.copier = Copier(pages)
+            self.own.copier = Copier(pages, many)
             self.own.header = memoryview(bytearray(HEADER_BYTES))
             if staging:
                 self.own.staging = stagings.pop()

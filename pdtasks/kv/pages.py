@@ -11,11 +11,13 @@ Kernels of the forward pass run on vLLM's own stream, later than Python says so.
 point there; a `Copier` reads on a stream of its own after that point, into pinned memory, and
 returns when the copy is done.  vLLM's stream never waits for it.
 
-Many blocks are one kernel (vLLM's own, of its offloading to host memory), not one copy each:
-between two copies a thread needs Python's lock, which the engine's thread gives away at each
-operation on a tensor and waits for then.  With eight threads that copied, an engine step of 6 ms
-took 24 to 34; with the kernel 6 to 7.  Nor do the engine's small copies stand behind large ones in
-the GPU's copy engine.
+Many blocks are one call into vLLM, of its offloading to host memory, not one copy each: between two
+copies a thread needs Python's lock, which the engine's thread gives away at each operation on a
+tensor and waits for then.  With eight threads that copied, an engine step of 6 ms took 24 to 34.
+
+Into the cache a kernel copies, before other kernels: the engine's own small copies into the GPU do
+not stand behind ours.  Out of it the GPU's copy engine does: a kernel would wait for the next
+prompt's, which leave it no room.
 
 Blocks that are to be written need no such point: vLLM 0.32 gives an engine that may load KV only
 blocks that no step under way still touches (`Scheduler.defer_block_free`).
@@ -34,9 +36,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 #: Numbers of blocks, each with its bytes in host memory.
 Blocks = Sequence[tuple[int, memoryview]]
 
+#: Of streams whose kernels run before vLLM's.
+_FIRST = -1
 #: Bytes that one program of the kernel copies before it takes others, and at once.
 _PIECE_BYTES = 1 << 20
-_CHUNK_BYTES = 8192
+_CHUNK_BYTES = 16384
 #: Below so many pieces vLLM's kernel is none.
 _MIN_PIECES = 16
 
@@ -87,11 +91,13 @@ class Copier:
     On CUDA copies use a stream of their own.
     """
 
-    def __init__(self, pages: BlockPages) -> None:
+    def __init__(self, pages: BlockPages, many: ManyCopies | None = None) -> None:
+        """`many`: copies pinned blocks; None: one after the other."""
         self._pages = pages
-        cuda = pages.device.type == "cuda"
-        self._stream = torch.cuda.Stream(pages.device) if cuda else None
-        self._kernel = Kernel.of_vllm(pages) if cuda and pages.block_bytes % 8 == 0 else None
+        self._many = many
+        self._stream: torch.cuda.Stream | None = None
+        if pages.device.type == "cuda":
+            self._stream = torch.cuda.Stream(pages.device, priority=_FIRST)
 
     def gather(self, blocks: Blocks, after: Mark, *, pinned: bool) -> None:
         """Copy blocks, complete at `after`, into their payloads: all regions, one by one.
@@ -108,8 +114,8 @@ class Copier:
 
     def _copy(self, blocks: Blocks, pinned: bool, *, out_of_cache: bool) -> None:
         with torch.cuda.stream(self._stream):  # does nothing where there is none
-            if pinned and self._kernel is not None:
-                self._kernel.copy(blocks, out_of_cache=out_of_cache)
+            if pinned and self._many is not None:
+                self._many.copy(blocks, out_of_cache=out_of_cache)
             else:
                 for block_id, payload in blocks:
                     self._copy_one(block_id, payload, out_of_cache=out_of_cache)
@@ -136,33 +142,41 @@ class Copier:
 Swap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-class Kernel:
-    """Copies many blocks at once, by their addresses. Sizes are multiples of 8 bytes."""
+class ManyCopies:
+    """Copies many blocks at once, by their addresses. For any thread."""
 
-    def __init__(self, pages: BlockPages, swap: Swap) -> None:
-        self._swap = swap
+    def __init__(self, pages: BlockPages, *, into_cache: Swap, out_of_cache: Swap) -> None:
+        self._into_cache = into_cache
+        self._out_of_cache = out_of_cache
         self._pieces = pieces_of(pages.regions)
 
     @classmethod
-    def of_vllm(cls, pages: BlockPages) -> Kernel:
-        """With vLLM's kernel, on CUDA."""
+    def of_vllm(cls, pages: BlockPages) -> ManyCopies | None:
+        """With vLLM's functions for CUDA; None: these blocks, or this device, are not for them."""
+        if pages.device.type != "cuda" or any(r.shape[1] % 8 for r in pages.regions):
+            return None
+        from vllm import _custom_ops
         from vllm.v1.kv_offload.cpu.swap_blocks_triton import swap_blocks_batch
 
-        swap: Swap = partial(swap_blocks_batch, bytes_per_chunk=_CHUNK_BYTES)
-        # Compiled now, with nothing to copy: the first hand-over would wait a second for it.
-        nothing = torch.zeros(_MIN_PIECES, dtype=torch.int64)
-        swap(nothing, nothing, nothing)
-        return cls(pages, swap)
+        kernel: Swap = partial(swap_blocks_batch, bytes_per_chunk=_CHUNK_BYTES)
+        # Compiled now, with nothing to copy: the first hand-over would wait two seconds for it.
+        # (Triton makes another kernel where the number of pieces is a multiple of 16.)
+        for num_pieces in (_MIN_PIECES, _MIN_PIECES + 1):
+            nothing = torch.zeros(num_pieces, dtype=torch.int64)
+            kernel(nothing, nothing, nothing)
+        return cls(pages, into_cache=kernel, out_of_cache=_custom_ops.swap_blocks_batch)
 
     def copy(self, blocks: Blocks, *, out_of_cache: bool) -> None:
         """Have `blocks` copied, on CUDA on the current stream."""
         begin, stride, offset, size = self._pieces
         ids = np.array([[block_id] for block_id, _ in blocks], dtype=np.int64)
         payloads = np.array([[_address(payload)] for _, payload in blocks], dtype=np.int64)
-        cache, host = begin + ids * stride, payloads + offset
-        source, target = (cache, host) if out_of_cache else (host, cache)
-        sizes = np.broadcast_to(size, cache.shape)
-        self._swap(_table(source), _table(target), _table(sizes))
+        cache, host = _table(begin + ids * stride), _table(payloads + offset)
+        sizes = _table(np.broadcast_to(size, (len(blocks), len(size))))
+        if out_of_cache:
+            self._out_of_cache(cache, host, sizes)
+        else:
+            self._into_cache(host, cache, sizes)
 
 
 def pieces_of(regions: Sequence[torch.Tensor]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 from pdtasks.kv import pages as pages_module
-from pdtasks.kv.pages import BlockPages, Copier, Kernel, Mark, Staging, block_bytes
+from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Mark, Staging, block_bytes
 
 PAGE = 24  # bytes of one layer's part of a block
 NUM_BLOCKS = 5
@@ -224,29 +224,29 @@ def test_on_a_cpu_work_is_done_when_python_says_so() -> None:
 
 
 def memmove_all(source: torch.Tensor, target: torch.Tensor, sizes: torch.Tensor) -> None:
-    """What the kernel does, on the CPU."""
+    """What vLLM's functions do, on the CPU."""
     for come, go, size in zip(source.tolist(), target.tolist(), sizes.tolist(), strict=True):
         ctypes.memmove(go, come, size)
 
 
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 24])
-def test_a_kernel_copies_what_single_copies_do(
+def test_many_copies_at_once_do_what_single_ones_do(
     cache: tuple[KVCacheConfig, torch.Tensor], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     monkeypatch.setattr(pages_module, "_PIECE_BYTES", piece_bytes)
     config, storage = cache
     pages = BlockPages(caches(config, storage), config)
-    kernel = Kernel(pages, memmove_all)
+    many = ManyCopies(pages, into_cache=memmove_all, out_of_cache=memmove_all)
     stagings = {block_id: Staging(pages) for block_id in (3, 0, 4)}
     blocks = [(block_id, staging.payload) for block_id, staging in stagings.items()]
 
-    kernel.copy(blocks, out_of_cache=True)
+    many.copy(blocks, out_of_cache=True)
     before = storage.clone()
     for block_id, payload in blocks:
         assert list(payload) == gathered(pages, block_id).tolist()
 
     storage.zero_()
-    kernel.copy(blocks[:2], out_of_cache=False)
+    many.copy(blocks[:2], out_of_cache=False)
     expected = torch.zeros_like(storage)
     for region, empty in zip(
         BlockPages(caches(config, before), config).regions,
@@ -256,3 +256,10 @@ def test_a_kernel_copies_what_single_copies_do(
         for block_id, _ in blocks[:2]:
             empty[block_id] = region[block_id]
     assert torch.equal(storage, expected)
+
+
+def test_a_cpu_copies_one_block_after_the_other(
+    cache: tuple[KVCacheConfig, torch.Tensor],
+) -> None:
+    config, storage = cache
+    assert ManyCopies.of_vllm(BlockPages(caches(config, storage), config)) is None

@@ -33,7 +33,7 @@ class HeldCopier(Copier):
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HeldCopier]]:
     HeldCopier.may_copy, HeldCopier.num_begun, HeldCopier.error = threading.Event(), 0, None
     monkeypatch.setattr("pdtasks.kv.movers.Copier", HeldCopier)
-    monkeypatch.setattr("pdtasks.kv.movers._BATCH_BYTES", BLOCK_BYTES)  # one block at a time
+    monkeypatch.setattr("pdtasks.kv.loading._BATCH_BYTES", BLOCK_BYTES)  # one block at a time
     yield HeldCopier
     HeldCopier.may_copy.set()
 

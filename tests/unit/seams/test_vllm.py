@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from vllm import _custom_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.generate import api_router
@@ -183,12 +184,14 @@ def test_vllm_asks_about_a_load_once_its_request_has_another_status() -> None:
     )
 
 
-def test_one_kernel_copies_between_the_cache_and_host_memory() -> None:
+def test_one_call_copies_between_the_cache_and_host_memory() -> None:
     parameters = inspect.signature(swap_blocks_triton.swap_blocks_batch).parameters
     assert [*parameters] == [
         "src_addrs", "dst_addrs", "sizes", "is_src_access_order_any", "bytes_per_chunk"
     ]  # fmt: skip
     assert "sizes + job) // 8" in inspect.getsource(swap_blocks_triton)  # multiples of 8 bytes
+    ours = [*inspect.signature(_custom_ops.swap_blocks_batch).parameters]
+    assert ours[:3] == ["src_ptrs", "dst_ptrs", "sizes"]
     assert [*inspect.signature(host_register.host_register).parameters] == ["ptr", "num_bytes"]
     assert [*inspect.signature(host_register.host_unregister).parameters] == ["ptr"]
 
