@@ -60,7 +60,7 @@ def make_plan(minutes: float, seed: int, engine: EngineKind) -> Plan:
         engine=engine,
         mix=_REAL_MIX,
         num_questions=12,
-        lengths=(8, 60),
+        longest=60,
         deadline_s=120.0,
         rehearse_at_once=2,
     )

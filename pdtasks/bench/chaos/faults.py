@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pdtasks.bench.chaos.schedule import Kind, Planned
 from pdtasks.bench.chaos.stack import ChaosStack
 from pdtasks.cluster.parts import Part
 from pdtasks.cluster.process import Process
+from pdtasks.cluster.rabbitmq import RabbitNode
+from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.naming import DECODE, PREFILL
 
 T = TypeVar("T")
@@ -43,6 +46,7 @@ class Faults:
             Kind.KILL_PREFILL: partial(self._kill, PREFILL),
             Kind.KILL_DECODE: partial(self._kill, DECODE),
             Kind.KILL_ENGINE: self._kill_engine,
+            Kind.FREEZE_ENGINE: self._freeze_engine,
             Kind.KILL_API: partial(self._kill, "api"),
             Kind.STOP_WORKER: self._stop_worker,
             Kind.FREEZE_WORKER: self._freeze_worker,
@@ -50,9 +54,9 @@ class Faults:
             Kind.FREEZE_BROKER: lambda _: _freeze("broker", stack.broker.process),
             Kind.FREEZE_BUS: lambda _: _freeze("bus", stack.bus.process),
             Kind.FREEZE_KV: lambda _: _freeze("kv", stack.kv.process),
-            Kind.RESTART_BROKER: lambda _: self._restart("broker", stack.broker.restart),
-            Kind.RESTART_BUS: lambda _: self._restart("bus", stack.bus.restart),
-            Kind.RESTART_KV: lambda _: self._restart("kv", stack.kv.restart),
+            Kind.RESTART_BROKER: partial(self._restart, "broker", stack.broker),
+            Kind.RESTART_BUS: partial(self._restart, "bus", stack.bus),
+            Kind.RESTART_KV: partial(self._restart, "kv", stack.kv),
             Kind.FLUSH_KV: self._flush_kv,
             Kind.CUT_ONE: self._cut_one,
             Kind.CUT_ALL: self._cut_all,
@@ -72,11 +76,22 @@ class Faults:
 
     def _kill_engine(self, pick: float) -> Acting:
         part = _choose(self._parts(PREFILL, DECODE), pick)
-        for child in psutil.Process(part.process.pid).children(recursive=True):
-            if _ENGINE_CORE in "".join(child.cmdline()) or _ENGINE_CORE in child.name():
-                child.kill()
-                return Acting(f"engine of {part.name}")
-        return Acting(f"nobody: {part.name} has no engine now")
+        if (engine := _engine_of(part)) is None:
+            return Acting(f"nobody: {part.name} has no engine now")
+        engine.kill()
+        return Acting(f"engine of {part.name}")
+
+    def _freeze_engine(self, pick: float) -> Acting:
+        part = _choose(self._parts(PREFILL, DECODE), pick)
+        if (engine := _engine_of(part)) is None:
+            return Acting(f"nobody: {part.name} has no engine now")
+
+        def thaw() -> None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # its worker was replaced
+                engine.resume()
+
+        engine.suspend()
+        return Acting(f"engine of {part.name}", thaw)
 
     def _stop_worker(self, pick: float) -> Acting:
         part = _choose(self._parts(PREFILL, DECODE), pick)
@@ -98,9 +113,13 @@ class Faults:
 
     # -- services --------------------------------------------------------------------------------
 
-    def _restart(self, name: str, restart: Callable[[Callable[[], None]], None]) -> Acting:
-        restart(self._stack.watch_parts)
-        return Acting(name)
+    def _restart(self, name: str, service: RabbitNode | ValkeyServer, pick: float) -> Acting:
+        """Every second time it has no time to end in order."""
+        crashes = pick < 0.5
+        if crashes:
+            service.process.kill()
+        service.restart(self._stack.watch_parts)
+        return Acting(f"{name}, killed" if crashes else name)
 
     def _flush_kv(self, pick: float) -> Acting:
         with valkey.Valkey.from_url(self._stack.kv.operator_url, socket_timeout=5) as kv:
@@ -124,6 +143,15 @@ class Faults:
         set_limit = partial(self._stack.broker.control, "set_vm_memory_high_watermark")
         set_limit(_NO_MEMORY)
         return Acting("broker", partial(set_limit, _ENOUGH_MEMORY))
+
+
+def _engine_of(part: Part) -> psutil.Process | None:
+    """The process of its engine core; None while there is none."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(part.process.pid).children(recursive=True):
+            if _ENGINE_CORE in child.name() or any(_ENGINE_CORE in w for w in child.cmdline()):
+                return child
+    return None
 
 
 def _freeze(name: str, process: Process) -> Acting:

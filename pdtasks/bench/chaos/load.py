@@ -64,6 +64,7 @@ class Load:
         deadline_s: float,
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Args:
         apis: URLs of the API processes, by name.
@@ -75,6 +76,7 @@ class Load:
         self._patience_s = deadline_s + SLACK_S
         self._rng = rng
         self._clock = clock
+        self._transport = transport
         self._began = clock()
         self._ending = asyncio.Event()
         self._known: Sequence[Known] = ()
@@ -100,6 +102,7 @@ class Load:
                     # like a fault.
                     limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                     timeout=httpx.Timeout(self._patience_s, connect=_CONNECT_S),
+                    transport=self._transport,
                     trust_env=False,  # no proxy
                 )
                 self._clients[name] = await stack.enter_async_context(client)
@@ -114,9 +117,7 @@ class Load:
     def begin(self, known: Sequence[Known]) -> None:
         """The clock starts, and what was asked before is forgotten; nothing may be under way."""
         self._known = known
-        # Who sees nothing before the end asks for less, or every wait would be an answer's length.
-        by_length = sorted(known, key=lambda k: len(k.answer.tokens))
-        self._short = by_length[: len(known) // 3 + 1]
+        self._short = [k for k in known if k.question.is_short] or known
         self.stories = []
         self._began = self._clock()
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+#: Tokens of short answers, at least and at most.
+SHORT = (2, 12)
 _WORDS = ("river", "stone", "letter", "garden", "window", "silver", "market", "winter", "bridge")
 #: Beginnings that a small model goes on with for a while.
 _BEGINNINGS = (
@@ -26,6 +28,11 @@ class Question:
     max_tokens: int
     seed: int | None  #: None: greedy
 
+    @property
+    def is_short(self) -> bool:
+        """For who sees nothing before the end: its wait is not the answer's length."""
+        return self.max_tokens <= SHORT[1]
+
     def body(self, model: str) -> dict[str, Any]:
         """For `/v1/completions`, or a job."""
         sampling: dict[str, Any] = {"temperature": 0}
@@ -41,10 +48,11 @@ class Question:
         }
 
 
-def make_questions(seed: int, count: int, lengths: tuple[int, int]) -> Sequence[Question]:
-    """`count` questions, every second one seeded. `lengths`: shortest and longest answer, tokens.
+def make_questions(seed: int, count: int, longest: int) -> Sequence[Question]:
+    """`count` questions, every second one seeded, every third one short (`SHORT`).
 
-    Prompts have one to twenty blocks of KV; none is another's prefix for more than a block or two.
+    Args:
+        longest: tokens of an answer.
     """
     rng = random.Random(seed)  # noqa: S311 - not a secret
     found = []
@@ -52,5 +60,6 @@ def make_questions(seed: int, count: int, lengths: tuple[int, int]) -> Sequence[
         words = " ".join(rng.choices(_WORDS, k=rng.randint(4, 200)))
         prompt = f"{rng.choice(_BEGINNINGS)} {words}. Number {number}:"
         own_seed = rng.getrandbits(31) if number % 2 else None
-        found.append(Question(number, prompt, rng.randint(*lengths), own_seed))
+        shortest, most = SHORT if number % 3 == 0 else (SHORT[1], longest)
+        found.append(Question(number, prompt, rng.randint(shortest, most), own_seed))
     return found

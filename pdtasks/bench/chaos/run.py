@@ -51,7 +51,7 @@ class Plan:
     engine: EngineKind = "stub"
     mix: Mix = field(default_factory=Mix)
     num_questions: int = 24
-    lengths: tuple[int, int] = (8, 120)  #: of answers, tokens
+    longest: int = 120  #: tokens of an answer
     deadline_s: float = 60.0  #: of a request
     rehearse_at_once: int = 12
 
@@ -147,7 +147,7 @@ def _rehearse(
     An engine's last bits depend on what else is in its batch, which may tip a close choice: such a
     question would tell nothing.
     """
-    questions = make_questions(plan.seed, plan.num_questions, plan.lengths)
+    questions = make_questions(plan.seed, plan.num_questions, plan.longest)
     first = _ask_all(questions, plan.rehearse_at_once, stack, clients)
     second = _ask_all(questions, len(questions), stack, clients)
     known = [

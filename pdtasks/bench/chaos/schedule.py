@@ -14,6 +14,7 @@ class Kind(StrEnum):
     KILL_PREFILL = "kill-prefill"
     KILL_DECODE = "kill-decode"
     KILL_ENGINE = "kill-engine"  #: vLLM's engine core alone, under a living worker
+    FREEZE_ENGINE = "freeze-engine"
     KILL_API = "kill-api"
     STOP_WORKER = "stop-worker"  #: SIGTERM, a planned stop
     FREEZE_WORKER = "freeze-worker"
@@ -34,6 +35,7 @@ class Kind(StrEnum):
 LASTING = frozenset(
     {
         Kind.FREEZE_WORKER,
+        Kind.FREEZE_ENGINE,
         Kind.FREEZE_API,
         Kind.FREEZE_BROKER,
         Kind.FREEZE_BUS,
@@ -41,8 +43,8 @@ LASTING = frozenset(
         Kind.MEMORY_ALARM,
     }
 )
-#: Only an engine in a process of its own can die alone.
-REAL_ENGINE_ONLY = frozenset({Kind.KILL_ENGINE})
+#: Only an engine in a process of its own can die or stand alone.
+REAL_ENGINE_ONLY = frozenset({Kind.KILL_ENGINE, Kind.FREEZE_ENGINE})
 
 #: Seconds that a lasting fault lasts.  The longest is beyond the stack's stall time-out: a frozen
 #: worker is then replaced.

@@ -46,8 +46,8 @@ _SETTINGS: dict[str, Any] = {
     "kv_urls": (),
     "api_host": "127.0.0.1",
     # A worker that is frozen for longer is replaced.
-    "stall_timeout_s": 6.0,
-    "worker_ttl_s": 5.0,
+    "stall_timeout_s": 4.0,
+    "worker_ttl_s": 3.0,
     "kv_timeout_s": 3.0,
     "cpu_kv_cache_gib": 1,
     "max_num_seqs": _CONCURRENCY,
