@@ -45,14 +45,26 @@ _SETTINGS: dict[str, Any] = {
     "bus_url": None,
     "kv_urls": (),
     "api_host": "127.0.0.1",
-    # A worker that is frozen for longer is replaced.
-    "stall_timeout_s": 4.0,
-    "worker_ttl_s": 3.0,
     "kv_timeout_s": 3.0,
-    "cpu_kv_cache_gib": 1,
     "max_num_seqs": _CONCURRENCY,
     # A request whose worker dies is no poison, however often that happens here.
     "delivery_limit": 10,
+}
+_OF_ENGINE: dict[EngineKind, dict[str, Any]] = {
+    "stub": {
+        "served_model_name": STUB_MODEL,
+        "model": None,
+        "device": "cpu",
+        # A worker that is frozen for longer is replaced.
+        "worker_ttl_s": 3.0,
+        "stall_timeout_s": 4.0,
+    },
+    "real": {
+        "stall_timeout_s": 15.0,
+        "cpu_kv_cache_gib": 1,
+        # With half as many digits the company of a batch tips close choices, undisturbed too.
+        "engine_args": {"dtype": "float32"},
+    },
 }
 
 
@@ -66,9 +78,8 @@ class ChaosStack:
         home: a folder of its own.
         deadline_s: seconds from a request to its end.
         """
-        overrides = _SETTINGS | {"home": home, "request_timeout_s": deadline_s}
-        if engine == "stub":
-            overrides |= {"served_model_name": STUB_MODEL, "model": None, "device": "cpu"}
+        own = {"home": home, "request_timeout_s": deadline_s}
+        overrides = _SETTINGS | _OF_ENGINE[engine] | own
         self.settings: Settings = children.stack_settings(**overrides)
         self.workers: list[Part] = []
         self.apis: list[Part] = []
