@@ -2,6 +2,7 @@
 
 ::
 
+    chaos    what becomes of requests while parts of a stack fail
     serving  pdtasks beside vLLM's own ways to serve
     gap      from the first token to the second, of a running stack
     burst    many requests at once to a running stack

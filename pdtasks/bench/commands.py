@@ -11,7 +11,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -205,6 +205,38 @@ def burst(*, rounds: int, json_file: Path | None) -> None:
     if json_file is not None:
         json_file.write_text(json.dumps(asdict(found), indent=1) + "\n")
     sys.exit(0 if found.answered == found.requests else 1)
+
+
+@bench.command()
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="How long there are load and faults.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of faults and load.")
+@click.option(
+    "--engine",
+    type=click.Choice(["stub", "real"]),
+    default="stub",
+    show_default=True,
+    help="Engines that compute nothing and repeat themselves, or vLLM with the embedded model.",
+)
+@_JSON
+def chaos(
+    *, minutes: float, seed: int, engine: Literal["stub", "real"], json_file: Path | None
+) -> None:
+    """Kill, freeze, cut and restart the parts of a stack under load, and count what became of it.
+
+    The stack is its own: services, two workers of each stage, two API processes. Every answer is
+    compared with the one that the same engines gave before. Exit code 1 when a request was lost,
+    duplicated or wrong; then the logs are kept.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.chaos.command import run_command
+
+    sys.exit(run_command(minutes, seed, engine, json_file))
 
 
 @bench.command()

@@ -12,7 +12,7 @@ import shutil
 import site
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,36 @@ def stack_settings(**overrides: Any) -> Settings:
     return settings.model_copy(update=absolute)
 
 
-def worker(settings: Settings, placement: Placement, concurrency: int, temporary: Path) -> Process:
-    """One prefill or decode worker in its place."""
+def worker(
+    settings: Settings,
+    placement: Placement,
+    concurrency: int,
+    temporary: Path,
+    *,
+    make: Callable[..., Process] = Process,
+) -> Process:
+    """One prefill or decode worker in its place. `make`: another way to start processes."""
     argv = ["celery", "-A", "pdtasks", "worker", "-Q", placement.role]
     argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
     argv += ["-E", "--without-mingle", "--without-gossip", "-l", "INFO"]
     env = {
         **_temporary_env(settings, temporary),
     }
-    return _python(placement.name, argv, settings, {**env, **placement.env})
+    return _python(placement.name, argv, settings, {**env, **placement.env}, make)
 
 
-def api(settings: Settings, temporary: Path) -> Process:
-    """The HTTP API."""
+def api(
+    settings: Settings,
+    temporary: Path,
+    *,
+    name: str = "api",
+    make: Callable[..., Process] = Process,
+) -> Process:
+    """The HTTP API. `name`: of one among several; `make`: another way to start processes."""
     argv = ["pdtasks.cli", "api", "--host", settings.api_host, "--port", str(settings.api_port)]
     # It computes nothing; torch's threads would only get in the engines' way.
     env = {"OMP_NUM_THREADS": "1", **_temporary_env(settings, temporary)}
-    return _python("api", argv, settings, env)
+    return _python(name, argv, settings, env, make)
 
 
 def flower(settings: Settings, cookie_secret: str) -> Process:
@@ -118,8 +131,14 @@ def make_temporary(settings: Settings) -> Path:
     return temporary
 
 
-def _python(name: str, argv: Sequence[str], settings: Settings, env: Mapping[str, str]) -> Process:
-    return Process(
+def _python(
+    name: str,
+    argv: Sequence[str],
+    settings: Settings,
+    env: Mapping[str, str],
+    make: Callable[..., Process] = Process,
+) -> Process:
+    return make(
         name,
         [sys.executable, "-m", *argv],
         env={**_common_env(settings), **env},

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -93,6 +94,18 @@ def kill_session(session: int) -> None:
         time.sleep(0.01)
 
 
+class Child(Protocol):
+    """What `Process` needs of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 class Process:
     """One supervised child."""
 
@@ -119,7 +132,7 @@ class Process:
         self._env = dict(env)
         self._stdin = stdin
         self._cwd = cwd
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._identity: Identity | None = None
         self._log_start = 0
 
@@ -138,7 +151,7 @@ class Process:
     @property
     def running(self) -> bool:
         """Is it there?"""
-        return self._popen is not None and self.poll() is None
+        return self._child is not None and self.poll() is None
 
     def start(self) -> None:
         """Start the command. Raises StartFailed when it is not there."""
@@ -150,35 +163,39 @@ class Process:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._log_start = os.fstat(log).st_size
-            self._popen = subprocess.Popen(
-                [sys.executable, "-ISc", _PRELUDE, str(os.getpid()), *self._argv],
-                env=self._env,
-                cwd=self._cwd,
-                stdin=subprocess.DEVNULL if self._stdin is None else subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self._child = self._spawn(log)
         finally:
             os.close(log)
         # (None: it is gone already. No process has started at tick 0, so this matches nobody.)
-        self._identity = identify(self._popen.pid) or Identity(self._popen.pid, 0)
-        if self._stdin is not None and self._popen.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), self._popen.stdin as pipe:
+        self._identity = identify(self._child.pid) or Identity(self._child.pid, 0)
+
+    def _spawn(self, log: int) -> Child:
+        child = subprocess.Popen(
+            [sys.executable, "-ISc", _PRELUDE, str(os.getpid()), *self._argv],
+            env=self._env,
+            cwd=self._cwd,
+            stdin=subprocess.DEVNULL if self._stdin is None else subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        if self._stdin is not None and child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
                 pipe.write(self._stdin.encode())
+        return child
 
     def poll(self) -> int | None:
         """None while it runs, else the exit code (negative: the signal that ended it).
 
         Nothing that the process started outlives it.
         """
-        if self._popen is None:
+        if self._child is None:
             return None
-        if self._popen.returncode is None and self._exited():
+        if self._child.returncode is None and self._exited():
             # Before the pid is given back, after which it could name somebody else's session.
-            kill_session(self._popen.pid)
-            self._popen.wait()
-        return self._popen.returncode
+            kill_session(self._child.pid)
+            self._child.wait()
+        return self._child.returncode
 
     def _exited(self) -> bool:
         how = os.WEXITED | os.WNOHANG | os.WNOWAIT

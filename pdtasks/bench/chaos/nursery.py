@@ -1,0 +1,218 @@
+"""Stub workers and API processes within a moment: one process imports everything, others fork off.
+
+vLLM's import takes some seconds of a core, and a run of chaos starts many processes.  Run as a
+program it obeys lines of JSON on its standard input::
+
+    {"argv": ["…/python", "-m", "celery", …], "env": {…}, "cwd": "…"}   ->   {"pid": 123}
+    {"poll": 123}    ->   {"ended": false}
+    {"wait": 123}    ->   {"status": -9}
+
+Workers get the stub engine (`stub.py`) by the only seam there is: names that
+`pdtasks.worker.service` has imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pdtasks
+from pdtasks.cluster.process import Child, Process, StartFailed
+
+_PR_SET_PDEATHSIG = 1
+_STOP_S = 10.0
+
+
+class Nursery:
+    """The other end of the program. For one thread, which has to outlive its children."""
+
+    def __init__(self, log: Path) -> None:
+        self._log_file = log
+        self._process: subprocess.Popen[str]
+
+    def __enter__(self) -> Self:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+        root = str(Path(pdtasks.__file__).resolve().parent.parent)
+        env |= {
+            # Threads do not survive a fork.
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")])),
+        }
+        with self._log_file.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pdtasks.bench.chaos.nursery", str(os.getpid())],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        self._is_ready = False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def make(self, *args: Any, **options: Any) -> Process:
+        """A `Process` that forks off here."""
+        return _Forked(self, *args, **options)
+
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Have `order` obeyed. Raises StartFailed when nobody does."""
+        assert self._process.stdin is not None
+        try:
+            while not self._is_ready:  # vLLM says a word or two before
+                self._is_ready = self._read() == "ready\n"
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._read())
+        except BrokenPipeError:
+            raise StartFailed(f"the nursery has ended: its log is {self._log_file}") from None
+        return answer
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise StartFailed(f"the nursery has ended: its log is {self._log_file}")
+        return line
+
+
+class _Forked(Process):
+    def __init__(self, nursery: Nursery, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._nursery = nursery
+
+    def _spawn(self, log: int) -> Child:
+        order = {"argv": self._argv, "env": self._env, "log": str(self.log), "cwd": str(self._cwd)}
+        return _Orphan(self._nursery, int(self._nursery.ask(order)["pid"]))
+
+    def _exited(self) -> bool:
+        return bool(self._nursery.ask({"poll": self.pid})["ended"])
+
+
+class _Orphan:
+    """A child of the nursery."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._nursery = nursery
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        if self.returncode is None:
+            self.returncode = int(self._nursery.ask({"wait": self.pid})["status"])
+        return self.returncode
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+def _serve(parent: int) -> None:
+    _die_with(parent)
+    _import_everything()
+    _say("ready")
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "argv" in order:
+            own = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_be(order, own))
+            _say(json.dumps({"pid": pid}))
+        elif "poll" in order:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = os.waitid(os.P_PID, order["poll"], how) is not None
+            _say(json.dumps({"ended": ended}))
+        else:
+            _, status = os.waitpid(order["wait"], 0)
+            _say(json.dumps({"status": os.waitstatus_to_exitcode(status)}))
+
+
+def _import_everything() -> None:
+    from celery.bin import celery, worker  # noqa: F401
+    from vllm.engine import arg_utils  # noqa: F401
+    from vllm.entrypoints.launchers import app  # noqa: F401
+    from vllm.entrypoints.launchers.api_server import app_state  # noqa: F401
+
+    import api.client
+    import api.jobs
+    import api.main  # noqa: F401
+    import pdtasks.decode
+    import pdtasks.prefill
+    import pdtasks.worker.celery_worker
+    import pdtasks.worker.service
+    from pdtasks.bench.chaos.stub import NoText, start_stub
+
+    vars(pdtasks.worker.service).update(
+        start_core=start_stub, TextFrontend=NoText, resolve_model=lambda *_: "stub"
+    )
+
+
+def _be(order: Mapping[str, Any], parent: int) -> int:
+    """Become the process that `order` describes; returns its exit code."""
+    os.setsid()
+    _die_with(parent)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, target in enumerate((null, log, log)):
+        os.dup2(target, number)
+    os.environ.clear()
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    _, _, module, *arguments = order["argv"]  # python -m module …
+    sys.argv = [module, *arguments]
+    code = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except BaseException:  # noqa: BLE001 - the interpreter would tell of it as well
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
