@@ -71,11 +71,17 @@ def make_requests(workload: Workload, rate: float, rng: random.Random) -> Iterat
 
 
 async def ask_all(
-    url: str, model: str, requests: list[Request], rate: float, rng: random.Random, *, reports: bool
+    url: str,
+    model: str,
+    requests: list[Request],
+    rate: float,
+    arrivals: random.Random,
+    *,
+    reports: bool,
 ) -> list[Sample]:
     """Ask all `requests` of the server at `url`, `rate` a second (0: at once).
 
-    `reports`: it is pdtasks, so ask what the stages report of each request.
+    `arrivals` says when each comes; `reports`: it is pdtasks, so ask what the stages report.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S)
     connector = aiohttp.TCPConnector(limit=0)
@@ -84,7 +90,7 @@ async def ask_all(
         for request in requests:
             asked.append(asyncio.create_task(_ask(session, model, request, reports=reports)))
             if rate:
-                await asyncio.sleep(rng.expovariate(rate))
+                await asyncio.sleep(arrivals.expovariate(rate))
         return await asyncio.gather(*asked)
 
 

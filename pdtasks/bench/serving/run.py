@@ -44,7 +44,7 @@ class Starts(Protocol):
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One row to be."""
 
     topology: str
@@ -77,6 +77,14 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     exact: list[exact.Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  #: what was not run, or not as meant
+
+
+def arrivals_of(run: Run) -> random.Random:
+    """When the requests of `run` come: at the same times in all topologies.
+
+    A hundred requests at random are few: one topology would have the luck of another's draw.
+    """
+    return random.Random(f"{run.workload} {run.rate:g} {run.repeat}")  # noqa: S311 - not a secret
 
 
 class Runner:
@@ -136,12 +144,12 @@ class Runner:
             for workload in wanted.workloads:
                 for rate in wanted.rates or self._plan.workloads[workload].rates:
                     for client in wanted.clients:
-                        self._measure(_Run(name, workload, rate, repeat, client), running)
+                        self._measure(Run(name, workload, rate, repeat, client), running)
         # Last: its prompts are the same for every topology, and of a kind of their own.
         if wanted.exact:
             self._compare(name, running)
 
-    def _measure(self, run: _Run, running: Running) -> None:
+    def _measure(self, run: Run, running: Running) -> None:
         workload = self._plan.workloads[run.workload]
         by_vllm = run.client == VLLM_CLIENT
         if by_vllm and not can_ask(workload):
@@ -173,7 +181,7 @@ class Runner:
             self._problem(f"{run}: {row.failed} failed, one with {row.first_failure}")
 
     def _ask_with_ours(
-        self, run: _Run, workload: Workload, running: Running
+        self, run: Run, workload: Workload, running: Running
     ) -> tuple[list[Sample], float]:
         # From the clock: two runs that shared prompts would measure caches.
         rng = random.Random()  # noqa: S311 - not a secret
@@ -182,7 +190,12 @@ class Runner:
         async def ask() -> list[Sample]:
             async with asyncio.timeout(self._left()):
                 return await ask_all(
-                    running.url, MODEL, requests, run.rate, rng, reports=running.reports
+                    running.url,
+                    MODEL,
+                    requests,
+                    run.rate,
+                    arrivals_of(run),
+                    reports=running.reports,
                 )
 
         samples = asyncio.run(ask())
@@ -190,7 +203,7 @@ class Runner:
         return samples, max(ends, default=1.0) - min(s.began for s in samples)
 
     def _ask_with_vllm(
-        self, run: _Run, workload: Workload, running: Running
+        self, run: Run, workload: Workload, running: Running
     ) -> tuple[list[Sample], float]:
         return run_vllm_client(
             running.url,

@@ -12,7 +12,15 @@ import pytest
 
 from pdtasks.bench.serving.plan import Plan, Short, Topology, Workload
 from pdtasks.bench.serving.processes import Running
-from pdtasks.bench.serving.run import OWN_CLIENT, VLLM_CLIENT, Found, Runner, Wanted
+from pdtasks.bench.serving.run import (
+    OWN_CLIENT,
+    VLLM_CLIENT,
+    Found,
+    Run,
+    Runner,
+    Wanted,
+    arrivals_of,
+)
 from pdtasks.cluster.process import StartFailed
 from tests.unit.bench.serving.stub_server import StubServer, running
 
@@ -151,3 +159,12 @@ def test_vllms_client_cannot_mix_lengths(farm: Farm, tmp_path: Path) -> None:
 
     assert [r.client for r in found.rows] == [OWN_CLIENT]
     assert "cannot mix lengths" in found.problems[0]
+
+
+def test_requests_come_at_the_same_times_in_all_topologies_and_at_others_in_the_next_run() -> None:
+    def pauses(topology: str, repeat: int) -> list[float]:
+        arrivals = arrivals_of(Run(topology, "long", 4, repeat, OWN_CLIENT))
+        return [arrivals.expovariate(4) for _ in range(5)]
+
+    assert pauses("one", 1) == pauses("ours", 1)
+    assert pauses("one", 1) != pauses("one", 2)
