@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from pdtasks.messages import Ask
+from pdtasks.naming import STAGES
 
 #: Seconds without a token after which another attempt may take over that has not asked.
 SILENCE_S = 5.0
@@ -50,6 +51,16 @@ class Attempts:
                 return False
         self._hear(attempt)
         return True
+
+    def ended_by(self, stage: str, attempt: int) -> bool:
+        """Does the failure of `attempt` at `stage` end the request?
+
+        Not while another one goes on: a stage whose job was delivered again may fail where it has
+        been lost before.
+        """
+        if attempt == 0:
+            return True
+        return self._current is None or (stage == STAGES[-1] and attempt == self._current)
 
     def _hear(self, attempt: int) -> None:
         self._current, self._heard_at = attempt, time.monotonic()

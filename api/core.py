@@ -327,7 +327,9 @@ class PipelineCore(EngineCoreClient):
         for request_id, ask in reply.asks.items():
             self._tell_progress(request_id, reply.stage, ask)
         for request_id, failure in reply.failures.items():
-            await self._give_up(request_id, failure.to_error())
+            entry = self._open.get(request_id)
+            if entry is not None and entry.attempts.ended_by(reply.stage, failure.attempt):
+                await self._give_up(request_id, failure.to_error())
         if reply.outputs and reply.engine == ENGINE_VERSION:
             await self._take_outputs(reply)
         elif reply.outputs:

@@ -58,7 +58,7 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
     # One that was handed on does not join the run that has handed it on.
     run_id = f"{request.id}#{job.handed_on}"
     try:
-        answer = here.stages.run(run_id, stage.run, job.deadline)
+        answer = here.stages.run(run_id, stage.run, job.deadline, stage.attempt)
     except RequestAborted:
         self.end_aborted()
         return None

@@ -13,6 +13,8 @@ class PdtasksError(Exception):
     """Something failed inside pdtasks."""
 
     http_status = 500
+    #: Which attempt at a request has failed; 0: it is the request that has, whoever runs it.
+    attempt = 0
 
     @property
     def code(self) -> str:

@@ -94,11 +94,12 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     message: str
+    attempt: int = 0  #: see `PdtasksError`
 
     @classmethod
     def of(cls, error: PdtasksError) -> Failure:
         """Make `error` fit for another process."""
-        return cls(code=error.code, message=str(error))
+        return cls(code=error.code, message=str(error), attempt=error.attempt)
 
     def to_error(self) -> PdtasksError:
         """The error again."""

@@ -51,7 +51,7 @@ def prefill(self: StageTask, wire: bytes) -> None:
     stage = _Prefill(here, job, self.reply_stream, hand_over, is_again=self.is_again)
     answer = None
     try:
-        answer = here.stages.run(request.id, stage.run, job.deadline)
+        answer = here.stages.run(request.id, stage.run, job.deadline, stage.attempt)
     except InvalidRequest as exc:
         # Not raised: the text of a task's exception goes into events and logs, and this one may
         # quote the request.

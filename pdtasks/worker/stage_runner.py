@@ -28,14 +28,20 @@ class StageRunner:
 
     def __init__(self, engine: RunsCoroutines) -> None:
         self._engine = engine
-        self._running: dict[str, Future[Any]] = {}
+        self._running: dict[str, tuple[Future[Any], int]] = {}  # with its attempt
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Stages under way."""
         return len(self._running)
 
-    def run(self, task_id: str, stage: Callable[[], Coroutine[Any, Any, T]], deadline: float) -> T:
+    def run(
+        self,
+        task_id: str,
+        stage: Callable[[], Coroutine[Any, Any, T]],
+        deadline: float,
+        attempt: int = 0,
+    ) -> T:
         """Run a stage and wait for it.
 
         A job that RabbitMQ delivers again while it runs here (the connection was lost, the work
@@ -43,23 +49,28 @@ class StageRunner:
 
         Raises RequestTimeout when `deadline` (UNIX seconds) passes; the stage is cancelled then.
         An error that is none of ours becomes EngineFailed without its text, which Celery would
-        put into results, logs and events: it may quote a prompt.
+        put into results, logs and events: it may quote a prompt.  What is raised names `attempt`,
+        the one that has failed.
         """
         with self._lock:
-            future = self._running.get(task_id)
-            if future is None:
-                future = self._engine.call(_within(stage, deadline))
-                self._running[task_id] = future
+            running = self._running.get(task_id)
+            if running is None:
+                running = self._engine.call(_within(stage, deadline)), attempt
+                self._running[task_id] = running
+        future, attempt = running
         try:
             found: T = future.result()
-        except PdtasksError:
+        except PdtasksError as exc:
+            exc.attempt = attempt
             raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, its text stays here
             logger.error("%s failed: %s", task_id, where(exc))  # noqa: TRY400
-            raise EngineFailed(f"the stage failed: {type(exc).__name__}") from None
+            error = EngineFailed(f"the stage failed: {type(exc).__name__}")
+            error.attempt = attempt
+            raise error from None
         finally:
             with self._lock:
-                if self._running.get(task_id) is future:
+                if self._running.get(task_id) is running:
                     del self._running[task_id]
         return found
 

@@ -9,7 +9,8 @@ from vllm.v1.engine import FinishReason
 
 from api import attempts, core
 from pdtasks.bus.progress import Progress
-from pdtasks.messages import Ask
+from pdtasks.errors import EngineFailed
+from pdtasks.messages import Ask, Failure
 from tests.unit.api.core_bench import Bench, with_bench
 from tests.unit.factories import an_output
 from tests.waiting import until
@@ -188,3 +189,47 @@ def test_an_answer_that_cannot_be_told_costs_a_warning(
         await until(lambda: "bus is away: ConnectionError" in caplog.text)
 
     with_bench(test, leaves=("r",))
+
+
+def a_failure(attempt: int) -> dict[str, Failure]:
+    error = EngineFailed("out of memory")
+    error.attempt = attempt
+    return {"r": Failure.of(error)}
+
+
+@pytest.mark.parametrize(("stage", "attempt"), [("decode", OLD), ("prefill", 99)])
+def test_the_failure_of_an_attempt_that_was_displaced_is_not_the_requests(
+    told: list[Any], stage: str, attempt: int
+) -> None:
+    async def test(bench: Bench) -> None:
+        await begun(bench)
+        await bench.take(asks={"r": Ask(attempt=NEW)})
+
+        await bench.take(failures=a_failure(attempt), stage=stage)
+        await bench.take((2, an_output([9], finish_reason=FinishReason.STOP)), attempts=(NEW,))
+
+        assert [tokens for _, tokens, _ in bench.answer()] == [[7], [8], [9]]
+        assert bench.failed == {}
+
+    with_bench(test)
+
+
+@pytest.mark.parametrize("attempt", [0, OLD])
+def test_the_failure_of_the_attempt_that_counts_or_of_the_job_itself_ends_the_request(
+    attempt: int,
+) -> None:
+    async def test(bench: Bench) -> None:
+        await begun(bench)
+        await bench.take(failures=a_failure(attempt))
+        assert [type(error) for error in bench.failed.values()] == [EngineFailed]
+
+    with_bench(test)
+
+
+def test_a_failure_of_prefill_ends_a_request_that_no_other_stage_has_begun() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("r")
+        await bench.take(failures=a_failure(99), stage="prefill")
+        assert [type(error) for error in bench.failed.values()] == [EngineFailed]
+
+    with_bench(test)
