@@ -13,6 +13,8 @@ DEAD_EXCHANGE = "pdtasks.dead"
 DEAD_QUEUE = "pdtasks.dead"
 #: The same after their callers were answered: for operators (`pdtasks deadletter`).
 KEPT_QUEUE = "pdtasks.deadletters"
+#: The way there, and to no other queue.
+KEEP_EXCHANGE = "pdtasks.keep"
 
 #: Control command: drop the requests whose ids it names.
 ABORT = "pdtasks_abort"

@@ -23,6 +23,7 @@ from celery.result import AsyncResult
 
 from pdtasks.app import app
 from pdtasks.background import Background
+from pdtasks.broker.declaring import ensure_declared
 from pdtasks.broker.publishing import ConfirmedSender, Publish
 from pdtasks.errors import BrokerUnavailable, InvalidRequest
 from pdtasks.messages import DecodeJob, Message, PrefillJob, TextRequest
@@ -145,7 +146,9 @@ def _task_message(name: str, job: Message, *, queue: str, task_id: str, **option
     )
 
     def publish(producer: kombu.Producer) -> None:
-        app.amqp.send_task_message(producer, name, message, queue=queue, retry=False)
+        ensure_declared(producer.channel, app.amqp.queues[queue])
+        # Without `declare` Celery would declare the queue.
+        app.amqp.send_task_message(producer, name, message, queue=queue, retry=False, declare=[])
 
     return publish
 

@@ -139,7 +139,7 @@ class Settings(BaseSettings):
         """`PDTASKS_*` variables that make another process read the same settings."""
         env = {}
         for name, value in self:
-            if value is None or value == ():
+            if value is None:
                 continue
             if isinstance(value, tuple):
                 text = ",".join(value)

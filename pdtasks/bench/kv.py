@@ -145,7 +145,7 @@ def _ends(maxmemory: int) -> Iterator[Ends]:
             client.config_set("io-threads", io_threads(len(os.sched_getaffinity(0))))
             client.config_set("client-output-buffer-limit", "normal 1gb 256mb 10")
         peer = started.enter_context(Peer(folder / "peer.sock"))
-        yield Ends(unix.url, tcp.url, peer.path, peer.port)
+        yield Ends(unix.url, tcp.operator_url, peer.path, peer.port)
 
 
 def _measure_path(

@@ -15,6 +15,8 @@ from pdtasks.app import app
 from pdtasks.background import Background
 from pdtasks.backlog import Backlog
 from pdtasks.backoff import Backoff
+from pdtasks.broker.declaring import ensure_declared
+from pdtasks.errors import BrokerUnavailable
 from pdtasks.naming import ABORT
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class Aborter:
     def _send(self, request_ids: list[str]) -> bool:
         try:
             self._broadcast(request_ids)
-        except (AMQPError, OperationalError, OSError) as exc:
+        except (AMQPError, OperationalError, OSError, BrokerUnavailable) as exc:
             is_stale = self._connection is not None and not self._backoff.pause_s
             self._disconnect()
             self._backoff.fail()
@@ -112,6 +114,7 @@ class Aborter:
             self._connection = connection
         # Celery's own `control.broadcast` takes a connection of its pool, and tries for ever.
         exchange = app.control.mailbox.exchange
+        ensure_declared(self._connection.default_channel, exchange)
         kombu.Producer(self._connection.default_channel, auto_declare=False).publish(
             {
                 "method": ABORT,
@@ -121,7 +124,6 @@ class Aborter:
                 "matcher": None,
             },
             exchange=exchange.name,
-            declare=[exchange],
             serializer="json",
             headers={"clock": app.clock.forward(), "expires": 0},
             retry=False,

@@ -46,6 +46,7 @@ def kept_queue(channel: Any = None) -> kombu.Queue:
     """The queue; classic, for a quorum queue counts each look as a delivery and has a limit."""
     return kombu.Queue(
         naming.KEPT_QUEUE,
+        exchange=kombu.Exchange(naming.KEEP_EXCHANGE, type="fanout", durable=True),
         channel=channel,
         durable=True,
         queue_arguments={
@@ -61,7 +62,9 @@ def keep(message: kombu.Message, reason: str, producer: kombu.Producer) -> None:
     """Put a dead `message` into the queue. Raises what kombu raises."""
     death = last_death(message)
     told = {"reason": reason, "queue": str(death.get("queue", "?")), "at": time.time()}
-    _publish(message, producer, "", naming.KEPT_QUEUE, headers={**message.headers, _HEADER: told})
+    headers = {**message.headers, _HEADER: told}
+    # Not the default exchange: who may write there may write to every queue.
+    _publish(message, producer, naming.KEEP_EXCHANGE, "", headers=headers)
 
 
 def last_death(message: kombu.Message) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 One thread owns one connection.  It sends what others hand it, in order, and takes the confirms as
 they come: a hundred messages cost one round trip, and one that RabbitMQ holds back (a memory alarm)
 holds up nobody but who waits for it.  What a lost connection leaves unconfirmed is sent again:
-a message may arrive twice, and never not at all without an error.
+a message may arrive twice, and never not at all without an error.  RabbitMQ confirms also what it
+has no queue for: so each is `mandatory`, and comes back then.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ _ERRORS = (AMQPError, OperationalError, OSError)
 Publish = Callable[[kombu.Producer], None]
 
 
+class _Producer(kombu.Producer):
+    """Numbers its messages as RabbitMQ does, so that one that comes back is known."""
+
+    number = 0
+
+    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
+        self.number += 1
+        options |= {"mandatory": True, "message_id": str(self.number)}
+        return super().publish(body, *args, **options)  # type: ignore[no-untyped-call]
+
+
 @dataclass(eq=False)
 class _Message:
     publish: Publish
@@ -82,10 +94,10 @@ class ConfirmedSender:
         # Below: the sender's thread alone.
         self._waiting: deque[_Message] = deque()
         self._unconfirmed: dict[int, _Message] = {}
-        self._num_published = 0
         self._confirmed_at = 0.0
         self._connection: Any = None
-        self._producer: kombu.Producer | None = None
+        self._producer: _Producer | None = None
+        self._returned: list[_Message] = []
         self._blocked = ""
         self._backoff = Backoff(maximum_s=5.0)
         self._connect_at = 0.0
@@ -202,14 +214,17 @@ class ConfirmedSender:
                 # we say): the second time tells.
                 self._lose_connection(exc, times=2)
                 continue
+            except PdtasksError as exc:  # says what is wrong with this one
+                message.settle(exc)
+                self._waiting.popleft()
+                continue
             except Exception as exc:  # noqa: BLE001 - one odd message must not take others along
                 logger.error("a message could not be sent: %s", where(exc))  # noqa: TRY400
                 message.settle(PdtasksError(f"the message was not sent: {type(exc).__name__}"))
                 self._waiting.popleft()
                 continue
             self._waiting.popleft()
-            self._num_published += 1
-            self._unconfirmed[self._num_published] = message
+            self._unconfirmed[self._producer.number] = message
 
     def _is_connected(self) -> bool:
         if self._producer is not None:
@@ -226,11 +241,12 @@ class ConfirmedSender:
             channel.confirm_select()
             channel.events["basic_ack"].add(self._on_ack)
             channel.events["basic_nack"].add(self._on_nack)
-            self._producer = kombu.Producer(channel, auto_declare=False)
+            self._producer = _Producer(  # type: ignore[no-untyped-call]
+                channel, auto_declare=False, on_return=self._on_return
+            )
         except _ERRORS as exc:
             self._lose_connection(exc, times=1)
             return False
-        self._num_published = 0
         return True
 
     def _wait(self) -> None:
@@ -252,6 +268,24 @@ class ConfirmedSender:
                 pass  # nothing more
             except _ERRORS as exc:
                 self._lose_connection(exc, times=2)
+        if self._returned:
+            self._try_returned_again()
+
+    def _try_returned_again(self) -> None:
+        """What RabbitMQ had no queue for: perhaps it was removed since somebody has looked."""
+        returned, self._returned = self._returned, []
+        for message in reversed(returned):
+            message.losses += 1
+            if message.losses < 2 or message.insist:
+                self._waiting.appendleft(message)
+            else:
+                message.settle(
+                    BrokerUnavailable("RabbitMQ has no queue for the message: start a worker")
+                )
+        if any(message.losses >= 2 for message in self._waiting):
+            self._lose_connection(BrokerUnavailable(), times=3)  # and wait a while
+        elif self._connection is not None:
+            self._connection.declared_entities.clear()
 
     def _lose_connection(self, exc: BaseException, times: int) -> None:
         """`times`: losses after which a message that does not insist has failed."""
@@ -288,6 +322,11 @@ class ConfirmedSender:
 
     def _on_ack(self, tag: int, multiple: bool) -> None:
         self._confirm(tag, multiple, None)
+
+    def _on_return(self, _error: Exception, _exchange: str, _key: str, returned: Any) -> None:
+        message = self._unconfirmed.pop(int(returned.properties["message_id"]), None)
+        if message is not None:
+            self._returned.append(message)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         self._confirm(tag, multiple, QueueFull("the queue is full: try again later"))

@@ -3,19 +3,21 @@
 ::
 
     with RabbitNode(home / "rabbitmq") as node:
-        node.url        # amqp://pdtasks:<password>@127.0.0.1:<port>/pdtasks
-        node.api_url    # http://pdtasks:<password>@127.0.0.1:<port>/api/, for Flower
+        node.url                         # amqp://pdtasks:<password>@127.0.0.1:<port>/pdtasks
+        node.url_for(User.WORKER)        # with that user's rights and no more (`rights.py`)
+        node.operator_url                # with all rights, for a person
+        node.api_url                     # http://pdtasks:<password>@127.0.0.1:<port>/api/
 
 `start(tick=None) -> url` and `stop()` do the same by hand; `restart()` keeps every address.  The
 node runs as the current user from the distribution's package (3.10 on Debian 12) or a newer one on
 PATH, with everything it keeps inside `directory`.  Each start takes free ports, all on loopback,
-and a new random password; queues and their messages stay from one start to the next.
+and new random passwords; queues and their messages stay from one start to the next.
 
 * The packaged command switches to the user `rabbitmq`, so the script behind it is called.
 * epmd, which Erlang nodes use to find each other, normally stays behind as a daemon that listens
   everywhere.  Ours is a child of its own, on loopback, and ends with the node.
-* The user comes from a definitions file, which RabbitMQ applies at each start and which holds only
-  the password's hash: `default_pass` would count only for an empty data directory.
+* The users come from a definitions file, which RabbitMQ applies at each start and which holds only
+  the passwords' hashes: `default_pass` would count only for an empty data directory.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ from pdtasks.cluster.probes import (
     wait_until,
 )
 from pdtasks.cluster.process import Process, StartFailed
+from pdtasks.cluster.rights import BROKER_RIGHTS, OPERATOR, VHOST, User
+from pdtasks.naming import EXCHANGE
 
-USER = "pdtasks"
-VHOST = "pdtasks"
 #: The data directory belongs to this name; our own epmd keeps it from meeting another node.
 NODE = "pdtasks@localhost"
 
@@ -76,14 +78,48 @@ class RabbitNode:
         directory: everything the node keeps; made if it is not there.
         env: further variables for its processes, by which others recognise them.
         """
-        self.url = ""
-        self.api_url = ""
+        self._passwords: dict[str, str] = {}  # by user
+        self._amqp = self._management = 0  # ports
         self._directory = directory.resolve()
         self._log = log or self._directory / "rabbitmq.log"
         self._env = dict(env or {})
         self._node_env: dict[str, str] = {}
         self._epmd: Process | None = None
         self._node: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """For `pdtasks`, which may do what all roles may."""
+        return self.url_for(User.ALL)
+
+    @property
+    def operator_url(self) -> str:
+        """With all rights."""
+        return self._url(OPERATOR)
+
+    @property
+    def api_url(self) -> str:
+        """The management API for `pdtasks`."""
+        return self.api_url_for(User.ALL)
+
+    @property
+    def operator_api_url(self) -> str:
+        """The management API with all rights."""
+        return self._api_url(OPERATOR)
+
+    def url_for(self, user: User) -> str:
+        """The node for one of the users of `rights.BROKER_RIGHTS`."""
+        return self._url(user)
+
+    def api_url_for(self, user: User) -> str:
+        """The management API for a user that has a tag."""
+        return self._api_url(user)
+
+    def _url(self, user: str) -> str:
+        return f"amqp://{user}:{self._passwords[user]}@127.0.0.1:{self._amqp}/{VHOST}"
+
+    def _api_url(self, user: str) -> str:
+        return f"http://{user}:{self._passwords[user]}@127.0.0.1:{self._management}/api/"
 
     @property
     def process(self) -> Process:
@@ -116,8 +152,9 @@ class RabbitNode:
 
     def _start(self, script: Path, epmd: str, tick: Tick | None) -> str:
         amqp, management, distribution, names = free_ports(4)
-        password = secrets.token_hex(24)
-        env = self._prepare(password, amqp, management, distribution, names)
+        self._passwords = {user: secrets.token_hex(24) for user in (*BROKER_RIGHTS, OPERATOR)}
+        self._amqp, self._management = amqp, management
+        env = self._prepare(amqp, management, distribution, names)
         self._node_env = env
 
         self._epmd = Process(
@@ -130,8 +167,6 @@ class RabbitNode:
         if not wait_until(lambda: accepts_connections(names), 10, tick):
             raise self._epmd.failure("did not start")
 
-        self.url = f"amqp://{USER}:{password}@127.0.0.1:{amqp}/{VHOST}"
-        self.api_url = f"http://{USER}:{password}@127.0.0.1:{management}/api/"
         self._node = Process("rabbitmq", [str(script)], env=env, log=self._log)
         self._run(self._node, tick)
         return self.url
@@ -174,15 +209,13 @@ class RabbitNode:
             [str(tool), *command], env=env, check=True, capture_output=True, timeout=_CONTROL_S
         )
 
-    def _prepare(
-        self, password: str, amqp: int, management: int, distribution: int, names: int
-    ) -> dict[str, str]:
+    def _prepare(self, amqp: int, management: int, distribution: int, names: int) -> dict[str, str]:
         """Write the node's files; returns its environment."""
         home = self._directory
         for folder in (home, home / "mnesia", home / "conf.d", home / "home"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         definitions = home / "definitions.json"
-        _write(definitions, json.dumps(_definitions(password)))
+        _write(definitions, json.dumps(_definitions(self._passwords)))
         _write(
             home / "rabbitmq.conf",
             _CONFIG.format(
@@ -282,23 +315,41 @@ def _first_errors(node: Process) -> str:
     return "\n".join(lines[first : first + 12])
 
 
-def _definitions(password: str) -> dict[str, object]:
-    salt = secrets.token_bytes(4)
-    digest = hashlib.sha256(salt + password.encode()).digest()
+def _definitions(passwords: Mapping[str, str]) -> dict[str, object]:
+    """Vhost and users; `passwords` by user."""
+    tags: dict[str, str] = {OPERATOR: "administrator"}
+    permissions: dict[str, tuple[str, str, str]] = {OPERATOR: (".*", ".*", ".*")}
+    topics: dict[str, tuple[str, str]] = {}
+    for user, rights in BROKER_RIGHTS.items():
+        tags[user] = rights.tag
+        permissions[user] = rights.permissions()
+        topics[user] = rights.topic_permissions()
     return {
         "vhosts": [{"name": VHOST}],
         "users": [
             {
-                "name": USER,
-                "password_hash": base64.b64encode(salt + digest).decode(),
+                "name": user,
+                "password_hash": _hashed(password),
                 "hashing_algorithm": "rabbit_password_hashing_sha256",
-                "tags": "monitoring",
+                "tags": tags[user],
             }
+            for user, password in passwords.items()
         ],
         "permissions": [
-            {"user": USER, "vhost": VHOST, "configure": ".*", "write": ".*", "read": ".*"}
+            {"user": user, "vhost": VHOST, "configure": configure, "write": write, "read": read}
+            for user, (configure, write, read) in permissions.items()
+        ],
+        "topic_permissions": [
+            {"user": user, "vhost": VHOST, "exchange": EXCHANGE, "write": write, "read": read}
+            for user, (write, read) in topics.items()
         ],
     }
+
+
+def _hashed(password: str) -> str:
+    salt = secrets.token_bytes(4)
+    digest = hashlib.sha256(salt + password.encode()).digest()
+    return base64.b64encode(salt + digest).decode()
 
 
 def _write(path: Path, text: str, mode: int = 0o600) -> None:

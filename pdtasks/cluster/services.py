@@ -9,19 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, broker_accepts, valkey_answers, wait_until
 from pdtasks.cluster.process import Process, StartFailed, describe_exit
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
+from pdtasks.cluster.rights import BUS_RIGHTS, User
 from pdtasks.cluster.stack import home_marker, member_of, redact
 from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
 from pdtasks.running_stack import Member
 from pdtasks.settings import Settings
 
 _CONFIGURED_S = 15.0  # for services that run already
+_USES_BROKER_API: Final = (User.FLOWER,)
+_USES_KV: Final = (User.WORKER,)
 
 
 class Services:
@@ -34,6 +37,7 @@ class Services:
         self._console = console
         self._tick = tick
         self._private: list[tuple[str, RabbitNode | ValkeyServer]] = []  # in the order of starts
+        self._operator_urls: dict[str, str] = {}
 
     @property
     def any_private(self) -> bool:
@@ -72,6 +76,28 @@ class Services:
             update["broker_api_url"] = node.api_url
         return settings.model_copy(update=update)
 
+    def settings_for(self, user: User, settings: Settings) -> Settings:
+        """What a child gets: the URLs of its own user, and none of a service that it does not use.
+
+        A service that was configured has one URL for all.
+        """
+        update: dict[str, Any] = {}
+        for _, service in self._private:
+            if isinstance(service, RabbitNode):
+                update["broker_url"] = service.url_for(user)
+                if user in _USES_BROKER_API:
+                    update["broker_api_url"] = service.api_url_for(user)
+            elif service.kind == "bus" and user in BUS_RIGHTS:
+                update["bus_url"] = service.url_for(user)
+        # Empty and not None: else it would be looked for in the stack's file.
+        if user not in _USES_BROKER_API:
+            update["broker_api_url"] = ""
+        if user not in BUS_RIGHTS:
+            update["bus_url"] = ""
+        if user not in _USES_KV:
+            update["kv_urls"] = ()
+        return settings.model_copy(update=update)
+
     def _start(self, role: str, service: RabbitNode | ValkeyServer) -> str:
         began = time.monotonic()
         name = "RabbitMQ" if role == "broker" else f"Valkey ({role})"
@@ -82,6 +108,9 @@ class Services:
             self._tick()
 
         url = service.start(tick)
+        self._operator_urls[role] = service.operator_url
+        if isinstance(service, RabbitNode):
+            self._operator_urls["broker_api"] = service.operator_api_url
         self._console.good(f"{name} ready after {time.monotonic() - began:.1f} s")
         return url
 
@@ -158,11 +187,7 @@ class Services:
 
     def operator_urls(self) -> dict[str, str]:
         """By role, URLs with more rights than those in the settings."""
-        return {
-            role: service.operator_url
-            for role, service in self._private
-            if isinstance(service, ValkeyServer) and service.operator_url != service.url
-        }
+        return dict(self._operator_urls)
 
     def _processes(self, which: slice) -> list[tuple[str, Process]]:
         return [

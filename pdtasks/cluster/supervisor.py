@@ -24,6 +24,7 @@ from pdtasks.cluster.parts import LOOP_S, Part, Parts
 from pdtasks.cluster.placement import Plan, place_workers
 from pdtasks.cluster.probes import choose_port, is_loopback
 from pdtasks.cluster.process import StartFailed
+from pdtasks.cluster.rights import User
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
@@ -172,14 +173,17 @@ class Supervisor:
         settings = self.settings
         concurrency = self._size.concurrency or settings.max_num_seqs
         self._temporary = temporary = children.make_temporary(settings)
+        for_worker = self._services.settings_for(User.WORKER, settings)
         for placement in plan.workers:
-            process = children.worker(settings, placement, concurrency, temporary)
+            process = children.worker(for_worker, placement, concurrency, temporary)
             self._parts.add(Part(process, placement.role, placement.devices))
         url = children.api_url(settings)
-        self._parts.add(Part(children.api(settings, temporary), "api", url, f"{url}/ready"))
+        process = children.api(self._services.settings_for(User.API, settings), temporary)
+        self._parts.add(Part(process, "api", url, f"{url}/ready"))
         if self._size.flower:
             url = children.flower_url(settings)
-            process = children.flower(settings, secrets.token_urlsafe(48))
+            for_flower = self._services.settings_for(User.FLOWER, settings)
+            process = children.flower(for_flower, secrets.token_urlsafe(48))
             self._parts.add(Part(process, "flower", url, f"{url}/healthcheck"))
 
     # -- watch ------------------------------------------------------------------------------------

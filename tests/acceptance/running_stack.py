@@ -91,16 +91,20 @@ class Stack:
         return env[f"PDTASKS_{name.upper()}"]
 
     def operator_url(self, role: str) -> str:
-        """The URL with all rights that no worker has."""
+        """The URL with all rights that no child has."""
+        return self.operator_urls()[role]
+
+    def operator_urls(self) -> dict[str, str]:
+        """All of them."""
         urls: dict[str, str] = json.loads((self.home / "stack.json").read_text())["operator_urls"]
-        return urls[role]
+        return urls
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.api_url, timeout=120)
 
     @cached_property
     def bus(self) -> valkey.Valkey:
-        return valkey.Valkey.from_url(self.private("bus_url"))
+        return valkey.Valkey.from_url(self.operator_url("bus"))
 
     @cached_property
     def kv(self) -> valkey.Valkey:

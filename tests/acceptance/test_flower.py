@@ -61,28 +61,78 @@ except InvalidRequest as exc:
     assert CANARY not in stack.logs()
 
 
+def test_flower_shows_no_result(stack: Stack) -> None:
+    """Its API would, if it could reach them."""
+    code = f"""
+from pdtasks.pipeline import submit
+result = submit('Repeat the word {CANARY}.', max_tokens=4)
+print(result.id, bool(result.get(timeout=60)['text']))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=stack.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    request_id, has_text = done.stdout.split()
+    answer = httpx.get(f"{stack.flower_url}/api/task/result/{request_id}", timeout=20)
+
+    assert has_text == "True"
+    assert answer.status_code == 503
+
+
+def _password(url: str) -> str:
+    return url.rpartition("@")[0].rpartition(":")[2]
+
+
 def test_no_password_is_in_logs_or_command_lines(stack: Stack) -> None:
     import psutil
 
     urls = [stack.private(name) for name in ("broker_url", "bus_url", "kv_urls")]
-    urls.append(stack.operator_url("kv"))
-    secrets = {url.rpartition("@")[0].rpartition(":")[2] for url in urls}
+    secrets = {_password(url) for url in (*urls, *stack.operator_urls().values())}
+    secrets |= {_password(url) for url in _urls_of_children(stack)}
     commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
-    assert len(secrets) == 4
+    # Of broker, bus and kv; the operator's three; the API's two, a worker's two, Flower's one.
+    assert len(secrets) == 11
     assert all(len(secret) > 15 for secret in secrets)
     for secret in secrets:
         assert secret not in stack.logs()
         assert not [c for c in commands if secret in c]
 
 
-def test_the_operators_password_is_not_in_a_childs_environment(stack: Stack) -> None:
+def _urls_of_children(stack: Stack) -> set[str]:
     import psutil
 
-    secret = stack.operator_url("kv").rpartition("@")[0].rpartition(":")[2]
+    pids = [
+        *stack.worker_pids("prefill"),
+        *stack.service_pids("api"),
+        *stack.service_pids("flower"),
+    ]
+    names = ("PDTASKS_BROKER_URL", "PDTASKS_BUS_URL", "PDTASKS_KV_URLS", "PDTASKS_BROKER_API_URL")
+    environments = [psutil.Process(pid).environ() for pid in pids]
+    return {env[name] for env in environments for name in names if env.get(name)}
+
+
+def test_each_child_has_its_own_user_and_nobody_the_operators(stack: Stack) -> None:
+    import psutil
+
+    secrets = [_password(url) for url in stack.operator_urls().values()]
+    secrets += [_password(stack.private(name)) for name in ("broker_url", "bus_url")]
     content = json.loads((stack.home / "stack.json").read_text())
     pids = [member["pid"] for member in (*content["services"], *content["helpers"])]
 
     assert pids
+    assert set(stack.operator_urls()) == {"broker", "broker_api", "bus", "kv"}
     for pid in pids:
-        assert secret not in str(psutil.Process(pid).environ())
+        environment = str(psutil.Process(pid).environ())
+        assert not [secret for secret in secrets if secret in environment]
     assert "operator" not in json.dumps(stack.status())
+    users = {url.partition("://")[2].partition(":")[0] for url in _urls_of_children(stack)}
+    assert users == {
+        "pdtasks-api",
+        "pdtasks-worker",
+        "pdtasks-flower",
+        "pdtasks",
+    }  # (the kv server's)

@@ -257,7 +257,7 @@ def test_a_client_cannot_name_somebody_elses_kv(client: httpx.Client) -> None:
 def api_without_workers(stack: Stack, tmp_path: Path) -> Iterator[str]:
     """An API on another database of the bus, where no worker has announced itself."""
     (port,) = free_ports(1)
-    bus = stack.private("bus_url").rpartition("/")[0] + "/1"
+    bus = stack.operator_url("bus").rpartition("/")[0] + "/1"
     env = stack.env | {"PDTASKS_BUS_URL": bus}
     with (tmp_path / "api.log").open("w") as log:
         api = subprocess.Popen(

@@ -25,6 +25,7 @@ import valkey
 
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
+from pdtasks.cluster.rights import User
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
@@ -52,11 +53,12 @@ class Services:
     rabbit: RabbitNode
     bus_server: ValkeyServer
     kv_server: ValkeyServer
-    env: dict[str, str]
+    env: dict[str, str]  #: of this process, which asks and commands
+    worker_env: dict[str, str]  #: of workers
 
     @property
     def bus(self) -> valkey.Valkey:
-        return valkey.Valkey.from_url(self.bus_server.url)
+        return valkey.Valkey.from_url(self.bus_server.operator_url)
 
     @property
     def kv(self) -> valkey.Valkey:
@@ -81,7 +83,12 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             "PDTASKS_DELIVERY_LIMIT": str(DELIVERY_LIMIT),
             "PDTASKS_WORKER_TTL_S": "3",
         }
-        yield Services(rabbit, bus, kv, env)
+        worker = {
+            "PDTASKS_BROKER_URL": rabbit.url_for(User.WORKER),
+            "PDTASKS_BROKER_API_URL": "",
+            "PDTASKS_BUS_URL": bus.url_for(User.WORKER),
+        }
+        yield Services(rabbit, bus, kv, env, env | worker)
 
 
 @pytest.fixture(scope="package")
@@ -131,7 +138,7 @@ def aborter(our_app: Any) -> Iterator[Any]:
 @pytest.fixture
 def channel(services: Services) -> Iterator[Any]:
     """A channel to RabbitMQ beside the product's."""
-    with kombu.Connection(services.rabbit.url) as connection:
+    with kombu.Connection(services.rabbit.operator_url) as connection:
         yield connection.default_channel
 
 
@@ -152,17 +159,35 @@ def make_store() -> Iterator[MakeStore]:
         store.close()
 
 
+class StoreServer(ValkeyServer):
+    """One for a block store.  Of the product's own only the bus listens on TCP, and no user of it
+    has rights on blocks: there the store is the operator."""
+
+    @property
+    def url(self) -> str:
+        return super().url if self.kind == "kv" else self.operator_url
+
+
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[ValkeyServer]:
     """A server that a test may stop, over TCP."""
-    with ValkeyServer(tmp_path / "own", "bus") as server:
+    with StoreServer(tmp_path / "own", "bus") as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """One for all tests, over TCP."""
+    with StoreServer(tmp_path_factory.mktemp("store"), "bus") as server:
         yield server
 
 
 @pytest.fixture(params=["unix socket", "tcp"])
-def server(request: pytest.FixtureRequest, services: Services) -> ValkeyServer:
-    """The kv server listens on a unix socket, the bus on TCP: the store takes either."""
-    server = services.kv_server if request.param == "unix socket" else services.bus_server
+def server(
+    request: pytest.FixtureRequest, services: Services, tcp_server: ValkeyServer
+) -> ValkeyServer:
+    """The store takes either."""
+    server = services.kv_server if request.param == "unix socket" else tcp_server
     with valkey.Valkey.from_url(server.operator_url) as client:
         client.flushall()
     return server
@@ -279,7 +304,7 @@ def cut_connections(services: Services, worker: StubWorker) -> Iterator[None]:
             if c.status == psutil.CONN_ESTABLISHED and c.raddr.port == rabbit
         }
 
-    with httpx.Client(base_url=services.rabbit.api_url, timeout=10) as api:
+    with httpx.Client(base_url=services.rabbit.operator_api_url, timeout=10) as api:
 
         def ours() -> list[str]:
             # RabbitMQ's list is some seconds old, and the worker may just be connecting again:
@@ -318,7 +343,8 @@ def start_worker(
         **env: str,
     ) -> StubWorker:
         name = f"{role}{number}"
-        steering = Steering(name, valkey.Valkey.from_url(steering_url(services.bus_server.url)))
+        steering_at = steering_url(services.bus_server.operator_url)
+        steering = Steering(name, valkey.Valkey.from_url(steering_at))
         if held:
             steering.hold()
         log = tmp_path / f"{name}.{len(started)}.log"
@@ -331,7 +357,9 @@ def start_worker(
                 *("-Q", role, "-P", "threads", "-c", str(concurrency), "-n", f"{name}@test", "-E"),
                 *("--without-mingle", "--without-gossip", "-l", "INFO"),
             ],
-            "env": services.env | {"STUB_NAME": name} | settings,
+            "env": services.worker_env
+            | {"STUB_NAME": name, "STUB_STEERING": steering_at}
+            | settings,
             "log": str(log),
         }
         worker = StubWorker(name, role, nursery.ask(order)["pid"], log, steering, nursery)
@@ -353,7 +381,7 @@ def start_worker(
 
 
 def _delete_queues(services: Services) -> None:
-    with kombu.Connection(services.rabbit.url) as connection:
+    with kombu.Connection(services.rabbit.operator_url) as connection:
         for queue in (*STAGES, DEAD_QUEUE, KEPT_QUEUE):
             try:
                 connection.default_channel.queue_delete(queue)

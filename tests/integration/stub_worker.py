@@ -9,7 +9,8 @@ JSON on its standard input, for vLLM's import takes longer than most tests::
     {"argv": ["-Q", "prefill", …], "env": {…}, "log": "…"}   ->   {"pid": 123}
     {"wait": 123}                                            ->   {"status": -9}
 
-A worker is steered through database 1 of the bus (`tests/integration/steering.py`); with the
+A worker is steered through database 1 of the bus (`tests/integration/steering.py`), whose URL is in
+STUB_STEERING: it has more rights than the worker has.  With the
 variable STUB_SILENT its engine neither reads nor writes there, and ends requests as fast as it can.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 
 import valkey.asyncio
 
-from tests.integration.steering import added_key, held_key, steering_url, steps_key
+from tests.integration.steering import added_key, held_key, steps_key
 
 #: Makes the main loop stand still for ever.
 STALL_SIGNAL = signal.SIGRTMIN
@@ -76,7 +77,7 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
         def __init__(self, settings: Settings) -> None:
             self._name = os.environ["STUB_NAME"]
             self._records = "STUB_SILENT" not in os.environ
-            self._bus = valkey.asyncio.Valkey.from_url(steering_url(settings.require_bus()))
+            self._bus = valkey.asyncio.Valkey.from_url(os.environ["STUB_STEERING"])
             self._store = BlockStore(settings.kv_urls, ttl_s=600)
             self._running: dict[str, EngineCoreRequest] = {}
             self._made: dict[str, int] = {}

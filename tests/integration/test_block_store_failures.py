@@ -16,7 +16,7 @@ import valkey
 from pdtasks.cluster.probes import valkey_answers
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore, StoreError
-from tests.integration.conftest import Services
+from tests.integration.conftest import Services, StoreServer
 from tests.integration.store_calls import BLOCK, MIB, MakeStore, calls, get, put
 from tests.waiting import wait_until
 
@@ -27,7 +27,7 @@ def own_server_of_either_kind(
 ) -> Iterator[ValkeyServer]:
     """A server that a test may set up as it likes."""
     kind = "kv" if request.param == "unix socket" else "bus"
-    with ValkeyServer(tmp_path / "own", cast("Any", kind)) as server:
+    with StoreServer(tmp_path / "own", cast("Any", kind)) as server:
         yield server
 
 

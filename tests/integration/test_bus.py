@@ -72,7 +72,7 @@ def test_a_frozen_bus_looks_like_one_that_is_away(server: ValkeyServer) -> None:
 
         assert await client.ping()
 
-    with_client(server.url, test)
+    with_client(server.operator_url, test)
 
 
 def test_no_command_reads_the_late_answer_of_another(server: ValkeyServer) -> None:
@@ -90,7 +90,7 @@ def test_no_command_reads_the_late_answer_of_another(server: ValkeyServer) -> No
             assert await client.get("wanted") == b"right"
             assert await together(client, "wanted") == [b"right"]
 
-    with_client(server.url, test)
+    with_client(server.operator_url, test)
 
 
 def test_a_cancelled_command_leaves_no_answer_behind(server: ValkeyServer) -> None:
@@ -107,14 +107,14 @@ def test_a_cancelled_command_leaves_no_answer_behind(server: ValkeyServer) -> No
 
             assert await client.get("wanted") == b"right"
 
-    with_client(server.url, test)
+    with_client(server.operator_url, test)
 
 
 def test_a_read_that_waits_in_the_server_gets_that_time_too(server: ValkeyServer) -> None:
     async def test(client: Client) -> None:
         assert await client.xread({"stream": "$"}, block=900) == []
 
-    with_client(server.url, test)
+    with_client(server.operator_url, test)
 
 
 def test_the_url_cannot_bring_the_other_timeout_back(server: ValkeyServer) -> None:
@@ -124,4 +124,4 @@ def test_the_url_cannot_bring_the_other_timeout_back(server: ValkeyServer) -> No
         assert connection.socket_timeout is None
         assert connection.socket_connect_timeout == bus._CONNECT_TIMEOUT_S
 
-    with_client(f"{server.url}?socket_timeout=3", test)
+    with_client(f"{server.operator_url}?socket_timeout=3", test)

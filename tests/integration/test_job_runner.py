@@ -22,6 +22,7 @@ from api.runner import JobRunner
 from pdtasks.background import Background
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import Job, JobStore
+from pdtasks.cluster.rights import User
 from pdtasks.settings import Settings
 from tests.integration.conftest import ROOT, Services
 from tests.waiting import until, wait_until
@@ -45,7 +46,7 @@ class HangingHandler:
 @pytest.fixture
 def settings(services: Services) -> Settings:
     services.bus.flushall()
-    return Settings(bus_url=services.bus_server.url)
+    return Settings(bus_url=services.bus_server.url_for(User.API))
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ import pytest
 from pdtasks.bus import jobs
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State
+from pdtasks.cluster.rights import User
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 
@@ -25,7 +26,7 @@ def with_store(services: Services) -> Callable[[Callable[[JobStore], Awaitable[N
 
     def run(test: Callable[[JobStore], Awaitable[None]]) -> None:
         async def main() -> None:
-            bus = connect_async(Settings(bus_url=services.bus_server.url))
+            bus = connect_async(Settings(bus_url=services.bus_server.url_for(User.API)))
             try:
                 async with asyncio.timeout(20):
                     await test(JobStore(bus, ttl_s=60))

@@ -31,6 +31,7 @@ from pdtasks.cluster.probes import (
 )
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
+from pdtasks.cluster.rights import KV_RIGHTS, User
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.keys import block_key, tail_key
@@ -154,15 +155,18 @@ def test_jobs_may_stay_unacknowledged_for_two_hours(node: RabbitNode, directory:
 
 
 def test_flower_can_read_queue_lengths_from_the_management_api(node: RabbitNode) -> None:
-    with kombu.Connection(node.url) as connection, connection.channel() as channel:
+    operator = kombu.Connection(node.operator_url)
+    with operator as connection, connection.channel() as channel:
         queue = kombu.Queue(
             "lengths", durable=True, queue_arguments={"x-queue-type": "quorum"}, channel=channel
         )
         queue.declare()
         kombu.Producer(channel).publish({"n": 1}, routing_key="lengths")
-        url = node.api_url.replace(f"pdtasks:{_password(node.url)}@", "") + "queues/pdtasks"
+        user = User.FLOWER
+        password = _password(node.url_for(user))
+        url = node.api_url_for(user).replace(f"{user}:{password}@", "") + "queues/pdtasks"
         passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-        passwords.add_password(None, url, "pdtasks", _password(node.url))
+        passwords.add_password(None, url, user, password)
         opener = urllib.request.build_opener(
             urllib.request.HTTPBasicAuthHandler(passwords), urllib.request.ProxyHandler({})
         )
@@ -193,7 +197,7 @@ parts = [RabbitNode(home / "rabbitmq"), ValkeyServer(home, "kv"), ValkeyServer(h
 for part in parts:
     part.start()
 pids = " ".join(str(p.pid) for part in parts for p in part.processes)
-Path({str(note)!r}).write_text(parts[0].url + " " + pids)
+Path({str(note)!r}).write_text(parts[0].operator_url + " " + pids)
 time.sleep(300)
 """
     root = str(Path(__file__).parents[2])
@@ -221,11 +225,11 @@ time.sleep(300)
 
     # When the node starts again, on other ports and with another password
     with RabbitNode(home / "rabbitmq") as again:
-        assert _password(again.url) != _password(first)
+        assert _password(again.operator_url) != _password(first)
         # Then the old password is void, and the message is still there
-        old = again.url.replace(_password(again.url), _password(first))
+        old = again.operator_url.replace(_password(again.operator_url), _password(first))
         assert not broker_accepts(old)
-        with kombu.Connection(again.url) as connection, connection.channel() as channel:
+        with kombu.Connection(again.operator_url) as connection, connection.channel() as channel:
             message = queue(channel).get(no_ack=True)
             assert message is not None
             assert message.payload == {"n": 7}
@@ -342,7 +346,7 @@ def test_nothing_else_may_the_workers_user_do(kv: ValkeyServer, command: str) ->
 def test_the_manual_shows_the_same_rights_for_ones_own_server() -> None:
     manual = Path(__file__).parents[2] / "docs" / "kv-security.md"
 
-    assert f"{valkey_module._WORKER_RIGHTS}\n" in manual.read_text()
+    assert f"{KV_RIGHTS}\n" in manual.read_text()
 
 
 def test_a_worker_that_connects_is_refused_nothing(kv: ValkeyServer) -> None:
@@ -377,29 +381,38 @@ def test_the_operator_sees_what_a_worker_may_not(kv: ValkeyServer) -> None:
         assert worker.get("pd:kv:seen") is None
 
 
-def test_the_settings_of_a_stack_hold_the_workers_user_and_not_the_operator(
-    directory: Path,
-) -> None:
-    # Given a stack that starts its own kv server only
+def test_each_child_of_a_stack_gets_its_own_user_and_no_more(directory: Path) -> None:
+    # Given a stack that starts its own Valkey servers
     settings = make_settings(
         home=directory / "stack",
         broker_url="amqp://elsewhere",
-        bus_url="valkey://elsewhere",
-        kv_urls=(),  # whatever other tests have put into the environment
+        broker_api_url="http://elsewhere",
+        bus_url=None,  # whatever other tests have put into the environment
+        kv_urls=(),
     )
     services = Services(Console(), lambda: None)
     try:
         # When
         settings = services.start(settings)
 
-        # Then what every child gets is one thing, and the operator's URL another
+        # Then what every child gets is one thing, and the operator's URLs another
         operator_urls = services.operator_urls()
-        assert set(operator_urls) == {"kv"}
-        assert valkey_answers(operator_urls["kv"])
-        environment = json.dumps(settings.to_env())
-        assert "unix://pdtasks:" in environment
-        assert _password(operator_urls["kv"]) not in environment
+        assert set(operator_urls) == {"bus", "kv"}
+        for url in operator_urls.values():
+            assert valkey_answers(url)
         assert "operator" not in json.dumps(stack_urls(settings, flower=True))
+        env = {user: services.settings_for(user, settings).to_env() for user in User}
+        for of_one in (settings.to_env(), *env.values()):
+            assert not [url for url in operator_urls.values() if _password(url) in str(of_one)]
+        assert env[User.WORKER]["PDTASKS_BUS_URL"].startswith("valkey://pdtasks-worker:")
+        assert env[User.WORKER]["PDTASKS_KV_URLS"].startswith("unix://pdtasks:")
+        assert env[User.API]["PDTASKS_BUS_URL"].startswith("valkey://pdtasks-api:")
+        # and nobody what it does not use (empty: it is not looked for elsewhere)
+        assert env[User.API]["PDTASKS_KV_URLS"] == ""
+        assert env[User.FLOWER]["PDTASKS_KV_URLS"] == env[User.FLOWER]["PDTASKS_BUS_URL"] == ""
+        assert env[User.FLOWER]["PDTASKS_BROKER_API_URL"] == "http://elsewhere"
+        assert env[User.API]["PDTASKS_BROKER_API_URL"] == ""
+        assert env[User.WORKER]["PDTASKS_BROKER_API_URL"] == ""
     finally:
         services.close()
 
@@ -440,12 +453,13 @@ def test_a_full_bus_answers_but_takes_no_writes(directory: Path) -> None:
     with (
         ValkeyServer(directory / "full", "bus", maxmemory=4 << 20) as server,
         valkey.Valkey.from_url(server.url) as client,
+        valkey.Valkey.from_url(server.operator_url) as operator,
     ):
         assert valkey_takes_writes(client)
 
         with contextlib.suppress(valkey.ValkeyError):
             for number in range(100_000):
-                client.set(f"n{number}", bytes(64))
+                operator.set(f"n{number}", bytes(64))
 
         assert valkey_answers(server.url)
         assert not valkey_takes_writes(client)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import kombu
@@ -30,7 +31,12 @@ def message(number: int, queue: str = QUEUE) -> Publish:
 
 
 @pytest.fixture
-def sender(our_app: Any) -> Iterator[ConfirmedSender]:
+def sender(
+    our_app: Any, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ConfirmedSender]:
+    # As the operator: no other user may write to queues of these names.
+    connect = partial(our_app.connection_for_write, services.rabbit.operator_url)
+    monkeypatch.setattr(our_app, "connection_for_write", connect)
     made = ConfirmedSender(our_app, Background())
     yield made
     made.close()
@@ -90,6 +96,20 @@ def test_what_a_lost_connection_left_unconfirmed_is_sent_again(
         confirmed.result(20)
     # (the first time may have arrived as well)
     assert set(arrived()) == {0, 1, 2}
+
+
+def test_a_message_that_no_queue_takes_is_told_and_takes_no_other_along(
+    sender: ConfirmedSender, arrived: Callable[[], list[int]]
+) -> None:
+    # RabbitMQ would confirm what goes nowhere.
+    sent = [sender.send(message(n, queue), within_s=20) for n, queue in enumerate((QUEUE, "none"))]
+    sent.append(sender.send(message(2), within_s=20))
+
+    sent[0].result(20)
+    with pytest.raises(BrokerUnavailable, match="no queue"):
+        sent[1].result(20)
+    sent[2].result(20)
+    assert arrived() == [0, 2]
 
 
 def test_a_queue_that_is_full_is_told(
@@ -170,7 +190,7 @@ def test_a_memory_alarm_costs_the_impatient_an_error_and_the_patient_their_time(
 
 
 def test_a_close_does_not_wait_for_a_broker_that_hangs(
-    sender: ConfirmedSender, services: Services
+    sender: ConfirmedSender, services: Services, arrived: Callable[[], list[int]]
 ) -> None:
     sender.send(message(0), within_s=20).result(20)
     os.kill(services.rabbit.process.pid, signal.SIGSTOP)

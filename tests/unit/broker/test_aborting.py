@@ -47,9 +47,13 @@ class StubBroker:
 
 
 class StubConnection:
-    """A connection that is there."""
+    """A connection that is there, and knows the exchange."""
 
-    default_channel = None
+    default_channel: Any = SimpleNamespace(
+        connection=SimpleNamespace(
+            client=SimpleNamespace(declared_entities={app.control.mailbox.exchange})
+        )
+    )
 
     def ensure_connection(self, **_: Any) -> None:
         """It is."""
@@ -168,7 +172,7 @@ def test_a_connection_that_surprises_is_not_used_again(
         def default_channel(self) -> Any:
             if self is connections[0]:
                 raise AttributeError("'NoneType' object has no attribute 'send'")
-            return None
+            return StubConnection.default_channel
 
         def collect(self) -> None:
             self.is_closed = True
