@@ -31,7 +31,7 @@ from pdtasks.cluster.probes import (
 )
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
-from pdtasks.cluster.rights import KV_RIGHTS, User
+from pdtasks.cluster.rights import User
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.keys import block_key, tail_key
@@ -341,12 +341,6 @@ def test_nothing_else_may_the_workers_user_do(kv: ValkeyServer, command: str) ->
         pytest.raises(valkey.exceptions.NoPermissionError),
     ):
         worker.execute_command(*command.split())
-
-
-def test_the_manual_shows_the_same_rights_for_ones_own_server() -> None:
-    manual = Path(__file__).parents[2] / "docs" / "kv-security.md"
-
-    assert f"{KV_RIGHTS}\n" in manual.read_text()
 
 
 def test_a_worker_that_connects_is_refused_nothing(kv: ValkeyServer) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import kombu
@@ -17,10 +15,10 @@ import pytest
 
 from pdtasks.background import Background
 from pdtasks.broker.publishing import ConfirmedSender, Publish
-from pdtasks.cluster.rabbitmq import server_programs
 from pdtasks.errors import BrokerUnavailable, PdtasksError, QueueFull
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker
+from tests.integration.rabbitmqctl import rabbitmqctl
 from tests.waiting import wait_until
 
 QUEUE = "test.publishing"
@@ -61,26 +59,14 @@ def arrived(channel: Any) -> Iterator[Callable[[], list[int]]]:
     channel.queue_delete(QUEUE)
 
 
-def rabbitmqctl(services: Services, *command: str) -> None:
-    """Runs a command of the node's own tool."""
-    node = services.rabbit.process.pid
-    lines = Path(f"/proc/{node}/environ").read_bytes().decode().split("\0")
-    env = dict(line.split("=", 1) for line in lines if "=" in line)
-    # Of the server's start alone: the tool would take them for its own.
-    for name in ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "RUNNING_UNDER_SYSTEMD", "NOTIFY_SOCKET"):
-        env.pop(name, None)
-    tool = server_programs()[0].with_name("rabbitmqctl")
-    subprocess.run([str(tool), *command], env=env, check=True, capture_output=True, timeout=60)
-
-
 @contextmanager
 def memory_alarm(services: Services) -> Iterator[None]:
     """RabbitMQ takes no messages in between, as it does when memory runs low."""
-    rabbitmqctl(services, "set_vm_memory_high_watermark", "0.000001")
+    rabbitmqctl(services.rabbit, "set_vm_memory_high_watermark", "0.000001")
     try:
         yield
     finally:
-        rabbitmqctl(services, "set_vm_memory_high_watermark", "0.4")
+        rabbitmqctl(services.rabbit, "set_vm_memory_high_watermark", "0.4")
 
 
 def test_a_thousand_messages_arrive_in_order_each_confirmed(
