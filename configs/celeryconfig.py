@@ -8,13 +8,17 @@ from kombu import Exchange, Queue
 
 from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES
 from pdtasks.settings import load_settings
+from pdtasks.tls import amqp_arguments
 
 _settings = load_settings()
 
 # -- broker ------------------------------------------------------------------------------------
 
 # Without one the worker says so and stops; None would mean localhost.
-broker_url = _settings.broker_url
+_broker = amqp_arguments(_settings.broker_url or "")
+broker_url = _broker["hostname"] or None
+# Also where another URL is given: those are of the same server.
+broker_use_ssl = _broker.get("ssl", False)
 broker_connection_retry_on_startup = True
 # A worker outlives any outage of the broker; the default gives up after 100 tries and exits.
 broker_connection_max_retries = None

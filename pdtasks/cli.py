@@ -179,9 +179,11 @@ def api(
     Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
     --chat-template, …
     """
+    from pdtasks.links import require_trusted
     from pdtasks.settings import make_settings
 
     settings = make_settings(**_front_end(flags, reasoning_parser))
+    require_trusted(settings)
     from api.main import serve
 
     serve(settings, host or settings.api_host, settings.api_port if port is None else port)

@@ -28,6 +28,7 @@ from pydantic_settings import (
 from pdtasks.errors import ConfigurationError
 from pdtasks.naming import EMBEDDED_MODEL
 from pdtasks.running_stack import UnreadableStack, running_stack
+from pdtasks.tls import celery_backend_url
 
 
 def _default_home() -> Path:
@@ -130,10 +131,7 @@ class Settings(BaseSettings):
         """The bus as Celery's Redis backend spells it; `disabled://` without one."""
         if not self.bus_url:
             return "disabled://"
-        scheme, _, rest = self.bus_url.partition("://")
-        names = {"valkey": "redis", "valkeys": "rediss", "unix": "redis+socket"}
-        rest = rest.replace("db=", "virtual_host=") if scheme == "unix" else rest
-        return f"{names.get(scheme, scheme)}://{rest}"
+        return celery_backend_url(self.bus_url)
 
     def to_env(self) -> dict[str, str]:
         """`PDTASKS_*` variables that make another process read the same settings."""

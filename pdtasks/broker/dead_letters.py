@@ -24,6 +24,7 @@ from pdtasks.bus.reply import is_reply_stream
 from pdtasks.errors import BrokerUnavailable, IncompatibleWorker, InvalidRequest
 from pdtasks.messages import DecodeJob, PrefillJob, TextRequest, read_message
 from pdtasks.settings import Settings
+from pdtasks.tls import amqp_arguments
 
 _MOST_LETTERS = 1000
 _MOST_BYTES = 256 << 20
@@ -220,7 +221,7 @@ def dead_letters(settings: Settings) -> Iterator[DeadLetters]:
     """
     try:
         with kombu.Connection(
-            settings.require_broker(),
+            **amqp_arguments(settings.require_broker()),
             connect_timeout=_CONNECT_S,
             transport_options={
                 "confirm_publish": True,

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import select
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -293,9 +294,7 @@ class ConfirmedSender:
         pause_s = self._backoff.pause_s
         self._backoff.fail()
         self._connect_at = time.monotonic() + pause_s
-        error = BrokerUnavailable(
-            f"RabbitMQ did not take the message ({type(exc).__name__}): is it running?"
-        )
+        error = BrokerUnavailable(f"RabbitMQ did not take the message {_why(exc)}")
         kept: deque[_Message] = deque()
         for message in self._waiting:
             message.losses += 1
@@ -348,3 +347,10 @@ class ConfirmedSender:
         logger.warning("RabbitMQ takes messages again")
         self._blocked = ""
         self._confirmed_at = time.monotonic()
+
+
+def _why(exc: BaseException) -> str:
+    cause = exc.__cause__ or exc
+    if isinstance(cause, ssl.SSLError):
+        return "(its certificate is not trusted): `pdtasks doctor` says why"
+    return f"({type(exc).__name__}): is it running?"

@@ -20,6 +20,7 @@ import valkey.asyncio
 from valkey.asyncio.client import Pipeline
 
 from pdtasks.settings import Settings
+from pdtasks.tls import valkey_url
 
 #: What is raised when the bus does not answer.
 BUS_ERRORS = (valkey.ValkeyError, OSError)
@@ -37,7 +38,7 @@ _OPTIONS: dict[str, Any] = {
 def connect(settings: Settings) -> valkey.Valkey:
     """A client for threads. Connects on first use. Raises ConfigurationError without a URL."""
     client: valkey.Valkey = valkey.Valkey.from_url(
-        settings.require_bus(), socket_timeout=_ANSWER_TIMEOUT_S, **_OPTIONS
+        valkey_url(settings.require_bus()), socket_timeout=_ANSWER_TIMEOUT_S, **_OPTIONS
     )
     return client
 
@@ -48,7 +49,9 @@ def connect_async(settings: Settings) -> valkey.asyncio.Valkey:
     Each command raises `valkey.TimeoutError` when it has no answer in time; a cancellation ends
     the task that waits for one.
     """
-    client: valkey.asyncio.Valkey = _BoundedClient.from_url(settings.require_bus(), **_OPTIONS)
+    client: valkey.asyncio.Valkey = _BoundedClient.from_url(
+        valkey_url(settings.require_bus()), **_OPTIONS
+    )
     # Here, for what the URL says wins over options.
     client.connection_pool.connection_kwargs["socket_timeout"] = None
     return client

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
-from pdtasks.cluster.probes import broker_accepts, port_is_taken, valkey_answers
+from pdtasks.cluster.probes import broker_accepts, is_loopback, port_is_taken, valkey_answers
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import server_programs
 from pdtasks.cluster.stack import redact
@@ -26,6 +27,7 @@ from pdtasks.cluster.valkey import memory_limit, server_program
 from pdtasks.engine import models
 from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.settings import Settings
+from pdtasks.tls import uses_tls, why_untrusted
 
 #: Their CUDA builds cannot load beside a CPU torch, and transformers imports what it finds.
 CUDA_ONLY: Final = ("torchvision", "torchaudio", "torchcodec")
@@ -65,6 +67,7 @@ def run_checks(settings: Settings) -> list[Check]:
         _broker,
         _bus,
         _kv,
+        _encryption,
         _api_port,
         _flower_port,
     )
@@ -330,6 +333,28 @@ def _kv(settings: Settings) -> Check:
     return failed[0] if failed else Check("kv", True, "; ".join(check.detail for check in found))
 
 
+def _encryption(settings: Settings) -> Check:
+    """No failure: the network may be one's own."""
+    urls = [settings.broker_url, settings.broker_api_url, settings.bus_url, *settings.kv_urls]
+    hosts = {host for url in urls if url and (host := _reached_in_clear(url))}
+    if not hosts:
+        return Check("tls", True, "no link leaves this host without it")
+    return Check(
+        "tls",
+        True,
+        f"not on the way to {', '.join(sorted(hosts))}: who reads that network reads passwords, "
+        "prompts and answers (docs/security.md)",
+    )
+
+
+def _reached_in_clear(url: str) -> str | None:
+    """The host, if it is another one and the way there is not encrypted."""
+    host = urlsplit(url.removeprefix("cluster+")).hostname
+    if host is None or uses_tls(url) or url.startswith("https:") or is_loopback(host):
+        return None
+    return host
+
+
 def _private_valkey(name: str) -> Check:
     try:
         program = server_program()
@@ -350,6 +375,8 @@ def _reached(
         )
     if reached:
         return Check(name, True, f"{shown} answers")
+    if why := why_untrusted(url):
+        return Check(name, False, f"{shown} cannot be used", why)
     return Check(
         name,
         False,

@@ -25,6 +25,7 @@ from pdtasks.cluster.stack import member_of
 from pdtasks.cluster.steps import step_of
 from pdtasks.messages import WorkerStatus
 from pdtasks.running_stack import Member
+from pdtasks.tls import valkey_url
 
 #: Between two looks at all children.
 LOOP_S = 0.2
@@ -172,7 +173,7 @@ class Parts:
         if now - self._presence_at >= _ASK_S:
             self._presence_at = now
             if self._bus is None:
-                self._bus = valkey.Valkey.from_url(self._bus_url(), socket_timeout=1)
+                self._bus = valkey.Valkey.from_url(valkey_url(self._bus_url()), socket_timeout=1)
             workers = [part for part in self._parts if part.is_worker]
             own = {part.process.pid for part in workers if part.process.running}
             self._bus_answers = False

@@ -15,6 +15,7 @@ import valkey
 
 from pdtasks.bus.keys import PROBE
 from pdtasks.errors import ConfigurationError
+from pdtasks.tls import amqp_arguments, valkey_url
 
 #: Called while something is waited for; may raise to give up.
 Tick = Callable[[], None]
@@ -111,7 +112,7 @@ def valkey_answers(url: str) -> bool:
     """Does the server at `url` take our password and answer PING?"""
     try:
         with valkey.Valkey.from_url(
-            url.removeprefix("cluster+"),
+            valkey_url(url).removeprefix("cluster+"),
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
         ) as server:
@@ -134,7 +135,7 @@ def broker_accepts(url: str) -> bool:
     from kombu import Connection
 
     try:
-        with Connection(url, connect_timeout=_TIMEOUT_S) as connection:
+        with Connection(**amqp_arguments(url), connect_timeout=_TIMEOUT_S) as connection:
             connection.connect()
     except (OSError, AMQPError):
         return False

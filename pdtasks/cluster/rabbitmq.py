@@ -189,25 +189,32 @@ class RabbitNode:
             raise node.failure(f"was not ready within {_START_S:.0f} s")
 
     def restart(self, tick: Tick | None = None) -> None:
-        """Stop the node and start it where it was: same ports, password, queues and messages.
+        """Stop the node and start it where it was: same ports, passwords, queues and messages.
 
         Raises StartFailed.
         """
         self.process.stop(_STOP_S, tick)
         self._run(self.process, tick)
 
-    def control(self, *command: str) -> None:
-        """Run a command of the node's own tool, `rabbitmqctl`. Takes seconds.
+    def control(self, *command: str, stdin: str = "") -> str:
+        """Run a command of the node's own tool, `rabbitmqctl`; returns what it prints.
 
-        Raises subprocess.SubprocessError when it fails or takes longer than a minute.
+        Takes seconds. Raises subprocess.SubprocessError when it fails or takes longer than a minute.
         """
         # Of the server's start alone: the tool would take them for its own.
         own = ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "RUNNING_UNDER_SYSTEMD")
         env = {name: value for name, value in self._node_env.items() if name not in own}
         tool = server_programs()[0].with_name("rabbitmqctl")
-        subprocess.run(
-            [str(tool), *command], env=env, check=True, capture_output=True, timeout=_CONTROL_S
+        done = subprocess.run(
+            [str(tool), *command],
+            env=env,
+            check=True,
+            capture_output=True,
+            text=True,
+            input=stdin,
+            timeout=_CONTROL_S,
         )
+        return done.stdout
 
     def _prepare(self, amqp: int, management: int, distribution: int, names: int) -> dict[str, str]:
         """Write the node's files; returns its environment."""

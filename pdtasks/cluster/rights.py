@@ -145,7 +145,7 @@ def rabbitmqctl_lines() -> list[str]:
 #: Sent by every client: is it there?  CLIENT SETINFO is not needed, but each refusal would push a
 #: telling one out of ACL LOG.
 _ANY: Final = "+ping +client|setinfo"
-#: Celery's results.
+#: Celery's results; a job's is stored by the API.
 _RESULTS: Final = "celery-task-meta-*"
 
 # Each in parentheses: these commands on these keys, and none of them on others.
@@ -166,7 +166,7 @@ _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi 
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
-_API_ON_BUS: Final = (_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS)
+_API_ON_BUS: Final = (_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _STORE_RESULTS)
 _WORKER_ON_BUS: Final = (_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS)
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
 _COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE)

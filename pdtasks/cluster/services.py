@@ -21,6 +21,7 @@ from pdtasks.cluster.stack import home_marker, member_of, redact
 from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
 from pdtasks.running_stack import Member
 from pdtasks.settings import Settings
+from pdtasks.tls import why_untrusted
 
 _CONFIGURED_S = 15.0  # for services that run already
 _USES_BROKER_API: Final = (User.FLOWER,)
@@ -131,6 +132,8 @@ class Services:
 
     def _check(self, name: str, url: str, accepts: Callable[[str], bool]) -> None:
         if not wait_until(lambda: accepts(url), _CONFIGURED_S, self._tick):
+            if why := why_untrusted(url):
+                raise StartFailed(f"the {name} at {redact(url)}: {why}")
             raise StartFailed(
                 f"the {name} at {redact(url)} does not answer, or refuses the password: "
                 "check that it runs and that its URL is right"

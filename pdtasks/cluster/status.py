@@ -21,6 +21,7 @@ from pdtasks.messages import WorkerStatus
 from pdtasks.naming import PREFILL, STAGES
 from pdtasks.running_stack import Member, Stack, identify, read_stack
 from pdtasks.settings import Settings
+from pdtasks.tls import valkey_url
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def _present_workers(bus_url: str | None) -> list[WorkerStatus]:
         return []
     with (
         contextlib.suppress(valkey.ValkeyError, OSError),
-        valkey.Valkey.from_url(bus_url, socket_timeout=1, socket_connect_timeout=1) as bus,
+        valkey.Valkey.from_url(
+            valkey_url(bus_url), socket_timeout=1, socket_connect_timeout=1
+        ) as bus,
     ):
         return read_workers(bus)
     return []

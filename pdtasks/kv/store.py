@@ -21,6 +21,7 @@ from valkey.cluster import ValkeyCluster
 from valkey.exceptions import AskError, ClusterDownError, ValkeyClusterException
 
 from pdtasks.kv.wire import BlockConnection, StoreError, UnexpectedValue
+from pdtasks.tls import valkey_url
 
 __all__ = ["BlockStore", "StoreError", "UnexpectedValue"]
 
@@ -226,7 +227,9 @@ class _Independent:
         # Seeds come from the servers' addresses, so neither the order of the URLs nor a changed
         # password matters.
         self._seeds = [_hash(url.rpartition("@")[2]) for url in urls]
-        self._servers = [valkey.Valkey.from_url(url, **_timeouts(timeout_s)) for url in urls]
+        self._servers = [
+            valkey.Valkey.from_url(valkey_url(url), **_timeouts(timeout_s)) for url in urls
+        ]
 
     def of(self, key: str, until: float) -> valkey.Valkey:
         if len(self._servers) == 1:
@@ -298,7 +301,7 @@ class _Cluster:
         cluster = self._cluster
         try:
             if cluster is None:
-                cluster = ValkeyCluster.from_url(self._url, **self._timeouts)
+                cluster = ValkeyCluster.from_url(valkey_url(self._url), **self._timeouts)
             else:
                 # Any node that was there the last time may tell it; the new layout takes the old
                 # one's place in one step.

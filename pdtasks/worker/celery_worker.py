@@ -22,6 +22,7 @@ from celery.apps.worker import Worker
 
 from pdtasks import naming
 from pdtasks.errors import PdtasksError, where
+from pdtasks.links import require_trusted
 from pdtasks.settings import load_settings
 from pdtasks.worker import service
 
@@ -98,6 +99,7 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
         settings.require_broker()
         settings.require_bus()
         settings.require_kv()
+        require_trusted(settings)
     except PdtasksError as exc:
         _refuse(str(exc))
 

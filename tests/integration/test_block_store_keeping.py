@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import socket
-import ssl
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import pytest
 import valkey
 
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import StoreError, UnexpectedValue
-from tests.certificates import Certificate, make_certificate
+from tests.certificates import make_certificate
 from tests.integration.conftest import Services
 from tests.integration.store_calls import BLOCK, MIB, MakeStore, calls, get, has, put
+from tests.tls_front import TlsFront
 
 
 @pytest.fixture
@@ -211,62 +207,13 @@ def test_a_lost_server_takes_only_its_own_blocks(
 # -- TLS ---------------------------------------------------------------------------------------
 
 
-class TlsFront:
-    """Speaks TLS before a server that cannot: the embedded Valkey is built without."""
-
-    def __init__(self, certificate: Certificate, port: int) -> None:
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(certificate.file, certificate.key)
-        self._behind = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._closed = threading.Event()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        self._listener.settimeout(0.05)
-        while not self._closed.is_set():
-            with contextlib.suppress(TimeoutError):
-                sock, _ = self._listener.accept()
-                self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
-                self._threads[-1].start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock:
-            sock.settimeout(5)
-            with (
-                self._context.wrap_socket(sock, server_side=True) as outside,
-                socket.create_connection(("127.0.0.1", self._behind)) as inside,
-            ):
-                self._relay(outside, inside)
-
-    def _relay(self, outside: ssl.SSLSocket, inside: socket.socket) -> None:
-        while not self._closed.is_set():
-            ready: list[socket.socket] = [outside] if outside.pending() else []
-            ready = ready or select.select([outside, inside], [], [], 0.05)[0]
-            for source in ready:
-                data = source.recv(1 << 16)
-                if not data:
-                    return
-                (inside if source is outside else outside).sendall(data)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._closed.set()
-        for thread in self._threads:
-            thread.join(10)
-        self._listener.close()
-
-
 @pytest.fixture
 def tls_url(own_server: ValkeyServer, tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     """The URL of a server that is reached over TLS, for who trusts a certificate."""
     certificate = make_certificate(tmp_path)
     login, _, place = own_server.url.removeprefix("valkey://").partition("@")
-    with TlsFront(certificate, int(place.partition(":")[2].partition("/")[0])) as front:
+    behind = ("127.0.0.1", int(place.partition(":")[2].partition("/")[0]))
+    with TlsFront(certificate, behind) as front:
         yield lambda trusted: f"valkeys://{login}@localhost:{front.port}/0?ssl_ca_certs={trusted}"
 
 

@@ -211,7 +211,7 @@ FOR_NOBODY = (
 FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
     User.API: (
         *("SET pd:worker:x y", "DEL pd:worker:x", "XADD pd:reply:x * m y", "GET pd:worker:x"),
-        *("GET celery-task-meta-x", "SUBSCRIBE celery-task-meta-x", "BLPOP pd:progress:r:1 1"),
+        *("SUBSCRIBE celery-task-meta-x", "BLPOP pd:progress:r:1 1"),
         *("LRANGE pd:progress:r:1 0 -1", "DEL celery-task-meta-x", "SET pd:probe x"),
     ),
     User.WORKER: (

@@ -34,7 +34,7 @@ class Acting:
     """A fault that acts now."""
 
     target: str
-    undo: Callable[[], None] | None = None  #: None: there is nothing to undo
+    undo: Callable[[], object] | None = None  #: None: there is nothing to undo
 
 
 class Faults:

@@ -211,6 +211,30 @@ def test_services_that_do_not_answer_are_named_without_their_passwords(
     assert "hunter2" not in repr(checks)
 
 
+@pytest.mark.parametrize(
+    ("urls", "told"),
+    [
+        ({"broker_url": "amqp://me:pw@192.0.2.7/"}, "192.0.2.7"),
+        ({"kv_urls": ("valkey://192.0.2.8:1/0", "valkeys://192.0.2.9:1/0")}, "192.0.2.8"),
+        ({"bus_url": "valkeys://192.0.2.7:1/0", "kv_urls": ("unix:///run/kv.sock",)}, ""),
+        ({"bus_url": "valkey://127.0.0.1:1/0", "broker_url": "amqps://192.0.2.7/"}, ""),
+    ],
+)
+def test_links_to_other_hosts_without_tls_are_named(
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    urls: dict[str, object],
+    told: str,
+) -> None:
+    monkeypatch.setattr(doctor, "broker_accepts", lambda url: True)
+    monkeypatch.setattr(doctor, "valkey_answers", lambda url: True)
+
+    check = find(settings(**urls), "tls")
+
+    assert check.ok
+    assert (f"not on the way to {told}:" if told else "no link") in check.detail
+
+
 def test_a_malformed_url_is_named(settings: Callable[..., Settings]) -> None:
     check = find(settings(bus_url="http://example"), "bus")
 

@@ -1,0 +1,23 @@
+"""Are the servers those that they should be? Asked once, by each process that starts.
+
+Celery and the bus's clients would try for ever to connect to one whose certificate they do not
+trust.
+"""
+
+from __future__ import annotations
+
+from pdtasks.errors import ConfigurationError
+from pdtasks.settings import Settings
+from pdtasks.tls import why_untrusted
+
+
+def require_trusted(settings: Settings) -> None:
+    """Return when each link that uses TLS is sound, or nobody answers there yet.
+
+    Raises ConfigurationError, which says what to do.
+    """
+    links = [("BROKER_URL", settings.broker_url), ("BUS_URL", settings.bus_url)]
+    links += [("KV_URLS", url) for url in settings.kv_urls]
+    for name, url in links:
+        if url and (why := why_untrusted(url)):
+            raise ConfigurationError(f"PDTASKS_{name}: {why}")
