@@ -199,7 +199,7 @@ class RabbitNode:
     def control(self, *command: str, stdin: str = "") -> str:
         """Run a command of the node's own tool, `rabbitmqctl`; returns what it prints.
 
-        Takes seconds. Raises subprocess.SubprocessError when it fails or takes longer than a minute.
+        Raises subprocess.SubprocessError when it fails or takes longer than a minute.
         """
         # Of the server's start alone: the tool would take them for its own.
         own = ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "RUNNING_UNDER_SYSTEMD")
