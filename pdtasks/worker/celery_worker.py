@@ -24,7 +24,7 @@ from pdtasks import naming
 from pdtasks.errors import PdtasksError, where
 from pdtasks.links import require_trusted
 from pdtasks.settings import load_settings
-from pdtasks.worker import service
+from pdtasks.worker import liveness, service
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
         here.liveness.stopping()
         super().stop(in_sighandler, exitcode)
         here.stop()
+        liveness.leave_at_exit(self.exitcode or 0)
 
 
 def _check_call(options: dict[str, Any], conf: Any) -> None:

@@ -7,6 +7,7 @@ hold jobs and answer none.
 
 from __future__ import annotations
 
+import atexit
 import enum
 import faulthandler
 import logging
@@ -148,4 +149,21 @@ def end_process(why: str, code: int) -> None:
         faulthandler.dump_traceback(file=output, all_threads=True)
         # The terminal it may be outlives us.
         os.set_blocking(output, True)
+    os._exit(code)
+
+
+def leave_at_exit(code: int) -> None:
+    """Have the process end with `code` as soon as Python would clean up; call it when all stopped.
+
+    That goes once more through all that vLLM and torch have made, which took 15 s and more on busy
+    cores: long enough for a supervisor to take a silent worker for one that hangs.
+    """
+    atexit.register(_leave, code)
+
+
+def _leave(code: int) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)

@@ -39,6 +39,7 @@ def test_nothing_is_lost_doubled_or_wrong_while_parts_fail(tmp_path: Path) -> No
     found = run_chaos(plan, tmp_path, Console(io.StringIO()))
 
     assert not found.tally.bad, format_report(found, plan.engine)
+    assert found.left_behind == ()
     figures = to_json(found)
     assert [fault["kind"] for fault in figures["faults"]] == [str(f.kind) for f in FAULTS]
     assert figures["accepted"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 #: vLLM names the process so (`setproctitle`).
 _ENGINE_CORE = "EngineCore"
+_NOT_NOW = (httpx.HTTPError, subprocess.SubprocessError, valkey.ValkeyError, psutil.Error)
 _NO_MEMORY = "0.000001"
 _ENOUGH_MEMORY = "0.4"
 
@@ -65,7 +67,11 @@ class Faults:
 
     def begin(self, fault: Planned) -> Acting:
         """Do it; whoever calls has it undone."""
-        return self._actions[fault.kind](fault.pick)
+        try:
+            return self._actions[fault.kind](fault.pick)
+        except _NOT_NOW as exc:
+            # The part has not come back from the fault before.
+            return Acting(f"nobody: {type(exc).__name__}")
 
     # -- processes -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pdtasks.cluster.process import Child, Process, StartFailed
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 10.0
+_ANSWER_S = 120.0  # the first one comes after the imports
 
 
 class Nursery:
@@ -37,7 +39,7 @@ class Nursery:
 
     def __init__(self, log: Path) -> None:
         self._log_file = log
-        self._process: subprocess.Popen[str]
+        self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
         env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
@@ -56,10 +58,9 @@ class Nursery:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                bufsize=0,  # what is not read yet can be waited for
                 start_new_session=True,
             )
-        assert self._process.stdout is not None
         self._is_ready = False
         return self
 
@@ -88,19 +89,20 @@ class Nursery:
         assert self._process.stdin is not None
         try:
             while not self._is_ready:  # vLLM says a word or two before
-                self._is_ready = self._read() == "ready\n"
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
+                self._is_ready = self._read() == b"ready\n"
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
             answer: dict[str, Any] = json.loads(self._read())
         except BrokenPipeError:
             raise StartFailed(f"the nursery has ended: its log is {self._log_file}") from None
         return answer
 
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+    def _read(self) -> bytes:
+        out = self._process.stdout
+        assert out is not None
+        answers, _, _ = select.select([out], [], [], _ANSWER_S)
+        line = out.readline() if answers else b""
         if not line:
-            raise StartFailed(f"the nursery has ended: its log is {self._log_file}")
+            raise StartFailed(f"the nursery does not answer: its log is {self._log_file}")
         return line
 
 

@@ -36,6 +36,7 @@ def format_report(found: Found, engine: str) -> str:
         f"{f.at_s:>7.1f}  {f.kind:<15} {f.longest_wait_s:>15.2f}  {f.target}" for f in found.faults
     ]
     lines += [f"clear error, {times} times: {why}" for why, times in tally.reasons.most_common()]
+    lines += [f"left behind: {what}" for what in found.left_behind]
     for story, found_bad in tally.bad:
         lines.append(f"{found_bad.verdict.upper()} {story.request_id}: {found_bad.why}")
         lines.append(f"    {story.timeline()}")
@@ -45,8 +46,3 @@ def format_report(found: Found, engine: str) -> str:
         + "; ".join(f"{name}: {number}" for name, number in figures.items())
     )
     return "\n".join(lines)
-
-
-def is_kept(found: Found) -> bool:
-    """Was the promise kept for every request?"""
-    return not found.tally.bad

@@ -35,6 +35,10 @@ T = TypeVar("T")
 
 #: Seconds after the end of a fault in which a wait still counts as its.
 _AFTERMATH_S = 1.0
+#: Seconds in which workers forget requests that have ended.
+_TIDY_S = 20.0
+#: Seconds that the clients get to begin, and to end.
+_END_S = 5.0
 
 
 class NotComparable(PdtasksError):
@@ -73,6 +77,7 @@ class Found:
 
     tally: Tally
     faults: Sequence[Fault]
+    left_behind: Sequence[str] = ()  #: by requests that have ended
 
 
 def run_chaos(plan: Plan, home: Path, console: Console) -> Found:
@@ -115,7 +120,7 @@ class _Clients:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.call(self._connected.__aenter__()).result()
+        self.call(self._connected.__aenter__()).result(_END_S)
         return self
 
     def __exit__(
@@ -124,10 +129,10 @@ class _Clients:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.call(self._cancel_all()).result()
-        self.call(self._connected.__aexit__(None, None, None)).result()
+        self.call(self._cancel_all()).result(2 * _END_S)
+        self.call(self._connected.__aexit__(None, None, None)).result(_END_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(_END_S)
         self._loop.close()
 
     @staticmethod
@@ -136,7 +141,7 @@ class _Clients:
         for task in others:
             task.cancel()
         if others:
-            await asyncio.wait(others, timeout=5)
+            await asyncio.wait(others, timeout=_END_S)
 
 
 def _rehearse(
@@ -202,7 +207,7 @@ class _Run:
 
     def run(self, known: Sequence[Known]) -> Found:
         self._load.begin(known)
-        asking = self._clients.call(self._load.run(self._plan.mix))
+        self._asking = self._clients.call(self._load.run(self._plan.mix))
         done = []
         for fault in self._plan.faults:
             self._wait_until(fault.at_s)
@@ -211,16 +216,15 @@ class _Run:
         self._clients.end()
         patience = time.monotonic() + self._plan.deadline_s + 2 * SLACK_S
         self._console.line("the load ends: what is under way is waited for")
-        self._stack.wait(lambda: asking.done() or time.monotonic() > patience)
+        self._stack.wait(lambda: self._asking.done() or time.monotonic() > patience)
         stories = list(self._load.stories)
-        if asking.done():
-            asking.result()  # raises what has gone wrong there
         waits = [longest_wait(stories, f.at_s, f.until_s + _AFTERMATH_S) for f in done]
         faults = [
             replace(fault, longest_wait_s=round(wait, 2))
             for fault, wait in zip(done, waits, strict=True)
         ]
-        return Found(count(stories, self._killed), faults)
+        left_behind = self._stack.left_behind(_TIDY_S)
+        return Found(count(stories, self._killed), faults, left_behind)
 
     def _act(self, fault: Planned) -> Fault:
         at_s = self._load.now_s()
@@ -240,4 +244,6 @@ class _Run:
         return Fault(round(at_s, 2), fault.kind, acting.target, round(until_s, 2))
 
     def _wait_until(self, at_s: float) -> None:
-        self._stack.wait(lambda: self._load.now_s() >= at_s)
+        self._stack.wait(lambda: self._asking.done() or self._load.now_s() >= at_s)
+        if self._asking.done():
+            self._asking.result()  # raises what has gone wrong there

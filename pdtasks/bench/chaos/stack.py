@@ -16,7 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import valkey
+
 from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.bus.presence import read_workers
 from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.parts import LOOP_S, Part, Parts
@@ -34,6 +37,7 @@ EngineKind = Literal["stub", "real"]
 STUB_MODEL = "stub-engine"
 _START_S = 300.0
 _STOP_S = 20.0
+_ASK_S = 5.0
 #: Requests that one worker takes at once.
 _CONCURRENCY = 32
 
@@ -125,7 +129,8 @@ class ChaosStack:
         if self._engine == "stub":
             log = children.log_folder(self.settings) / "nursery.log"
             make = self._ends.enter_context(Nursery(log)).make
-        self.settings = self.settings.model_copy(update={"model": self._model()})
+        settings = self.settings
+        resolve_model(settings.model, settings.cache_dir, self._console.line)  # made ready once
         for service in (self.bus, self.kv, self.broker):
             self._ends.callback(service.stop)
             service.start()
@@ -143,9 +148,6 @@ class ChaosStack:
         self._ends.callback(self._end_parts)
         self._start_parts(temporary, make)
         self._parts.wait(_START_S, self._check_services)
-
-    def _model(self) -> str:
-        return resolve_model(self.settings.model, self.settings.cache_dir, self._console.line)
 
     def _start_parts(self, temporary: Path, make: Callable[..., Process]) -> None:
         settings = self.settings
@@ -179,6 +181,18 @@ class ChaosStack:
         while not until():
             self.tick()
             time.sleep(LOOP_S)
+
+    def left_behind(self, within_s: float) -> tuple[str, ...]:
+        """What workers keep of requests although none is under way; empty as soon as it is."""
+        until = time.monotonic() + within_s
+        with valkey.Valkey.from_url(self.bus.url, socket_timeout=_ASK_S) as bus:
+            while True:
+                workers = read_workers(bus)
+                found = tuple(f"{w.name} holds {w.held} requests" for w in workers if w.held)
+                if not found or time.monotonic() > until:
+                    return found
+                self.tick()
+                time.sleep(LOOP_S)
 
     def _check_services(self) -> None:
         for service in (self.bus, self.kv, self.broker):

@@ -165,3 +165,28 @@ def test_a_process_ends_and_says_why_whether_or_not_anybody_reads_what_it_says(
         os.close(reader)
     assert is_full or "pdtasks: it stands: ending the process" in said
     assert is_full or "in <module>" in said
+
+
+#: A process whose clean-up takes long.
+_SLOW = """
+import time
+from pdtasks.worker import liveness
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(60)
+
+slow = Slow()
+liveness.leave_at_exit(3)
+print("the last word")
+"""
+
+
+def test_a_process_that_has_stopped_does_not_wait_for_pythons_clean_up() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SLOW], capture_output=True, text=True, timeout=30, check=False
+    )
+
+    # It ends at once, with its exit code and all that it has said.
+    assert done.returncode == 3
+    assert done.stdout == "the last word\n"
