@@ -93,12 +93,12 @@ def why_untrusted(url: str) -> str:
     parts, options = _options(url)
     host, port = parts.hostname or "localhost", parts.port or _DEFAULT_PORTS[parts.scheme]
     try:
-        context = _context(options)
+        context = _context(parts.scheme, options)
     except ValueError as exc:
         return str(exc)
     except OSError as exc:  # ssl.SSLError is one: a file that holds something else
-        files = {k: v for k, v in options.items() if k in ("ssl_ca_certs", "ssl_certfile")}
-        return f"{files} cannot be used ({exc.strerror or exc}): name files in PEM"
+        named = [k for k in options if k.startswith("ssl_ca") or k.endswith(("file", "password"))]
+        return f"{', '.join(named)} cannot be used ({exc.strerror or exc}): name files in PEM"
     try:
         with (
             socket.create_connection((host, port), timeout=_CONNECT_S) as sock,
@@ -131,12 +131,24 @@ def why_untrusted(url: str) -> str:
         return ""
 
 
-def _context(options: dict[str, str]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+def _context(scheme: str, options: dict[str, str]) -> ssl.SSLContext:
+    """As the client of `scheme` makes it."""
+    named: dict[str, Any] = {
+        "cafile": options.get("ssl_ca_certs"),
+        "capath": options.get("ssl_ca_path"),
+        "cadata": options.get("ssl_ca_data"),
+    }
+    if scheme == "amqps" or not any(named.values()):
+        context = ssl.create_default_context(**named)
+    else:  # valkey-py trusts what the system knows as well
+        context = ssl.create_default_context()
+        context.load_verify_locations(**named)
     context.check_hostname = _checks_name(options)
     context.verify_mode = _verify_mode(options)
     if certificate := options.get("ssl_certfile"):
-        context.load_cert_chain(certificate, options.get("ssl_keyfile"))
+        context.load_cert_chain(
+            certificate, options.get("ssl_keyfile"), options.get("ssl_password")
+        )
     return context
 
 

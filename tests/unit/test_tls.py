@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -115,6 +117,26 @@ def test_nothing_is_said_of_a_server_that_is_trusted(
     serve: Serve, certificate: Certificate
 ) -> None:
     assert why_untrusted(f"amqps://localhost:{serve()}/v?ssl_ca_certs={certificate.file}") == ""
+
+
+@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_ca_path", "ssl_ca_data"])
+def test_a_valkeys_ca_may_be_a_file_a_folder_or_a_text(
+    serve: Serve, certificate: Certificate, tmp_path: Path, option: str
+) -> None:
+    text = certificate.file.read_text()
+    hashed = subprocess.run(
+        ["openssl", "x509", "-noout", "-hash", "-in", str(certificate.file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    (tmp_path / f"{hashed}.0").write_text(text)
+    values = {"ssl_ca_certs": certificate.file, "ssl_ca_path": tmp_path, "ssl_ca_data": text}
+
+    assert (
+        why_untrusted(f"valkeys://localhost:{serve()}/0?{option}={quote(str(values[option]))}")
+        == ""
+    )
 
 
 def test_of_one_that_is_not_it_is_said_what_to_do(serve: Serve, tmp_path: Path) -> None:
