@@ -119,16 +119,33 @@ def down() -> None:
 
 @main.command()
 @click.argument("workers", nargs=-1)
+@click.option("--rolling", is_flag=True, expose_value=False, help="One after the other: always so.")
 def restart(workers: tuple[str, ...]) -> None:
     """Restart WORKERS (as `decode1`) of the running stack, or all, one after the other.
 
     With two workers of each stage no request notices: what one has begun another goes on with.
+    Workers that were drained are started.
     """
     from pdtasks.cluster.console import Console
-    from pdtasks.cluster.restart import restart_workers
+    from pdtasks.cluster.workers import restart_workers
     from pdtasks.settings import load_settings
 
     sys.exit(restart_workers(load_settings(), workers, Console()))
+
+
+@main.command()
+@click.argument("workers", nargs=-1, required=True)
+def drain(workers: tuple[str, ...]) -> None:
+    """Stop WORKERS (as `decode1`) of the running stack; they stay away.
+
+    Each takes nothing more; what it has begun goes to another worker of its stage, or is finished.
+    `pdtasks restart WORKER` brings it back.
+    """
+    from pdtasks.cluster.console import Console
+    from pdtasks.cluster.workers import drain_workers
+    from pdtasks.settings import load_settings
+
+    sys.exit(drain_workers(load_settings(), workers, Console()))
 
 
 @main.command()

@@ -13,6 +13,7 @@
     signals     has somebody asked us to stop
     services    broker, bus and kv: private ones started, configured ones asked
     parts       workers, API and Flower: waited for, watched, restarted, drained
+    workers     `pdtasks restart` and `pdtasks drain`
     children    commands, settings and folders of workers, API and Flower
     status      `pdtasks status`: the stack's processes and every worker that shows a sign of life
     console     readable lines on a terminal or in a log

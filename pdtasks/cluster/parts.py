@@ -84,10 +84,12 @@ class Parts:
         record: Tick,
         *,
         stall_timeout_s: float,
+        stays_away: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """Args:
         bus_url: where workers show signs of life; asked once a part is waited for.
         stall_timeout_s: seconds after which a worker that takes no jobs is replaced.
+        stays_away: is the worker of that name not to be started again?
         tick: called while something is waited for; may raise to give up.
         record: called when a process has begun or ended.
         """
@@ -98,6 +100,7 @@ class Parts:
         self._parts: list[Part] = []
         self._bus: valkey.Valkey | None = None
         self._stall_timeout_s = stall_timeout_s
+        self._stays_away = stays_away
         self._presence: dict[int, WorkerStatus] = {}
         self._presence_at = 0.0
         self._bus_answers = False
@@ -195,6 +198,8 @@ class Parts:
 
     def _watch(self, part: Part) -> None:
         if part.restart_at is not None:
+            if part.is_worker and self._stays_away(part.name):
+                return
             # One that the kernel does not let go of yet (a hung device) is in its successor's way.
             if time.monotonic() >= part.restart_at and not part.process.running:
                 self._console.line(f"restarting {part.name}")

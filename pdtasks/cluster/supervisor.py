@@ -28,6 +28,7 @@ from pdtasks.cluster.rights import User
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
+from pdtasks.cluster.workers import Drained
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
 from pdtasks.naming import STAGES
@@ -82,12 +83,15 @@ class Supervisor:
         self._temporary: Path | None = None
         self._file = StackRecord(settings.home)
         self._services = Services(console, self._tick)
+        drained = Drained(settings.home)
+        drained.clear()
         self._parts = Parts(
             console,
             self._bus_url,
             self._tick,
             self._record,
             stall_timeout_s=settings.stall_timeout_s,
+            stays_away=drained.__contains__,
         )
 
     def run(self) -> int:

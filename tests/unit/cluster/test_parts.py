@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, folder: Path, stall_timeout_s: float) -> None:
         self.output = io.StringIO()
         self.said: list[WorkerStatus] | None = []  #: None: the bus does not answer
+        self.away: set[str] = set()  #: workers that are not to be started
         self.is_full = False  #: the bus answers, but takes nothing
         self.log = folder / "decode1.log"
         self.parts = Parts(
@@ -61,6 +62,7 @@ class Bench:
             lambda: None,
             lambda: None,
             stall_timeout_s=stall_timeout_s,
+            stays_away=lambda name: name in self.away,
         )
         process = Process(
             "decode1", [sys.executable, "-c", STUBBORN], env=dict(os.environ), log=self.log
@@ -146,6 +148,20 @@ def test_a_worker_that_was_asked_to_stop_is_back_at_once_and_it_is_no_failure(
     assert "restarting decode1" in told
     assert "ended by itself" not in told
     assert bench.part.failures == 0
+
+
+def test_a_drained_worker_is_not_started_until_it_may_be(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.away = {"decode1"}
+
+    bench.part.process.signal(signal.SIGALRM)
+    bench.until(lambda: "decode1 was stopped" in bench.output.getvalue())
+    for _ in range(5):
+        bench.parts.watch()
+    assert not bench.part.process.running
+
+    bench.away = set()
+    bench.until(bench.replaced)
 
 
 def test_a_stalled_worker_is_replaced_and_where_it_stood_is_in_its_log(

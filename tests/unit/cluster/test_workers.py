@@ -1,4 +1,4 @@
-"""Are workers restarted one after the other? With children that only sleep, and no bus."""
+"""Are workers restarted in turn, and drained? With children that only sleep, and no bus."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pdtasks.cluster import restart
+from pdtasks.cluster import workers
 from pdtasks.cluster.console import Console
-from pdtasks.cluster.restart import restart_workers
 from pdtasks.cluster.stack import write_stack
 from pdtasks.cluster.status import Row, Status
+from pdtasks.cluster.workers import Drained, drain_workers, restart_workers
 from pdtasks.errors import PdtasksError
 from pdtasks.running_stack import Member, Stack, identify
 from pdtasks.settings import Settings
@@ -73,6 +74,12 @@ class Bench:
     def run(self, *names: str) -> int:
         return restart_workers(self.settings, names, Console(self.output), ask=self.ask)
 
+    def drain(self, *names: str) -> int:
+        reapers = [threading.Thread(target=self.children[name].wait) for name in names]
+        for reaper in reapers:  # as the supervisor does: else they are there as zombies
+            reaper.start()
+        return drain_workers(self.settings, names, Console(self.output), ask=self.ask)
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
@@ -103,7 +110,7 @@ def test_named_workers_are_restarted_alone(bench: Bench) -> None:
 def test_a_worker_of_another_host_is_not_taken_for_one_that_is_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restart, "_DEADLINE_S", 0.3)
+    monkeypatch.setattr(workers, "_DEADLINE_S", 0.3)
     bench.elsewhere = {"decode1": "decode"}
     bench.comes_back = False
 
@@ -113,7 +120,7 @@ def test_a_worker_of_another_host_is_not_taken_for_one_that_is_back(
 def test_the_next_ones_stay_when_one_does_not_come_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restart, "_DEADLINE_S", 0.3)
+    monkeypatch.setattr(workers, "_DEADLINE_S", 0.3)
     bench.comes_back = False
 
     assert bench.run("decode1", "decode2") == 1
@@ -132,3 +139,43 @@ def test_a_name_that_is_not_there_is_an_error(bench: Bench) -> None:
 def test_without_a_stack_it_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(PdtasksError, match="pdtasks up"):
         restart_workers(Settings(home=tmp_path), (), Console(io.StringIO()))
+
+
+def test_a_drained_worker_stays_away_until_it_is_restarted(bench: Bench) -> None:
+    drained = Drained(bench.settings.home)
+
+    assert bench.drain("decode1") == 0
+
+    assert bench.children["decode1"].poll() is not None
+    assert ("decode1" in drained, "decode2" in drained) == (True, False)
+    told = bench.output.getvalue()
+    assert "stays away until `pdtasks restart decode1`" in told
+    assert "is the only" not in told
+
+    assert bench.run("decode1") == 0
+    assert "decode1" not in drained
+
+
+def test_who_drains_the_last_worker_of_a_stage_is_told_what_that_means(bench: Bench) -> None:
+    assert bench.drain("prefill1") == 0
+    told = bench.output.getvalue()
+    assert "prefill1 is the only prefill worker" in told
+    assert "refused until `pdtasks restart prefill1`" in told
+
+
+def test_a_worker_that_does_not_stop_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_GRACE_S", 0.3)
+    bench.settings = bench.settings.model_copy(update={"drain_timeout_s": 0.0})
+    monkeypatch.setattr(os, "kill", lambda pid, _: None)
+
+    assert bench.drain("decode1") == 1
+
+    assert "decode1 still runs" in bench.output.getvalue()
+
+
+def test_a_stack_begins_with_all_its_workers(tmp_path: Path) -> None:
+    drained = Drained(tmp_path)
+    drained.clear()  # there is nothing yet
+    drained.add("decode1")
+    drained.clear()
+    assert "decode1" not in drained
