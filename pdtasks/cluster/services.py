@@ -7,6 +7,7 @@ alone.  What they do not name is started here, watched, and stopped at the end.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,8 @@ from pdtasks.settings import Settings
 from pdtasks.tls import why_untrusted
 
 _CONFIGURED_S = 15.0  # for services that run already
+#: A service that ends more often within so many seconds is given up.
+_MOST_ENDS, _STEADY_S = 5, 600.0
 _USES_BROKER_API: Final = (User.FLOWER,)
 _USES_KV: Final = (User.WORKER,)
 
@@ -39,6 +42,7 @@ class Services:
         self._tick = tick
         self._private: list[tuple[str, RabbitNode | ValkeyServer]] = []  # in the order of starts
         self._operator_urls: dict[str, str] = {}
+        self._ends: dict[str, deque[float]] = {}  # by name, when (monotonic) one ended by itself
 
     @property
     def any_private(self) -> bool:
@@ -64,7 +68,14 @@ class Services:
         marker = dict([home_marker(home).split("=", 1)])
 
         def valkey(kind: Kind) -> ValkeyServer:
-            return ValkeyServer(home / "valkey", kind, log=logs / f"valkey-{kind}.log", env=marker)
+            return ValkeyServer(
+                home / "valkey",
+                kind,
+                log=logs / f"valkey-{kind}.log",
+                # Blocks can be computed again; jobs and results are all that there is of them.
+                durable=kind == "bus",
+                env=marker,
+            )
 
         update: dict[str, Any] = {}
         if not settings.bus_url:
@@ -143,13 +154,28 @@ class Services:
     # -- watch ------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises StartFailed with the reason when one of ours ended by itself."""
+        """Start again in its place what has ended by itself; who uses it connects again.
+
+        Raises StartFailed when one does not come back, or ends again and again; what `tick` raises.
+        """
         for _, service in self._private:
             for process in service.processes:
                 process.bound_log()
             code = service.process.poll()
             if code is not None:
-                raise service.process.failure(f"ended by itself ({describe_exit(code)})")
+                self._start_again(service, f"ended by itself ({describe_exit(code)})")
+
+    def _start_again(self, service: RabbitNode | ValkeyServer, why: str) -> None:
+        now = time.monotonic()
+        ends = self._ends.setdefault(service.process.name, deque())
+        ends.append(now)
+        while now - ends[0] > _STEADY_S:
+            ends.popleft()
+        if len(ends) > _MOST_ENDS:
+            raise service.process.failure(f"{why}, {len(ends)} times in {_STEADY_S / 60:.0f} min")
+        self._console.bad(f"{service.process.name} {why}, starting again")
+        service.restart(self._tick)
+        self._console.good(f"{service.process.name} is back after {time.monotonic() - now:.1f} s")
 
     # -- stop -------------------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class Supervisor:
     # -- watch ------------------------------------------------------------------------------------
 
     def watch(self) -> int:
-        """Restart what ends, tell what changes. Returns 1 when a service is lost.
+        """Restart what ends, tell what changes. Returns 1 when a service does not come back.
 
         Raises StopRequested.
         """

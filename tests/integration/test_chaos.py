@@ -14,24 +14,24 @@ from pdtasks.cluster.console import Console
 
 FAULTS = (
     Planned(1.0, Kind.KILL_API, 0.0),
-    Planned(3.0, Kind.KILL_DECODE, 0.9),
-    Planned(6.0, Kind.KILL_PREFILL, 0.0),
-    Planned(8.0, Kind.FREEZE_BUS, 0.0, lasts_s=1.5),
-    Planned(11.0, Kind.CUT_ALL, 0.0),
-    Planned(15.0, Kind.FLUSH_KV, 0.0),
-    Planned(16.0, Kind.STOP_WORKER, 0.9),
-    Planned(19.0, Kind.RESTART_BUS, 0.0),
+    Planned(2.0, Kind.KILL_DECODE, 0.9),
+    Planned(4.0, Kind.KILL_PREFILL, 0.0),
+    Planned(5.0, Kind.FREEZE_BUS, 0.0, lasts_s=1.5),
+    Planned(8.0, Kind.CUT_ALL, 0.0),
+    Planned(10.0, Kind.FLUSH_KV, 0.0),
+    Planned(10.5, Kind.STOP_WORKER, 0.9),
+    Planned(12.5, Kind.RESTART_BUS, 0.0),
 )
 
 
 def test_nothing_is_lost_doubled_or_wrong_while_parts_fail(tmp_path: Path) -> None:
     plan = Plan(
         FAULTS,
-        seconds=22.0,
+        seconds=14.0,
         seed=1,
         mix=Mix(streams=4, plain=2, jobs=2, hang_ups=1, burst=6, burst_every_s=5.0),
         num_questions=9,
-        longest=60,
+        longest=40,
         deadline_s=30.0,
         rehearse_at_once=9,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import kombu
@@ -472,6 +475,39 @@ def test_what_a_durable_server_has_outlives_its_death(directory: Path, durable: 
         assert server.url == url
         with valkey.Valkey.from_url(operator) as client:
             assert client.get("kept") == (b"x" if durable else None)
+
+
+def test_a_service_that_dies_is_started_in_its_place_with_what_it_had(directory: Path) -> None:
+    output = io.StringIO()
+    settings = make_settings(
+        home=directory / "again", broker_url="amqp://elsewhere", kv_urls=("valkey://elsewhere",)
+    )
+    services = Services(Console(output), lambda: None)
+    try:
+        url = services.start(settings).require_bus()
+        operator = services.operator_urls()["bus"]
+        (bus,) = services.members()
+        with valkey.Valkey.from_url(operator) as client:
+            client.set("kept", "x")
+
+        def noticed(number: int) -> bool:
+            services.check()
+            return output.getvalue().count("is back after") == number
+
+        for number in range(1, 6):
+            os.kill(services.members()[0].pid, signal.SIGKILL)
+            _wait_until(partial(noticed, number))
+            with valkey.Valkey.from_url(operator) as client:
+                assert client.get("kept") == b"x"
+        assert services.operator_urls()["bus"] == operator
+        assert services.members()[0].pid != bus.pid
+        assert url.rpartition("@")[2] == operator.rpartition("@")[2]
+
+        os.kill(services.members()[0].pid, signal.SIGKILL)
+        with pytest.raises(StartFailed, match=r"ended by itself .*, 6 times in 10 min"):
+            _wait_until(partial(noticed, 6))
+    finally:
+        services.close()
 
 
 def test_kv_takes_values_as_big_as_a_block(kv: ValkeyServer) -> None:
