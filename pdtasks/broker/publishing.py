@@ -54,10 +54,10 @@ class _Producer(kombu.Producer):
 
     number = 0
 
-    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
-        self.number += 1
-        options |= {"mandatory": True, "message_id": str(self.number)}
-        return super().publish(body, *args, **options)  # type: ignore[no-untyped-call]
+    def publish(self, body: Any, *args: Any, **options: Any) -> None:
+        options |= {"mandatory": True, "message_id": str(self.number + 1)}
+        super().publish(body, *args, **options)  # type: ignore[no-untyped-call]
+        self.number += 1  # of those that RabbitMQ has seen
 
 
 @dataclass(eq=False)
