@@ -283,7 +283,7 @@ class ConfirmedSender:
                 message.settle(
                     BrokerUnavailable("RabbitMQ has no queue for the message: start a worker")
                 )
-        if any(message.losses >= 2 for message in self._waiting):
+        if any(message.insist and message.losses >= 2 for message in returned):
             self._lose_connection(BrokerUnavailable(), times=3)  # and wait a while
         elif self._connection is not None:
             self._connection.declared_entities.clear()
