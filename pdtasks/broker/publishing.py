@@ -54,10 +54,10 @@ class _Producer(kombu.Producer):
 
     number = 0
 
-    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
-        self.number += 1
-        options |= {"mandatory": True, "message_id": str(self.number)}
-        return super().publish(body, *args, **options)  # type: ignore[no-untyped-call]
+    def publish(self, body: Any, *args: Any, **options: Any) -> None:
+        options |= {"mandatory": True, "message_id": str(self.number + 1)}
+        super().publish(body, *args, **options)  # type: ignore[no-untyped-call]
+        self.number += 1  # of those that RabbitMQ has seen
 
 
 @dataclass(eq=False)
@@ -283,7 +283,7 @@ class ConfirmedSender:
                 message.settle(
                     BrokerUnavailable("RabbitMQ has no queue for the message: start a worker")
                 )
-        if any(message.losses >= 2 for message in self._waiting):
+        if any(message.insist and message.losses >= 2 for message in returned):
             self._lose_connection(BrokerUnavailable(), times=3)  # and wait a while
         elif self._connection is not None:
             self._connection.declared_entities.clear()

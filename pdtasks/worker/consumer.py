@@ -4,7 +4,8 @@ Celery's consumer is made of steps; these are left out or replaced (each against
 `tests/unit/seams/test_celery.py` says when a new Celery changes what they replace):
 
 * Events go through `EventSender`: the main loop and pool threads never wait for them.
-* Control commands are answered on the main loop's own connection, and `revoke` stores nothing here.
+* Control commands are answered on the main loop's own connection, and `revoke` stores nothing here;
+  those that would stop a worker or its consumer are not answered.
 * No delayed-delivery queues: no task of ours has an ETA.
 * No mingle and no gossip: workers need nothing of each other, and each would read all events of
   all others.
@@ -39,6 +40,15 @@ from pdtasks.worker.liveness import BEAT_S
 
 logger = logging.getLogger(__name__)
 
+#: Celery's control commands that a worker answers, `revoke` aside: those that ask and those for
+#: events.  RabbitMQ cannot tell them from others, and whoever may abort may send any: `shutdown` or
+#: `cancel_consumer` would take a worker from its work.
+_ANSWERED = (
+    *("active", "active_queues", "clock", "conf", "dump_active", "dump_conf", "dump_reserved"),
+    *("dump_revoked", "dump_schedule", "dump_tasks", "hello", "ping", "query_task", "registered"),
+    *("report", "reserved", "revoked", "scheduled", "stats"),
+    *("disable_events", "enable_events", "heartbeat"),
+)
 #: Seconds of a connection's life after which its loss is the first of a row again.
 _STEADY_S = 60.0
 
@@ -89,7 +99,8 @@ class ControlStep(Control):  # type: ignore[misc]
         super().__init__(c, **kwargs)
         node = self.box.node
         # Celery's registry is for all apps of a process: ours stay here.
-        node.handlers = {**Panel.data, naming.ABORT: _abort, "revoke": _revoke}
+        asking = {name: Panel.data[name] for name in _ANSWERED}
+        node.handlers = {**asking, naming.ABORT: _abort, "revoke": _revoke}
         node.reply = partial(_reply, node)
 
 

@@ -136,14 +136,20 @@ def test_a_message_that_cannot_be_sent_fails_alone(
     def odd(producer: kombu.Producer) -> None:
         raise KeyError("surprise")
 
+    def unspeakable(producer: kombu.Producer) -> None:
+        producer.publish(object(), routing_key=QUEUE, retry=False)
+
     good = sender.send(message(1), within_s=20)
     bad = sender.send(odd, within_s=20)
+    worse = sender.send(unspeakable, within_s=20)
     later = sender.send(message(2), within_s=20)
 
     good.result(20)
     later.result(20)
     with pytest.raises(PdtasksError, match="KeyError"):
         bad.result(20)
+    with pytest.raises(PdtasksError, match="EncodeError"):
+        worse.result(20)
     assert arrived() == [1, 2]
 
 

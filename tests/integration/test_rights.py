@@ -16,7 +16,7 @@ from celery.events import EventReceiver
 
 from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import connect_async
-from pdtasks.bus.presence import read_workers_async
+from pdtasks.bus.presence import read_workers, read_workers_async
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.cluster.rights import BUS_RIGHTS, User
@@ -130,6 +130,22 @@ def test_the_api_does_its_part_on_the_bus(
 
     asyncio.run(test())
     assert refusals() == []
+
+
+def test_no_control_message_takes_a_worker_from_its_work(
+    start_worker: StartWorker, our_app: Any, services: Services
+) -> None:
+    worker = start_worker("prefill")
+    with kombu.Connection(services.rabbit.url_for(User.FLOWER)) as connection:
+        for command in ("shutdown", "cancel_consumer", "pool_shrink", "rate_limit"):
+            (answer,) = our_app.control.broadcast(
+                command, arguments={}, reply=True, timeout=10, limit=1, connection=connection
+            )
+            assert answer["prefill1@test"] == {"error": f"KeyError('{command}')"}
+
+    (status,) = read_workers(services.bus)
+    assert status.state == "ready"
+    assert not worker.has_ended()
 
 
 # -- what does not: RabbitMQ -----------------------------------------------------------------------
