@@ -480,7 +480,10 @@ def test_what_a_durable_server_has_outlives_its_death(directory: Path, durable: 
 def test_a_service_that_dies_is_started_in_its_place_with_what_it_had(directory: Path) -> None:
     output = io.StringIO()
     settings = make_settings(
-        home=directory / "again", broker_url="amqp://elsewhere", kv_urls=("valkey://elsewhere",)
+        home=directory / "again",
+        broker_url="amqp://elsewhere",
+        bus_url=None,  # whatever other tests have put into the environment
+        kv_urls=("valkey://elsewhere",),
     )
     services = Services(Console(output), lambda: None)
     try:
