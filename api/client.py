@@ -23,10 +23,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from api.core import PipelineCore
+from api.guard import retry_after
 from pdtasks.engine.detokenise import begin_behind_prompt
 from pdtasks.engine.grammar import require_possible
 from pdtasks.engine.wire import encode_request
-from pdtasks.errors import NoWorker, PdtasksError
+from pdtasks.errors import NoWorker, PdtasksError, TooManyRequests
 from pdtasks.settings import Settings
 
 
@@ -81,12 +82,17 @@ class PipelineLLM(AsyncLLM):
         self._profile_session_active = False
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Refuse before any work when a stage has no worker; vLLM turns it into a 503."""
+        """Refuse before any work when a stage has no worker (503), or too many wait (429).
+
+        Each route asks once before it begins, without `request_id`; what vLLM asks for each
+        sequence of an admitted request is answered by that.
+        """
         super().check_admission(n, request_id)
-        try:
-            self.engine_core.workers.require()
-        except NoWorker as exc:
-            raise to_http(exc) from exc
+        if request_id is None:
+            try:
+                self.engine_core.require_room(n)
+            except (NoWorker, TooManyRequests) as exc:
+                raise PipelineHTTPError(exc) from exc
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
@@ -111,12 +117,16 @@ class PipelineLLM(AsyncLLM):
         state = self.output_processor.request_states.get(request_id)
         if state is None or state.queue is None:
             return
-        state.queue.put(to_http(error))
+        state.queue.put(PipelineHTTPError(error))
         # With n > 1 the siblings share the queue and end with it.
         parent = state.parent_req
         await self.abort(parent.request_id if parent else request_id, internal=True)
 
 
-def to_http(error: PdtasksError) -> GracefulHTTPError:
-    status = error.http_status if error.http_status != 499 else 500
-    return GracefulHTTPError(str(error), HTTPStatus(status))
+class PipelineHTTPError(GracefulHTTPError):
+    """An error of ours on its way through vLLM's handlers."""
+
+    def __init__(self, error: PdtasksError) -> None:
+        status = error.http_status if error.http_status != 499 else 500
+        super().__init__(str(error), HTTPStatus(status))
+        self.headers = retry_after(error)

@@ -31,6 +31,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from api.admission import Admission
 from api.attempts import Attempts
 from api.reports import Reports
 from api.workers import Workers
@@ -158,6 +159,7 @@ class PipelineCore(EngineCoreClient):
         """
         self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
         self.reports = Reports()
+        self._admission = Admission(settings.max_waiting)
         self._settings = settings
         self._fail = fail
         self._is_known = is_known
@@ -217,6 +219,15 @@ class PipelineCore(EngineCoreClient):
 
     # -- requests, called by vLLM ----------------------------------------------------------------
 
+    def require_room(self, n: int) -> None:
+        """Raises NoWorker when nobody could begin a request, TooManyRequests when many wait.
+
+        Jobs are asked about their workers only: they are taken as there is room for them.
+        """
+        self.workers.require()
+        if _stage_watch.get() is None:
+            self._admission.require_room(n)
+
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Have `request` published. A broker that does not take it fails this request alone.
 
@@ -227,6 +238,7 @@ class PipelineCore(EngineCoreClient):
         deadline = now + self._settings.request_timeout_s
         watch = _stage_watch.get()
         self._open[request.request_id] = _Open(request, deadline, watch)
+        self._admission.enter(request.request_id)
         self.reports.expect(request)
         try:
             job = PrefillJob(
@@ -412,6 +424,8 @@ class PipelineCore(EngineCoreClient):
                 )
         entry.token_ids.extend(output.new_token_ids)
         entry.stage_waited_for = STAGES[1]
+        if len(entry.token_ids) > 1 or output.finish_reason is not None:
+            self._admission.begin(output.request_id)
         if output.finish_reason is not None:
             del self._open[output.request_id]
         return True
@@ -424,6 +438,7 @@ class PipelineCore(EngineCoreClient):
     def _forget(self, request_id: str) -> bool:
         """False when nobody waits for it anyhow."""
         entry = self._open.pop(request_id, None)
+        self._admission.leave(request_id)
         if entry is not None and entry.sent is not None:
             entry.sent.cancel()  # what has not left yet need not
         return entry is not None

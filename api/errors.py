@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMError, VLLMValidationError
 
-from api.guard import BODY, error_response
+from api.guard import BODY, error_response, retry_after
 from pdtasks.errors import PdtasksError
 
 #: What a field of an unexpected kind makes vLLM's validators raise, beside what they mean to.
@@ -40,7 +40,9 @@ def install(app: FastAPI) -> None:
         if better is not exc:
             error = create_error_response(better).error
             return error_response(error.code, error.message, error.param)
-        return await others[VLLMError](request, exc)
+        response = await others[VLLMError](request, exc)
+        response.headers.update(getattr(exc, "headers", {}))
+        return response
 
     async def of_surprise(request: Request, exc: Exception) -> Any:
         model = _body_model(request)
@@ -53,7 +55,9 @@ def install(app: FastAPI) -> None:
         raise exc
 
     async def of_ours(_request: Request, exc: PdtasksError) -> JSONResponse:
-        return error_response(exc.http_status, str(exc))
+        response = error_response(exc.http_status, str(exc))
+        response.headers.update(retry_after(exc))
+        return response
 
     app.exception_handler(HTTPException)(of_framework)
     app.exception_handler(VLLMError)(of_vllm)

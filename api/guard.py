@@ -34,6 +34,12 @@ def error_response(status: int, message: str, param: str | None = None) -> JSONR
     return JSONResponse({"error": error}, status)
 
 
+def retry_after(error: Exception) -> dict[str, str]:
+    """The header that tells when to come again, if `error` knows."""
+    seconds = getattr(error, "retry_after_s", None)
+    return {} if seconds is None else {"Retry-After": str(seconds)}
+
+
 class Guard:
     """Stands before all routes of an app."""
 

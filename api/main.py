@@ -93,7 +93,7 @@ async def _running_jobs(
     from api.runner import JobRunner
 
     bus = connect_async(settings)
-    store = JobStore(bus, ttl_s=settings.result_ttl_s)
+    store = JobStore(bus, ttl_s=settings.result_ttl_s, most_waiting=settings.max_waiting_jobs)
     runner = JobRunner(app, store, concurrency=settings.job_concurrency, background=background)
     app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
     runner.start()

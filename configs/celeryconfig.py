@@ -38,6 +38,10 @@ broker_transport_options = {
 
 # -- queues --------------------------------------------------------------------------------------
 
+# Whoever sends more is told so; what has got in is never refused at the next stage.  No setting,
+# for another value would be another queue: a policy of RabbitMQ's can say less.
+_BOUND = {"x-max-length": 20_000}
+
 _exchange = Exchange(EXCHANGE, type="topic", durable=True)
 task_queues = [
     Queue(
@@ -54,7 +58,8 @@ task_queues = [
             # Kept until the dead-letter queue has it; needs reject-publish.
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
-        },
+        }
+        | (_BOUND if stage == STAGES[0] else {}),
     )
     for stage in STAGES
 ]

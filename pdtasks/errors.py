@@ -50,10 +50,23 @@ class NoWorker(PdtasksError):
     http_status = 503
 
 
-class QueueFull(PdtasksError):
-    """RabbitMQ refused the message: its queue is full."""
+class TooManyRequests(PdtasksError):
+    """So many requests wait already that one more would only wait for long."""
 
     http_status = 429
+
+    def __init__(self, message: str = "", *, retry_after_s: int = 10) -> None:
+        """`retry_after_s`: when there will be room, as far as that can be known."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(TooManyRequests):
+    """RabbitMQ refused the message: its queue is full."""
+
+
+class NoRoomForJobs(TooManyRequests):
+    """The bus keeps as many jobs as it may."""
 
 
 class BrokerUnavailable(PdtasksError):

@@ -61,6 +61,7 @@ def submit(
         InvalidRequest: not exactly one of `prompt` and `messages`.
         ConfigurationError: no broker is known.
         BrokerUnavailable: RabbitMQ did not take the request.
+        QueueFull: as many requests wait as the queue may have.
     """
     if (prompt is None) == (messages is None):
         raise InvalidRequest("give either a prompt or messages")

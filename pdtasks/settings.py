@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: int = Field(default=4 * 2**20, gt=0)  #: of one HTTP request
+    #: Requests of one API process that wait for the workers; more get a 429.
+    max_waiting: int = Field(default=1000, gt=0)
+    max_waiting_jobs: int = Field(default=100_000, gt=0)  #: jobs on the bus; more get a 429
     #: vLLM's own front-end flags, as on a command line: `--enable-auto-tool-choice …`.
     api_args: str = ""
     flower_port: int = Field(default=5555, ge=0, le=65535)

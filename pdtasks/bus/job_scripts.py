@@ -14,10 +14,13 @@ from typing import Any, Literal
 import valkey.asyncio
 
 from pdtasks.bus import keys
+from pdtasks.errors import NoRoomForJobs
 
 _FOLDER = Path(__file__).with_name("lua")
 #: Names of expired jobs that one submission forgets.
 _FORGOTTEN_AT_ONCE = 10
+#: Part of the bus's memory that jobs and results may fill: the rest is for tokens.
+_MOST_MEMORY = 0.75
 
 
 def record_key(job_id: str) -> str:
@@ -44,20 +47,43 @@ class JobScripts:
         self._cancel, self._release = map(script, ("cancel", "release"))
 
     async def create(
-        self, job_id: str, fields: Mapping[str, Any], *, digest: str, key: str | None, ttl_s: int
+        self,
+        job_id: str,
+        fields: Mapping[str, Any],
+        *,
+        digest: str,
+        key: str | None,
+        ttl_s: int,
+        most_waiting: int,
     ) -> tuple[str, str]:
         """Take a job in; returns digest and id, of an earlier one if `key` is known.
 
         Args:
         digest: of what has to be the same under one `key`, an Idempotency-Key's digest.
+
+        Raises NoRoomForJobs.
         """
         names = [record_key(job_id), keys.JOBS, keys.JOBS_WAITING]
         if key is not None:
             names.append(keys.IDEMPOTENCY + key)
         known: bytes = await self._create(
             keys=names,
-            args=[keys.JOB, job_id, digest, ttl_s, _FORGOTTEN_AT_ONCE, *_flat(fields)],
+            args=[
+                *(keys.JOB, job_id, digest, ttl_s, _FORGOTTEN_AT_ONCE),
+                *(most_waiting, _MOST_MEMORY, *_flat(fields)),
+            ],
         )
+        if known == b"jobs":
+            raise NoRoomForJobs(
+                f"{most_waiting} jobs wait already: come again later, or have "
+                "PDTASKS_MAX_WAITING_JOBS raised"
+            )
+        if known == b"memory":
+            raise NoRoomForJobs(
+                "jobs and their results fill the bus: come again when some have expired, or give "
+                "the bus more memory",
+                retry_after_s=60,
+            )
         known_digest, known_id = known.decode().split()
         return known_digest, known_id
 

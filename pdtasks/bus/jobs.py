@@ -106,10 +106,16 @@ class Event:
 class JobStore:
     """All jobs on one bus. Every method raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey, *, ttl_s: float) -> None:
-        """`ttl_s`: seconds that a finished job can be asked for."""
+    def __init__(
+        self, bus: valkey.asyncio.Valkey, *, ttl_s: float, most_waiting: int = 100_000
+    ) -> None:
+        """Args:
+        ttl_s: seconds that a finished job can be asked for.
+        most_waiting: jobs that nobody runs yet; more are not taken.
+        """
         self._bus = bus
         self._ttl_s = ttl_s
+        self._most_waiting = most_waiting
         self._scripts = JobScripts(bus)
 
     # -- callers ---------------------------------------------------------------------------------
@@ -132,7 +138,8 @@ class JobStore:
             seed: for a body that names none, so that a second runner finds the same tokens.
             meaning: what has to be the same under one key; None: path and body as they are.
 
-        Raises KeyReused when the key came with another meaning.
+        Raises KeyReused when the key came with another meaning, NoRoomForJobs when too many wait or
+        the bus is nearly full.
         """
         now = time.time()
         job_id = f"job-{uuid.uuid4().hex}"
@@ -152,7 +159,12 @@ class JobStore:
         if idempotency_key is not None:
             key = hashlib.sha256(idempotency_key.encode()).hexdigest()
         known_digest, known_id = await self._scripts.create(
-            job_id, fields, digest=digest, key=key, ttl_s=int(timeout_s + self._ttl_s)
+            job_id,
+            fields,
+            digest=digest,
+            key=key,
+            ttl_s=int(timeout_s + self._ttl_s),
+            most_waiting=self._most_waiting,
         )
         if known_digest != digest:
             raise KeyReused

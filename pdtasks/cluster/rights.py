@@ -159,8 +159,8 @@ _TELL_PROGRESS: Final = f"(%W~{keys.PROGRESS}* +rpush +expire)"
 _RUN_JOBS: Final = (
     f"(~{keys.JOB}* ~{keys.JOBS} ~{keys.JOBS}:* "
     "+evalsha +script|load +hgetall +zrevrank +zrevrange +zrem +xread "
-    "+time +exists +get +set +ttl +pttl +expire +pexpire +hget +hset +hexists +hincrby "
-    "+zadd +zrange +zpopmin +xadd)"
+    "+time +info +exists +get +set +ttl +pttl +expire +pexpire +hget +hset +hexists +hincrby "
+    "+zadd +zcard +zrange +zpopmin +xadd)"
 )
 _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi +exec +discard"
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"

@@ -12,11 +12,13 @@ from pdtasks.bus import jobs
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State
 from pdtasks.cluster.rights import User
+from pdtasks.errors import NoRoomForJobs
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services
 
 PATH = "/v1/completions"
 BODY = {"model": "m", "prompt": "hello", "seed": 1}
+MOST_WAITING = 20
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def with_store(services: Services) -> Callable[[Callable[[JobStore], Awaitable[N
             bus = connect_async(Settings(bus_url=services.bus_server.url_for(User.API)))
             try:
                 async with asyncio.timeout(20):
-                    await test(JobStore(bus, ttl_s=60))
+                    await test(JobStore(bus, ttl_s=60, most_waiting=MOST_WAITING))
             finally:
                 await bus.aclose()
 
@@ -90,6 +92,37 @@ def test_jobs_are_run_oldest_first_each_by_one(with_store: Run) -> None:
         found = await asyncio.gather(*(store.claim(str(n)) for n in range(25)))
 
         assert sorted(job.id for job in found if job) == sorted(job.id for job in made)
+
+    with_store(test)
+
+
+def test_no_more_jobs_are_kept_than_may_wait(with_store: Run) -> None:
+    async def test(store: JobStore) -> None:
+        made = [await submit(store, idempotency_key=str(n)) for n in range(MOST_WAITING)]
+
+        with pytest.raises(NoRoomForJobs, match="PDTASKS_MAX_WAITING_JOBS"):
+            await submit(store, idempotency_key="new")
+        # one that is known is no new one
+        assert (await submit(store, idempotency_key="3")).id == made[3].id
+
+        await claimed(store, "runner")
+        assert (await submit(store, idempotency_key="new")).attempts == 0
+
+    with_store(test)
+
+
+def test_jobs_leave_the_bus_memory_for_tokens(with_store: Run, services: Services) -> None:
+    async def test(store: JobStore) -> None:
+        await submit(store)
+        before = cast("dict[str, Any]", services.bus.info("memory"))
+        services.bus.config_set("maxmemory", int(before["used_memory"] / 0.8))
+        try:
+            with pytest.raises(NoRoomForJobs, match="more memory") as refused:
+                await submit(store)
+            assert refused.value.retry_after_s == 60
+        finally:
+            services.bus.config_set("maxmemory", before["maxmemory"])
+        await submit(store)
 
     with_store(test)
 

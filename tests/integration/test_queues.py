@@ -98,7 +98,7 @@ def test_a_worker_declares_its_queue_as_configured(
             "x-dead-letter-exchange": "pdtasks.dead",
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
-        }
+        } | ({"x-max-length": 20_000} if stage == "prefill" else {})
     assert found["pdtasks.dead"]["arguments"] == {"x-queue-type": "quorum"}
     assert not [name for name in found if name.startswith("celery_delayed")]
 

@@ -1,7 +1,18 @@
--- Take a job in, or find the one that came under the same key before. Returns 'digest id'.
+-- Take a job in, or find the one that came under the same key before. Returns 'digest id', or what
+-- there is no room for: 'jobs' or 'memory'.
 
 local record, all, waiting, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4] -- (the last: or none)
-local prefix, id, digest, ttl_s, most_forgotten = unpack(ARGV, 1, 5) -- then fields and values
+local prefix, id, digest, ttl_s, most_forgotten = unpack(ARGV, 1, 5)
+local most_waiting, most_memory = unpack(ARGV, 6, 7) -- (a part of maxmemory); then fields and values
+
+local function lacks()
+  if redis.call('ZCARD', waiting) >= tonumber(most_waiting) then return 'jobs' end
+  local memory = redis.pcall('INFO', 'memory')
+  if type(memory) == 'table' and memory.err then return nil end -- this user may not ask
+  local used = tonumber(string.match(memory, 'used_memory:(%d+)'))
+  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
+  if most > 0 and used > most * most_memory then return 'memory' end
+end
 
 if idempotency then
   local known = redis.call('GET', idempotency)
@@ -9,9 +20,13 @@ if idempotency then
   if known and redis.call('EXISTS', prefix .. string.match(known, ' (.*)')) == 1 then
     return known
   end
+end
+local lacking = lacks()
+if lacking then return lacking end
+if idempotency then
   redis.call('SET', idempotency, digest .. ' ' .. id, 'EX', ttl_s)
 end
-redis.call('HSET', record, unpack(ARGV, 6))
+redis.call('HSET', record, unpack(ARGV, 8))
 redis.call('EXPIRE', record, ttl_s)
 for _, index in ipairs({all, waiting}) do
   redis.call('ZADD', index, now, id)

@@ -14,7 +14,9 @@ from pdtasks.engine.wire import decode_request
 from pdtasks.errors import (
     BrokerUnavailable,
     InvalidRequest,
+    NoWorker,
     RequestTimeout,
+    TooManyRequests,
 )
 from tests.unit.api.core_bench import (
     READY,
@@ -170,3 +172,63 @@ def test_while_the_broker_is_away_requests_fail_at_once_and_it_is_tried_again(
         await bench.take((0, an_output([7], f"c{n}", FinishReason.STOP)))
 
     with_bench(test)
+
+
+def test_no_more_come_in_than_may_wait_for_the_workers() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+
+        with pytest.raises(TooManyRequests):
+            bench.core.require_room(1)
+        # a first token alone is none of the second stage's
+        await bench.take((0, an_output([7], "a")))
+        with pytest.raises(TooManyRequests):
+            bench.core.require_room(1)
+
+        await bench.take((1, an_output([8], "a")), stage="decode")
+        bench.core.require_room(1)
+
+    with_bench(test, leaves=("a", "b"), max_waiting=2)
+
+
+def test_who_hangs_up_or_fails_makes_room() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+        await bench.core.abort_requests_async(["a"])
+        bench.core.require_room(1)
+
+        bench.broker.away = True
+        await bench.ask("b")
+        bench.core.require_room(1)
+
+    with_bench(test, max_waiting=1)
+
+
+def test_an_answer_of_one_token_makes_room() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+        await bench.take((0, an_output([7], "a", FinishReason.LENGTH)))
+        bench.core.require_room(1)
+
+    with_bench(test, max_waiting=1)
+
+
+def test_a_job_is_not_refused_because_others_wait() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+
+        with core.stage_watcher(lambda _stage, _worker: None):
+            bench.core.require_room(1)
+
+    with_bench(test, leaves=("a",), max_waiting=1)
+
+
+def test_without_workers_nobody_is_told_to_come_again_soon() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a")
+        bench.core.workers.known = []
+
+        with pytest.raises(NoWorker):
+            bench.core.require_room(1)
+
+    with_bench(test, leaves=("a",), max_waiting=1)

@@ -9,13 +9,14 @@ import pytest
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
-from api.client import to_http
+from api.client import PipelineHTTPError
 from pdtasks.errors import (
     IncompatibleWorker,
     NoWorker,
     PdtasksError,
     RepliesLost,
     RequestTimeout,
+    TooManyRequests,
     WorkerLost,
 )
 from pdtasks.messages import Failure, StageReport
@@ -245,11 +246,12 @@ def test_a_workers_failure_fails_the_request_with_its_kind() -> None:
         (NoWorker("nobody"), 503),
         (WorkerLost("died"), 503),
         (IncompatibleWorker("old"), 503),
+        (TooManyRequests("full"), 429),
         (PdtasksError("odd"), 500),
     ],
 )
 def test_a_failure_becomes_an_http_error_of_its_status(error: PdtasksError, status: int) -> None:
-    http = to_http(Failure.of(error).to_error())
+    http = PipelineHTTPError(Failure.of(error).to_error())
 
     assert isinstance(http, GracefulHTTPError)
     assert http.http_status == status
