@@ -60,7 +60,10 @@ case "$1 $2" in
       done
     fi
     ;;
-  '-m pytest') note "$@" ;;
+  '-m pytest')
+    note "$@"
+    if [ "$FAKE_TOOL_FAILS" = pytest ]; then exit 7; fi
+    ;;
   '-V '*) echo 'Python 3.11.0 (played)' ;;
   *)
     if [[ "$*" == *resolve_model* ]]; then note model; exit 0; fi
@@ -319,23 +322,47 @@ def test_a_cuda_host_gets_the_cuda_build(checkout: Checkout) -> None:
     assert installed[0].endswith(f"-e {checkout.folder}[cuda,model,dev,bench]")
 
 
-def test_the_tests_run_after_linters_and_types_with_their_arguments(checkout: Checkout) -> None:
-    status, _ = checkout.run("test", "-k", "some thing")
+def test_linters_come_before_the_tests_and_types_beside_them(checkout: Checkout) -> None:
+    status, output = checkout.run("test")
 
     assert status == 0
     after_set_up = checkout.notes()[checkout.notes().index("model") :]
-    assert [note.split()[0] for note in after_set_up] == [
-        "model", "ruff", "ruff", "mypy", "lint-imports", "-m",
-    ]  # fmt: skip
-    assert after_set_up[-1] == "-m pytest -k some thing"
+    assert [note.split()[0] for note in after_set_up[:4]] == [
+        "model",
+        "ruff",
+        "ruff",
+        "lint-imports",
+    ]
+    assert sorted(after_set_up[4:]) == [
+        "-m pytest tests/unit tests/integration tests/acceptance",
+        "mypy pdtasks api configs tests",
+    ]
+    assert output.splitlines()[-1] == "pd: mypy"
+
+
+def test_arguments_go_to_pytest(checkout: Checkout) -> None:
+    status, _ = checkout.run("test", "-k", "some thing")
+
+    assert status == 0
+    assert "-m pytest -k some thing" in checkout.notes()
 
 
 def test_the_first_tool_that_fails_ends_the_tests_with_its_status(checkout: Checkout) -> None:
-    status, output = checkout.run("test", FAKE_TOOL_FAILS="mypy")
+    status, output = checkout.run("test", FAKE_TOOL_FAILS="lint-imports")
 
     assert status == 7
-    assert output.splitlines()[-1] == "pd: mypy failed with exit status 7"
-    assert checkout.notes()[-1].startswith("mypy")
+    assert output.splitlines()[-1] == "pd: lint-imports failed with exit status 7"
+    assert checkout.notes()[-1].strip() == "lint-imports"
+
+
+@pytest.mark.parametrize("tool", ["mypy", "pytest"])
+def test_the_tests_fail_with_either_of_the_two_that_run_at_once(
+    checkout: Checkout, tool: str
+) -> None:
+    status, output = checkout.run("test", FAKE_TOOL_FAILS=tool)
+
+    assert status == 7
+    assert output.splitlines()[-1] == f"pd: {tool} failed with exit status 7"
 
 
 # --- the lock -------------------------------------------------------------------------------------
