@@ -11,9 +11,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Final
 
 from prometheus_client import Counter, Gauge
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdtasks.errors import TooManyRequests
 
@@ -26,6 +28,37 @@ _WAITING = Gauge("pdtasks_api_waiting", "Requests that wait for the workers")
 _REFUSED = Counter("pdtasks_api_refused", "Requests that were refused with 429")
 
 
+class _Visit:
+    """One HTTP request: the places that it was given and has not taken yet."""
+
+    def __init__(self) -> None:
+        self.places = 0
+        self.admission: Admission | None = None
+
+
+_visit: ContextVar[_Visit | None] = ContextVar("visit", default=None)
+
+
+class Visits:
+    """ASGI layer: who was given a place and ends without taking it, gives it back.
+
+    Between the two the prompt is tokenised: in a flood a hundred others ask meanwhile.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit = _Visit()
+        token = _visit.set(visit)  # what the routes begin inherits it
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _visit.reset(token)
+            if visit.admission is not None:
+                visit.admission.give_back(visit)
+
+
 class Admission:
     """Which of this process's requests wait, and whether one more may. For one event loop.
 
@@ -36,11 +69,16 @@ class Admission:
         self._most_waiting = most_waiting
         self._clock = clock
         self._waiting: set[str] = set()
+        self._given = 0  # places of requests that have not entered yet
         self._began: deque[float] = deque()  # when, of the last `_PACE_S`
         self._next_place_at = 0.0
 
     def enter(self, request_id: str) -> None:
-        """It waits from now on."""
+        """It waits from now on, in a place that its visit was given."""
+        visit = _visit.get()
+        if visit is not None and visit.places:
+            visit.places -= 1
+            self._given -= 1
         self._waiting.add(request_id)
         _WAITING.set(len(self._waiting))
 
@@ -56,15 +94,24 @@ class Admission:
         self._waiting.discard(request_id)
         _WAITING.set(len(self._waiting))
 
+    def give_back(self, visit: _Visit) -> None:
+        """The places of a visit that is over."""
+        self._given -= visit.places
+        visit.places = 0
+
     def require_room(self, n: int = 1) -> None:
-        """Raises TooManyRequests when `n` more would be too many.
+        """Give this visit `n` places. Raises TooManyRequests when they would be too many.
 
         However many, they may come in while nobody waits.
         """
-        num_waiting = len(self._waiting)
+        num_waiting = len(self._waiting) + self._given
         if not num_waiting or num_waiting + n <= self._most_waiting:
             if num_waiting <= self._most_waiting / 2:
                 self._next_place_at = 0.0
+            if (visit := _visit.get()) is not None:
+                visit.admission = self
+                visit.places += n
+                self._given += n
             return
         _REFUSED.inc()
         raise TooManyRequests(

@@ -34,6 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.entrypoints.launchers.app import build_app
 
     from api import errors, jobs
+    from api.admission import Visits
     from api.flags import check_flags, front_end_arguments
     from api.guard import Guard
     from pdtasks.engine.arguments import engine_arguments
@@ -58,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.user_middleware.append(
         Middleware(Guard, max_body_bytes=settings.max_body_bytes, before=look_again)
     )
+    app.user_middleware.append(Middleware(Visits))
     # vLLM has built it already, without what came since.
     app.middleware_stack = app.build_middleware_stack()
     vllm_lifespan = app.router.lifespan_context

@@ -241,6 +241,36 @@ def chaos(
 
 @bench.command()
 @click.option(
+    "--seconds",
+    type=click.FloatRange(min=10),
+    default=120.0,
+    show_default=True,
+    help="How long the flood lasts, and then how long clients come again as told.",
+)
+@click.option(
+    "--times",
+    type=click.FloatRange(min=1),
+    default=10.0,
+    show_default=True,
+    help="How many times what the stack can do.",
+)
+@_JSON
+def overload(*, seconds: float, times: float, json_file: Path | None) -> None:
+    """Ask a stack for ten times what it can do, and see whether it stays small, honest and fast.
+
+    The stack is its own, with stub engines: services, two workers of each stage, two API processes.
+    First what it can do, then new clients at ten times that pace who come once, then what it can do
+    afterwards; then ten times as many clients as it has room for, who come again when they were
+    told to. Exit code 1 when a request ended neither with its right answer nor with a 429.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.overload.command import run_command
+
+    sys.exit(run_command(seconds, times, json_file))
+
+
+@bench.command()
+@click.option(
     "--tokens",
     type=click.IntRange(min=2),
     multiple=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from pdtasks.bench.chaos.tally import (
     count,
     longest_wait,
 )
+from pdtasks.bench.loop_thread import LoopThread
 from pdtasks.cluster.console import Console
 from pdtasks.errors import PdtasksError
 
@@ -100,27 +101,30 @@ class _Clients:
     """The load, in a thread of its own."""
 
     def __init__(self, plan: Plan, stack: ChaosStack) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="load", daemon=True)
+        self._thread = LoopThread("load")
         self.load = Load(
             stack.urls,
             stack.settings.model_name,
             deadline_s=plan.deadline_s,
             rng=random.Random(plan.seed),  # noqa: S311 - not a secret
         )
-        self._connected = self.load.connected()
+        self._ends = ExitStack()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` there."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return self._thread.call(coroutine)
 
     def end(self) -> None:
         """Nothing new is asked."""
-        self._loop.call_soon_threadsafe(self.load.end)
+        self._thread.tell(self.load.end)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self.call(self._connected.__aenter__()).result(_END_S)
+        with ExitStack() as ends:
+            ends.enter_context(self._thread)
+            connected = self.load.connected()
+            self.call(connected.__aenter__()).result(_END_S)
+            ends.callback(lambda: self.call(connected.__aexit__(None, None, None)).result(_END_S))
+            self._ends = ends.pop_all()
         return self
 
     def __exit__(
@@ -129,19 +133,7 @@ class _Clients:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.call(self._cancel_all()).result(2 * _END_S)
-        self.call(self._connected.__aexit__(None, None, None)).result(_END_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_END_S)
-        self._loop.close()
-
-    @staticmethod
-    async def _cancel_all() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        if others:
-            await asyncio.wait(others, timeout=_END_S)
+        self._ends.close()
 
 
 def _rehearse(

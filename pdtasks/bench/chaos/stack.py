@@ -38,9 +38,6 @@ STUB_MODEL = "stub-engine"
 _START_S = 300.0
 _STOP_S = 20.0
 _ASK_S = 5.0
-#: Requests that one worker takes at once.
-_CONCURRENCY = 32
-
 #: Unlike the product's defaults, so that what they bound happens in a short run.
 _SETTINGS: dict[str, Any] = {
     # Others' services and stacks are left alone.
@@ -50,7 +47,7 @@ _SETTINGS: dict[str, Any] = {
     "kv_urls": (),
     "api_host": "127.0.0.1",
     "kv_timeout_s": 3.0,
-    "max_num_seqs": _CONCURRENCY,
+    "max_num_seqs": 32,
     # A request whose worker dies is no poison, however often that happens here.
     "delivery_limit": 10,
 }
@@ -76,13 +73,20 @@ class ChaosStack:
     """A running stack; started and ended as a context."""
 
     def __init__(
-        self, home: Path, engine: EngineKind, console: Console, *, deadline_s: float
+        self,
+        home: Path,
+        engine: EngineKind,
+        console: Console,
+        *,
+        deadline_s: float,
+        **settings: Any,
     ) -> None:
         """Args:
         home: a folder of its own.
         deadline_s: seconds from a request to its end.
+        settings: further ones of the stack.
         """
-        own = {"home": home, "request_timeout_s": deadline_s}
+        own = {"home": home, "request_timeout_s": deadline_s} | settings
         overrides = _SETTINGS | _OF_ENGINE[engine] | own
         self.settings: Settings = children.stack_settings(**overrides)
         self.workers: list[Part] = []
@@ -153,7 +157,9 @@ class ChaosStack:
         settings = self.settings
         plan = place_workers(2, 2, device=settings.device, engine_args=settings.engine_args)
         for placement in plan.workers:
-            process = children.worker(settings, placement, _CONCURRENCY, temporary, make=make)
+            process = children.worker(
+                settings, placement, settings.max_num_seqs, temporary, make=make
+            )
             part = Part(process, placement.role, placement.devices)
             self._parts.add(part)
             self.workers.append(part)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from api.admission import Admission
+from api.admission import Admission, Visits
 from pdtasks.errors import TooManyRequests
+from tests.waiting import until
 
 
 class Clock:
@@ -63,6 +67,58 @@ def test_what_ends_before_it_has_begun_gives_its_place_to_another() -> None:
     line.admission.leave(line.waiting[0])
 
     line.admission.require_room()
+
+
+def test_a_place_is_taken_from_when_it_is_given() -> None:
+    async def main() -> None:
+        # Given two requests that have a place each, and still tokenise their prompts
+        line = Line(most_waiting=2)
+        enters, ends, fails = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def route(scope: Any, receive: Any, send: Any) -> None:
+            line.admission.require_room()
+            if scope["path"] == "/valid":
+                await asyncio.create_task(enter())
+                await ends.wait()
+            else:
+                await fails.wait()
+
+        async def enter() -> None:  # in a task of its own, as vLLM's are
+            await enters.wait()
+            line.come()
+
+        valid, invalid = (
+            asyncio.create_task(Visits(route)({"path": path}, receive, send))
+            for path in ("/valid", "/invalid")
+        )
+        await asyncio.sleep(0)
+
+        # Then there is none for a third, entered or not
+        line.told()
+        enters.set()
+        await until(lambda: bool(line.waiting))
+        line.told()
+
+        # until one ends without having entered; the other keeps its place until it is served
+        fails.set()
+        await invalid
+        line.admission.require_room()
+        line.told(2)
+        ends.set()
+        await valid
+        line.told(2)
+        line.serve(1, seconds=1)
+        line.admission.require_room(2)
+
+    asyncio.run(main())
+
+
+async def receive() -> Any:
+    """Nothing comes."""
+
+
+async def send(_message: Any) -> None:
+    """Nobody listens."""
 
 
 def test_one_with_many_sequences_may_come_in_while_nobody_waits() -> None:

@@ -1,0 +1,1 @@
+"""Ten times more than the stack can serve: does it stay small, honest and fast?"""
