@@ -234,7 +234,7 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
         *("XREAD STREAMS pd:reply:x 0", "XRANGE pd:reply:x - +", "DEL pd:reply:x"),
         *("HGETALL pd:job:x", "DEL pd:job:x", "ZRANGE pd:jobs 0 -1", "EVALSHA x 0"),
         *("SCRIPT LOAD return(1)", "RPUSH pd:progress:r:1 x", "SUBSCRIBE celery-task-meta-x"),
-        *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "GET pd:worker:x"),
+        *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "PERSIST pd:worker:x"),
     ),
     User.CLIENT: (
         *("SCAN 0", "SETEX celery-task-meta-x 9 y", "PUBLISH celery-task-meta-x y"),

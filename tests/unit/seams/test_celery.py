@@ -16,6 +16,7 @@ import pytest
 from celery.apps.worker import Worker
 from celery.concurrency.thread import TaskPool
 from celery.events.dispatcher import EventDispatcher
+from celery.result import AsyncResult
 from celery.worker import heartbeat
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.control import Control
@@ -145,6 +146,7 @@ def test_amqp_has_a_lock_for_writers() -> None:
         (Node, ["reply", "handle"]),
         (Mailbox, ["get_queue", "__call__"]),
         (TaskPool, ["on_stop"]),
+        (AsyncResult, ["get", "_get_task_meta", "_maybe_set_cache"]),
         (Control, ["__init__"]),
         (Tasks, ["start", "requires"]),
     ],
