@@ -158,6 +158,14 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     model: str = ""
     max_model_len: int = 0
     engine: str = ""
+    since: float = 0.0  #: UNIX seconds of the process's start
+    place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)
+    pid_started: int = 0  #: clock ticks; with it a pid names one process for ever
+
+    @property
+    def process(self) -> tuple[str, str, int, int]:
+        """The one process that says so, whatever its name."""
+        return self.host, self.place, self.pid, self.pid_started
 
 
 M = TypeVar("M", bound=Message)

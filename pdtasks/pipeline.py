@@ -19,19 +19,55 @@ from concurrent.futures import Future
 from typing import Any
 
 import kombu
+from celery import states
+from celery.exceptions import TimeoutError as NotWithinTimeout
 from celery.result import AsyncResult
 
 from pdtasks.app import app
 from pdtasks.background import Background
 from pdtasks.broker.declaring import ensure_declared
 from pdtasks.broker.publishing import ConfirmedSender, Publish
-from pdtasks.errors import BrokerUnavailable, InvalidRequest
+from pdtasks.errors import BrokerUnavailable, InvalidRequest, RequestTimeout
 from pdtasks.messages import DecodeJob, Message, PrefillJob, TextRequest
 from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
 from pdtasks.settings import load_settings
 
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
 CONFIRM_TIMEOUT_S = 5.0
+#: Seconds beyond a deadline that a worker may take to say that it has passed.
+_LATE_S = 1.0
+
+
+class PendingAnswer(AsyncResult):  # type: ignore[misc]  # Celery has no types
+    """A result that has failed when its deadline has passed, also if nobody says so.
+
+    Its message may be gone, removed from a queue by hand: no worker will ever answer for it.
+    """
+
+    deadline = float("inf")  #: UNIX seconds
+
+    def get(self, timeout: float | None = None, *args: Any, **options: Any) -> Any:
+        """Celery's, not beyond the deadline. Raises RequestTimeout then."""
+        left_s = max(0.0, self.deadline + _LATE_S - time.time())
+        within_s = left_s if timeout is None else min(timeout, left_s)
+        try:
+            return super().get(within_s, *args, **options)
+        except NotWithinTimeout:
+            if not self.ready():
+                raise
+            # The deadline has passed: at once what it has come to.
+            return super().get(within_s, *args, **options)
+
+    wait = get
+
+    def _get_task_meta(self) -> Any:
+        meta = super()._get_task_meta()
+        if meta["status"] not in states.READY_STATES and time.time() > self.deadline + _LATE_S:
+            late = RequestTimeout("the request took too long")
+            meta = self._maybe_set_cache(
+                {"task_id": self.id, "status": states.FAILURE, "result": late, "traceback": None}
+            )
+        return meta
 
 
 def submit(
@@ -55,7 +91,8 @@ def submit(
 
     Returns:
         Celery's `AsyncResult`.  `.get(timeout=…)` gives the answer as a dict with the fields of
-        `pdtasks.messages.Answer`, or raises what went wrong (`pdtasks.errors`).
+        `pdtasks.messages.Answer`, or raises what went wrong (`pdtasks.errors`), a RequestTimeout
+        at the deadline at the latest.
 
     Raises:
         InvalidRequest: not exactly one of `prompt` and `messages`.
@@ -85,7 +122,9 @@ def submit(
         deadline=now + (timeout_s or settings.request_timeout_s),
     )
     _shared.publish(job, reply_to=None)
-    return AsyncResult(job.request_id, app=app)
+    result = PendingAnswer(job.request_id, app=app)
+    result.deadline = job.deadline
+    return result
 
 
 def _first_stage(job: PrefillJob, reply_to: str | None) -> Publish:

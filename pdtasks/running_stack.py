@@ -7,6 +7,7 @@ says holds only while that very process is there.
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -34,6 +35,18 @@ class Identity:
     def alive(self) -> bool:
         """Does this very process still run?"""
         return identify(self.pid) == self
+
+
+def place() -> str:
+    """Whose pids are they that this process sees? Differs between kernels and pid namespaces.
+
+    Empty where the system does not tell: then nobody else's are the same.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def identify(pid: int) -> Identity | None:

@@ -150,7 +150,8 @@ _RESULTS: Final = "celery-task-meta-*"
 
 # Each in parentheses: these commands on these keys, and none of them on others.
 _SEE_WORKERS: Final = f"(%R~{keys.WORKER}* +scan +mget)"
-_BE_SEEN: Final = f"(%W~{keys.WORKER}* +set +del)"
+#: Compared before it is set: a name is one process's.
+_BE_SEEN: Final = f"(~{keys.WORKER}* +get +pttl +set +del +watch) +unwatch +multi +exec +discard"
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
 _READ_REPLIES: Final = f"(~{keys.REPLY}* +xgroup|create +expire +xread +xdel +del)"
 _ASK_PROGRESS: Final = f"(~{keys.PROGRESS}* +blpop)"

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,16 +16,20 @@ from prometheus_client import Counter
 
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS, connect
-from pdtasks.bus.presence import worker_key
+from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
 from pdtasks.messages import WorkerStatus
+from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
 from pdtasks.worker.liveness import Liveness
+from pdtasks.worker.name import Name, NameTaken
 
 logger = logging.getLogger(__name__)
 
 _ANNOUNCE_S = 2.0
+#: Seconds between two looks whether a name is free.
+_CLAIM_S = 0.2
 #: Longest wait for the last sign of life.
 _CLOSE_S = 5.0
 
@@ -57,17 +62,50 @@ class Presence:
         slots: int,
         liveness: Liveness,
         background: Background,
+        on_name_taken: Callable[[str], None],
     ) -> None:
+        """`on_name_taken` is told, once, who has this worker's name; then nothing more is said."""
         self._settings = settings
         self._name = name
         self._role = role
         self._slots = slots
         self._liveness = liveness
         self._background = background
+        self._on_name_taken = on_name_taken
+        self._claim = Name(settings.worker_ttl_s)
+        self._since = time.time()
+        self._place = place()
+        own = identify(os.getpid())
+        self._pid_started = own.started if own else 0
         self._state = "starting"
         self._changed = threading.Event()
         self._figures: Callable[[], Figures] = lambda: NOTHING
         self._leaked_before = self._leaks_told = 0
+
+    def claim(self) -> None:
+        """Return when no other worker has this one's name, or nobody can tell. Before `start`.
+
+        Raises NameTaken. A worker of another host that was lost keeps its name until its sign of
+        life expires.
+        """
+        waits = False
+        with connect(self._settings) as bus:
+            while True:
+                try:
+                    holder = self._claim.renew(bus, self.status())
+                except BUS_ERRORS as exc:
+                    logger.warning("bus is away: %s", type(exc).__name__)
+                    return
+                if holder is None:
+                    return
+                if not waits:
+                    waits = True
+                    logger.warning(
+                        "%s was the name of another worker (host %s, pid %d): waiting up to %.0f s "
+                        "to see whether it lives",
+                        *(self._name, holder.status.host, holder.status.pid, holder.ttl_s),
+                    )
+                time.sleep(_CLAIM_S)
 
     def start(self) -> None:
         """Begin to say it."""
@@ -90,7 +128,7 @@ class Presence:
     def leave(self) -> None:
         """Take the sign of life away. After `enter("stopped")`."""
         with connect(self._settings) as bus, suppress(*BUS_ERRORS):
-            bus.delete(worker_key(self._name))
+            remove_status(bus, self.status())
 
     def wait_until_silent(self) -> None:
         """Return when nothing is said any more, or soon."""
@@ -119,15 +157,21 @@ class Presence:
             model=self._settings.model_name,
             max_model_len=figures.max_model_len,
             engine=ENGINE_VERSION,
+            since=self._since,
+            place=self._place,
+            pid_started=self._pid_started,
         )
 
     def _announce(self) -> None:
         bus = connect(self._settings)
-        ttl_ms = int(self._settings.worker_ttl_s * 1000)
         while self._state != "stopped":
             self._changed.clear()
             try:
-                bus.set(worker_key(self._name), self.status().to_wire(), px=ttl_ms)
+                if holder := self._claim.renew(bus, self.status()):
+                    logger.warning("pid %d has this worker's name", holder.status.pid)
+            except NameTaken as exc:
+                self._on_name_taken(str(exc))
+                return
             except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
             except Exception as exc:  # noqa: BLE001

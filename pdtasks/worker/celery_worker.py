@@ -1,6 +1,7 @@
 """How does a Celery worker of ours differ from a stock one?
 
-* It refuses another pool than threads, and more than one stage, with one sentence.
+* It refuses another pool than threads, more than one stage and another worker's name, with one
+  sentence; without a name of its own it has its stage's.
 * Its engine is up before it consumes: no connection exists yet.
 * It says on the bus how it is, and ends when it stands.
 * Its main loop (`consumer.py`) and its jobs (`celery_request.py`) are ours.
@@ -19,6 +20,7 @@ from typing import Any
 
 from celery import signals
 from celery.apps.worker import Worker
+from celery.utils.nodenames import NODENAME_DEFAULT
 
 from pdtasks import naming
 from pdtasks.errors import PdtasksError, where
@@ -35,9 +37,12 @@ STACKS_SIGNAL = signal.SIGUSR2
 class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
     """A worker of one stage, with its engine."""
 
+    hostname: str
+
     def on_before_init(self, quiet: bool = False, **options: Any) -> None:
         """Refuse what cannot work, before Celery looks for queues."""
         _check_call(options, self.app.conf)
+        self.hostname = _name_of(self.hostname, options["queues"])
         super().on_before_init(quiet=quiet, **options)
 
     def on_init_blueprint(self) -> None:
@@ -105,6 +110,16 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
         _refuse(str(exc))
 
 
+def _name_of(name: str, stage: str | list[str]) -> str:
+    """`name`, or the stage's where none was given: a worker of either stage on one host needs none.
+
+    Celery would call both the same.
+    """
+    short, _, host = name.partition("@")
+    stage = stage if isinstance(stage, str) else stage[0]
+    return f"{stage}@{host}" if short == NODENAME_DEFAULT else name
+
+
 def _asks_for_prefork(arguments: list[str]) -> bool:
     # Celery takes `-P prefork` for its own default and puts `worker_pool` in its place.
     spelt = " ".join(arguments).replace("=", " ").replace("--pool", "-P").replace("-P ", "-P")
@@ -113,4 +128,5 @@ def _asks_for_prefork(arguments: list[str]) -> bool:
 
 def _refuse(why: str) -> None:
     sys.stderr.write(f"pdtasks: {why}\n")
+    liveness.leave_at_exit(2)
     raise SystemExit(2)

@@ -4,7 +4,8 @@ Celery's consumer is made of steps; these are left out or replaced (each against
 `tests/unit/seams/test_celery.py` says when a new Celery changes what they replace):
 
 * Events go through `EventSender`: the main loop and pool threads never wait for them.
-* Control commands are answered on the main loop's own connection, and `revoke` stores nothing here;
+* Control commands come through a queue of each connection's own and are answered on the main loop's
+  connection, and `revoke` stores nothing here;
   those that would stop a worker or its consumer are not answered.
 * No delayed-delivery queues: no task of ours has an ETA.
 * No mingle and no gossip: workers need nothing of each other, and each would read all events of
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import logging
 import time
+from copy import copy
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import kombu
 from celery.worker import state as worker_state
@@ -102,6 +105,8 @@ class ControlStep(Control):  # type: ignore[misc]
         asking = {name: Panel.data[name] for name in _ANSWERED}
         node.handlers = {**asking, naming.ABORT: _abort, "revoke": _revoke}
         node.reply = partial(_reply, node)
+        node.mailbox = copy(node.mailbox)
+        node.mailbox.get_queue = partial(_own_queue, node.mailbox)
 
 
 class StageConsumer(Consumer):  # type: ignore[misc]
@@ -179,6 +184,16 @@ class StageConsumer(Consumer):  # type: ignore[misc]
     def _refuse(self, message: Any, why: str) -> None:
         logger.error("refused a message that %s", why)
         message.reject_log_error(logger, self.connection_errors)
+
+
+def _own_queue(mailbox: Any, hostname: str) -> Any:
+    """A queue for control commands that no other connection has: each command reaches everybody.
+
+    kombu's own is one for a name, and exclusive.  RabbitMQ would refuse it to a second worker of
+    that name, which then connects again and again; and to the same worker as long as it holds a
+    lost connection for alive.
+    """
+    return type(mailbox).get_queue(mailbox, f"{hostname}.{uuid4().hex}")
 
 
 def _reply(node: Any, data: Any, exchange: str, routing_key: str, ticket: str, **_: Any) -> None:

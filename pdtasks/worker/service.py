@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -72,7 +74,7 @@ class Worker:
         Args:
             slots: jobs that this worker takes at once.
 
-        Raises EngineFailed and what `resolve_model` raises.
+        Raises NameTaken, EngineFailed and what `resolve_model` raises.
         """
         self.settings = settings
         self.name = name
@@ -88,7 +90,9 @@ class Worker:
             slots=slots,
             liveness=self.liveness,
             background=self.background,
+            on_name_taken=_stop_without_name,
         )
+        self.presence.claim()
         self.presence.start()
         self._ended = threading.Event()
         self.background.thread("watchdog", self._watch)
@@ -246,7 +250,7 @@ class Worker:
         room = sum(
             max(0, w.slots - w.active)
             for w in workers
-            if (w.role, w.model, w.engine, w.state) == ours and w.name != self.name
+            if (w.role, w.model, w.engine, w.state) == ours
         )
         if room == 0:
             logger.info("no room elsewhere: running requests are finished here")
@@ -278,6 +282,15 @@ def _exit_unless_cancelled(replies: Future[None]) -> None:
     if not replies.cancelled():
         logger.critical("replies cannot be sent any more", exc_info=replies.exception())
         _exit_without_engine()
+
+
+def _stop_without_name(why: str) -> None:
+    """End in order a worker whose name another one has: it was frozen for long, or out of touch.
+
+    It is not seen any more; what is to be handed on goes to others, that one among them.
+    """
+    logger.critical("%s. This one stops", why)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _exit_without_engine() -> None:

@@ -219,7 +219,7 @@ def test_nothing_else_does_rabbitmq_let_a_role_do(
 # -- what does not: the bus ------------------------------------------------------------------------
 
 FOR_NOBODY = (
-    *("FLUSHALL", "FLUSHDB", "CONFIG GET *", "KEYS *", "INFO", "MONITOR", "SHUTDOWN", "ACL LIST"),
+    *("FLUSHALL", "FLUSHDB", "CONFIG GET *", "KEYS *", "MONITOR", "SHUTDOWN", "ACL LIST"),
     *("CLIENT LIST", "CLIENT KILL ID 1", "EVAL return(1) 0", "FUNCTION LIST", "SELECT 1"),
     *("REPLICAOF NO ONE", "PSUBSCRIBE *", "GET elsewhere", "SET elsewhere x"),
     *("SET pd:elsewhere x", "RENAME pd:job:x pd:job:y", "DUMP pd:job:x", "OBJECT FREQ pd:job:x"),
@@ -234,11 +234,17 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
         *("XREAD STREAMS pd:reply:x 0", "XRANGE pd:reply:x - +", "DEL pd:reply:x"),
         *("HGETALL pd:job:x", "DEL pd:job:x", "ZRANGE pd:jobs 0 -1", "EVALSHA x 0"),
         *("SCRIPT LOAD return(1)", "RPUSH pd:progress:r:1 x", "SUBSCRIBE celery-task-meta-x"),
-        *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "GET pd:worker:x"),
+        *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "PERSIST pd:worker:x", "INFO"),
     ),
     User.CLIENT: (
         *("SCAN 0", "SETEX celery-task-meta-x 9 y", "PUBLISH celery-task-meta-x y"),
-        *("HGETALL pd:job:x", "XREAD STREAMS pd:reply:x 0", "MGET pd:worker:x", "SUBSCRIBE x"),
+        *(
+            "HGETALL pd:job:x",
+            "XREAD STREAMS pd:reply:x 0",
+            "MGET pd:worker:x",
+            "SUBSCRIBE x",
+            "INFO",
+        ),
     ),
     User.ALL: ("GET pd:probe", "SCRIPT FLUSH", "DEL pd:probe", "XRANGE pd:reply:x - +"),
 }

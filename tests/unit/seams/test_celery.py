@@ -16,6 +16,7 @@ import pytest
 from celery.apps.worker import Worker
 from celery.concurrency.thread import TaskPool
 from celery.events.dispatcher import EventDispatcher
+from celery.result import AsyncResult
 from celery.worker import heartbeat
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.control import Control
@@ -24,7 +25,7 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.control import Panel
 from celery.worker.request import Request
 from kombu.asynchronous import Hub
-from kombu.pidbox import Node
+from kombu.pidbox import Mailbox, Node
 
 from pdtasks.worker.consumer import EventsStep, StageConsumer
 from pdtasks.worker.events import EventSender
@@ -121,6 +122,11 @@ def test_the_loop_wakes_when_another_thread_calls_soon() -> None:
     assert called.is_set()
 
 
+def test_control_queues_are_still_one_for_a_name() -> None:
+    assert "self.mailbox.get_queue(self.hostname)" in source_of(Node.Consumer)
+    assert "exclusive=self.queue_exclusive" in source_of(Mailbox.get_queue)
+
+
 def test_amqp_has_a_lock_for_writers() -> None:
     # Belt and braces: should two threads write all the same, frames stay whole (amqp 5.4.2, its
     # issue 462; the lower bound in pyproject.toml).
@@ -138,7 +144,9 @@ def test_amqp_has_a_lock_for_writers() -> None:
         (Consumer, ["on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"]),
         (Worker, ["on_before_init", "on_init_blueprint", "on_consumer_ready", "stop"]),
         (Node, ["reply", "handle"]),
+        (Mailbox, ["get_queue", "__call__"]),
         (TaskPool, ["on_stop"]),
+        (AsyncResult, ["get", "_get_task_meta", "_maybe_set_cache"]),
         (Control, ["__init__"]),
         (Tasks, ["start", "requires"]),
     ],

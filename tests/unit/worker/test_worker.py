@@ -15,7 +15,7 @@ from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import RequestAborted
 from pdtasks.messages import StageReport, StepReply, WorkerStatus
 from pdtasks.settings import Settings
-from pdtasks.worker import aborted, announcing, liveness
+from pdtasks.worker import aborted, announcing, liveness, name
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
 from pdtasks.worker.answering import Answers
@@ -30,14 +30,15 @@ class StubBus:
     def __init__(self) -> None:
         self.told: list[bytes] = []
 
-    def set(self, key: str, value: bytes, px: int) -> None:
-        self.told.append(value)
+    def leave(self, status: WorkerStatus, ttl_ms: int, is_gone: Any) -> None:
+        self.told.append(status.to_wire())
 
 
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> StubBus:
     made = StubBus()
     monkeypatch.setattr(announcing, "connect", lambda settings: made)
+    monkeypatch.setattr(name, "leave_status", StubBus.leave)
     monkeypatch.setattr(announcing, "_ANNOUNCE_S", 0.01)
     monkeypatch.setattr(background, "_PAUSE_S", 0.05)
     return made
@@ -63,6 +64,7 @@ def presence(bus: StubBus, beside: Background, alive: Liveness) -> Iterator[Pres
         role="decode",
         liveness=alive,
         background=beside,
+        on_name_taken=pytest.fail,
     )
     made.start()
     yield made
