@@ -136,10 +136,7 @@ class DeadLetter:
             return list(ids) if ids is not None else text.prompt or text.messages, text.sampling
         from pdtasks.engine.wire import decode_request
 
-        try:
-            request = decode_request(job.request)
-        except msgspec.MsgspecError as exc:
-            raise self._unreadable(exc) from None
+        request = decode_request(job.request)
         sampling = {name: getattr(request.sampling_params, name, None) for name in _NUMBERS}
         return list(request.prompt_token_ids or ()), sampling
 
