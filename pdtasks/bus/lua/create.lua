@@ -4,11 +4,10 @@ local record, all, waiting, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4] -- 
 local prefix, id, digest, ttl_s, most_forgotten = unpack(ARGV, 1, 5) -- then fields and values
 
 if idempotency then
-  local known = redis.call('GET', idempotency)
+  local known = redis.pcall('GET', idempotency)
+  local of = type(known) == 'string' and string.match(known, '^%x+ (job%-%x+)$')
   -- A job that ends early expires before its key.
-  if known and redis.call('EXISTS', prefix .. string.match(known, ' (.*)')) == 1 then
-    return known
-  end
+  if of and redis.call('EXISTS', prefix .. of) == 1 then return known end
   redis.call('SET', idempotency, digest .. ' ' .. id, 'EX', ttl_s)
 end
 redis.call('HSET', record, unpack(ARGV, 6))
