@@ -9,6 +9,7 @@ the first token and the second.)
 from __future__ import annotations
 
 import asyncio
+import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -16,10 +17,14 @@ from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    OutputProcessorOutput,
+    RequestOutputCollector,
+)
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from api.core import PipelineCore
@@ -27,8 +32,10 @@ from api.guard import retry_after
 from pdtasks.engine.detokenise import begin_behind_prompt
 from pdtasks.engine.grammar import require_possible
 from pdtasks.engine.wire import encode_request
-from pdtasks.errors import NoWorker, PdtasksError, TooManyRequests
+from pdtasks.errors import NoWorker, PdtasksError, TooManyRequests, WorkerLost, where
 from pdtasks.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class _TextOutput(OutputProcessor):
@@ -42,11 +49,48 @@ class _TextOutput(OutputProcessor):
         if detokenizer is not None:
             begin_behind_prompt(detokenizer, request)
 
+    def process_outputs(
+        self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **options: Any
+    ) -> OutputProcessorOutput:
+        """One by one: what vLLM raises for one output would end its loop, and all answers."""
+        done = OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
+        for output in engine_core_outputs:
+            try:
+                one = super().process_outputs([output], *args, **options)
+            except Exception as exc:  # noqa: BLE001
+                logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
+                error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
+                done.reqs_to_abort += self.fail(output.request_id, error)
+            else:
+                done.reqs_to_abort += one.reqs_to_abort
+        return done
+
+    def fail(self, request_id: str, error: PdtasksError) -> list[str]:
+        """End a request with `error`; returns those that the engine core is to drop."""
+        state = self.request_states.get(request_id)
+        if state is None or state.queue is None:
+            return []
+        state.queue.put(PipelineHTTPError(error))
+        # With n > 1 the siblings share the queue and end with it.
+        parent = state.parent_req
+        return self.abort_requests([parent.request_id if parent else request_id], internal=True)
+
+
+class _Statistics(StatLoggerManager):
+    """vLLM's, which ends no answer: it is called in the loop that takes them all."""
+
+    def record(self, *args: Any, **options: Any) -> None:
+        try:
+            super().record(*args, **options)
+        except Exception as exc:  # noqa: BLE001
+            logger.error("the statistics of a step are lost: %s", where(exc))  # noqa: TRY400
+
 
 class PipelineLLM(AsyncLLM):
     """vLLM's `AsyncLLM` over a `PipelineCore`."""
 
     engine_core: PipelineCore
+    output_processor: _TextOutput
 
     def __init__(self, config: VllmConfig, settings: Settings) -> None:
         # AsyncLLM's own __init__ would start an engine: this sets what its methods read.
@@ -65,9 +109,12 @@ class PipelineLLM(AsyncLLM):
             stream_interval=config.scheduler_config.stream_interval,
         )
         self.engine_core = PipelineCore(
-            settings, self._fail, is_known=self.output_processor.request_states.__contains__
+            settings,
+            self._fail,
+            is_known=self.output_processor.request_states.__contains__,
+            vocabulary=config.model_config.get_vocab_size(),
         )
-        self.logger_manager = StatLoggerManager(
+        self.logger_manager = _Statistics(
             vllm_config=config,
             engine_idxs=self.engine_core.engine_ranks_managed,
             enable_default_loggers=True,
@@ -114,13 +161,8 @@ class PipelineLLM(AsyncLLM):
         """This process is well; workers come and go (see /ready)."""
 
     async def _fail(self, request_id: str, error: PdtasksError) -> None:
-        state = self.output_processor.request_states.get(request_id)
-        if state is None or state.queue is None:
-            return
-        state.queue.put(PipelineHTTPError(error))
-        # With n > 1 the siblings share the queue and end with it.
-        parent = state.parent_req
-        await self.abort(parent.request_id if parent else request_id, internal=True)
+        dropped = self.output_processor.fail(request_id, error)
+        await self.engine_core.abort_requests_async(dropped)
 
 
 class PipelineHTTPError(GracefulHTTPError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import (
     AsyncIterator,
@@ -21,7 +22,7 @@ from collections.abc import (
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
@@ -29,7 +30,6 @@ from prometheus_client import Counter
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.serial_utils import MsgpackDecoder
 
 from api.admission import Admission
 from api.attempts import Attempts
@@ -41,9 +41,10 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
-from pdtasks.engine.wire import encode_request
+from pdtasks.engine.wire import decode_outputs, encode_request
 from pdtasks.errors import (
     BrokerUnavailable,
+    IncompatibleWorker,
     InvalidRequest,
     NoWorker,
     PdtasksError,
@@ -52,7 +53,7 @@ from pdtasks.errors import (
     WorkerLost,
     where,
 )
-from pdtasks.messages import Ask, PrefillJob, StepReply
+from pdtasks.messages import Ask, PrefillJob, StepReply, is_name
 from pdtasks.naming import STAGES
 from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
 from pdtasks.settings import Settings
@@ -148,12 +149,14 @@ class PipelineCore(EngineCoreClient):
         fail: Callable[[str, PdtasksError], Awaitable[None]],
         *,
         is_known: Callable[[str], bool] = lambda _: True,
+        vocabulary: int = 1 << 40,
         publisher: SendsJobs | None = None,
         aborter: TellsAborts | None = None,
         stream: BringsReplies | None = None,
     ) -> None:
         """Args:
         is_known: tells of a request id whether whoever asked still waits for it.
+        vocabulary: token ids are below this.
         fail: `fail(request_id, error)` ends a request with an error that is not the model's.
         publisher, aborter, stream: None: of RabbitMQ and the bus that `settings` name.
         """
@@ -163,10 +166,10 @@ class PipelineCore(EngineCoreClient):
         self._settings = settings
         self._fail = fail
         self._is_known = is_known
+        self._vocabulary = vocabulary
         self._unknown_before: set[str] = set()
         self._open: dict[str, _Open] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._decoder = MsgpackDecoder(EngineCoreOutputs)
         settings.require_broker()
         self._bus = connect_async(settings)
         self.workers = Workers(self._bus, settings.model_name)
@@ -262,10 +265,10 @@ class PipelineCore(EngineCoreClient):
         publishing.add_done_callback(self._publications.discard)
 
     async def _publish(self, job: PrefillJob) -> None:
-        if len(job.request_id.encode()) > _MAX_ID_BYTES:
-            too_long = f"the X-Request-Id is too long: {_MAX_ID_BYTES} bytes at most, with what "
-            too_long += "vLLM adds"
-            await self._give_up(job.request_id, InvalidRequest(too_long))
+        try:
+            _require_usable_id(job.request_id)
+        except InvalidRequest as exc:
+            await self._give_up(job.request_id, exc)
             return
         if time.monotonic() < self._broker_away_until:
             # At once, not each after its own wait.
@@ -324,6 +327,8 @@ class PipelineCore(EngineCoreClient):
         async for reply in self._stream.read():
             try:
                 await self._take(reply)
+            except IncompatibleWorker as exc:
+                logger.error("a reply of %s could not be used: %s", reply.worker, exc)  # noqa: TRY400
             except Exception as exc:  # noqa: BLE001
                 # One bad reply must not end the answers of all others.
                 logger.error("a reply of %s could not be used: %s", reply.worker, where(exc))  # noqa: TRY400
@@ -356,7 +361,8 @@ class PipelineCore(EngineCoreClient):
             progress = Progress(state="elsewhere")
         else:
             progress = Progress(state="wanted", token_ids=tuple(entry.token_ids))
-        logger.info("%s is run again: its %s is %s", request_id, stage, progress.state)
+        if entry is not None:  # else it is whatever somebody calls a request
+            logger.info("%s is run again: its %s is %s", request_id, stage, progress.state)
 
         async def tell() -> None:
             try:
@@ -368,19 +374,22 @@ class PipelineCore(EngineCoreClient):
         self._in_background(tell())
 
     async def _take_outputs(self, reply: StepReply) -> None:
-        step = self._decoder.decode(reply.outputs)
+        step = decode_outputs(reply.outputs)
         now = time.monotonic()
         wanted, unknown = [], []
         attempts = reply.attempts or (0,) * len(reply.positions)
+        if not len(reply.positions) == len(attempts) == len(step.outputs):
+            # Before anything is noted of it.
+            raise IncompatibleWorker("its outputs are not as many as their positions")
         for position, attempt, output in zip(reply.positions, attempts, step.outputs, strict=True):
             entry = self._open.get(output.request_id)
             if entry is None:
                 unknown.append(output.request_id)
-            elif await self._takes(entry, position, output, reply.stage, attempt):
-                wanted.append(output)
-        for event in (event for output in wanted for event in output.events or ()):
+                continue
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
-            event.timestamp += now - step.timestamp
+            _leave_what_can_be(entry.request, output, shift=now - step.timestamp)
+            if await self._takes(entry, position, output, reply.stage, attempt):
+                wanted.append(output)
         if wanted:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
         if unknown:
@@ -392,6 +401,8 @@ class PipelineCore(EngineCoreClient):
     ) -> bool:
         """`_merge`, if the attempt counts; what is raised fails this request and no other."""
         try:
+            if not all(0 <= token_id < self._vocabulary for token_id in output.new_token_ids):
+                raise IncompatibleWorker("tokens that the model does not have")  # noqa: TRY301
             if stage == STAGES[-1]:
                 fits = _fits(entry.token_ids, position, output.new_token_ids)
                 if not entry.attempts.counts(attempt, fits=fits):
@@ -496,10 +507,37 @@ class PipelineCore(EngineCoreClient):
         await self._give_up(request_id, error)
 
 
+def _require_usable_id(request_id: str) -> None:
+    if len(request_id.encode()) > _MAX_ID_BYTES:
+        raise InvalidRequest(
+            f"the X-Request-Id is too long: {_MAX_ID_BYTES} bytes at most, with what vLLM adds"
+        )
+    if not is_name(request_id):
+        raise InvalidRequest("the X-Request-Id has control characters")
+
+
 def _fits(have: Sequence[int], position: int, new: Sequence[int]) -> bool:
     """Do `new` tokens, the first at `position`, repeat those that we `have`, or follow on them?"""
     repeated = have[position : position + len(new)]
     return position <= len(have) and repeated == new[: len(repeated)]
+
+
+def _leave_what_can_be(
+    request: EngineCoreRequest, output: EngineCoreOutput, *, shift: float
+) -> None:
+    """Take from `output` what is none of a text's, and figures that cannot be.
+
+    vLLM's front half adds them up over all requests. `shift`: to be added to its times.
+    """
+    output.pooling_output = output.kv_transfer_params = output.ec_transfer_params = None
+    output.mm_cache_miss_hashes = output.trace_headers = None
+    stats, num_prompt = output.prefill_stats, len(request.prompt_token_ids or ())
+    if stats is not None and not all(0 <= count <= num_prompt for count in astuple(stats)):
+        output.prefill_stats = None
+    for event in output.events or ():
+        event.timestamp += shift
+        if not math.isfinite(event.timestamp):
+            output.events = None
 
 
 async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:

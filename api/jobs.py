@@ -21,7 +21,14 @@ from api.errors import SURPRISES, unreadable_field
 from api.guard import error_response
 from api.runner import ROUTES, STREAMED, JobRunner, Refused, check
 from pdtasks.bus.connection import BUS_ERRORS
-from pdtasks.bus.jobs import Job, JobStore, KeyReused, is_event_id, is_job_id
+from pdtasks.bus.jobs import (
+    Job,
+    JobStore,
+    KeyReused,
+    UnreadableJob,
+    is_event_id,
+    is_job_id,
+)
 
 
 class AnyTextResponse(JSONResponse):
@@ -82,6 +89,8 @@ async def submit(
         raise HTTPException(
             409, "this Idempotency-Key came before with another request: use a new key"
         ) from exc
+    except UnreadableJob as exc:
+        raise _unreadable(exc) from exc
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     jobs.runner.wake()
@@ -145,6 +154,8 @@ async def cancel(job_id: str, request: Request) -> dict[str, Any]:
                     job = await store.get(job.id) or job
     except TimeoutError:
         pass  # the runner is gone; its successor will end the job
+    except UnreadableJob as exc:
+        raise _unreadable(exc) from exc
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     return _shown(job)
@@ -203,6 +214,8 @@ def _meaning(path: str, body: dict[str, Any]) -> dict[str, Any]:
 async def _find(request: Request, job_id: str) -> Job:
     try:
         job = await _jobs(request).store.get(job_id) if is_job_id(job_id) else None
+    except UnreadableJob as exc:
+        raise _unreadable(exc) from exc
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     if job is None:
@@ -214,6 +227,10 @@ def _bus_is_away(exc: BaseException) -> HTTPException:
     return HTTPException(503, f"the bus does not answer: {type(exc).__name__}")
 
 
+def _unreadable(exc: UnreadableJob) -> HTTPException:
+    return HTTPException(500, f"the bus has something else under this job's name: {exc}")
+
+
 async def _follow(store: JobStore, job_id: str, last: str) -> AsyncIterator[str]:
     silent_s = 0.0
     while True:
@@ -221,6 +238,10 @@ async def _follow(store: JobStore, job_id: str, last: str) -> AsyncIterator[str]
             found = await store.events(job_id, after=last, block_s=_BLOCK_S)
             # A reader that begins behind the end, or whose job has expired meanwhile.
             ended = not found and ((job := await store.get(job_id)) is None or job.ended)
+        except UnreadableJob as exc:
+            error = error_response(500, _unreadable(exc).detail).body
+            yield f"data: {bytes(error).decode()}\n\ndata: [DONE]\n\n"
+            return
         except BUS_ERRORS:
             return  # the reader comes again with its Last-Event-ID
         if ended and not await _has_more(store, job_id, last):

@@ -6,6 +6,7 @@ import socket
 
 from kombu import Exchange, Queue
 
+from pdtasks.broker.frames import frame_handler
 from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES
 from pdtasks.settings import load_settings
 from pdtasks.tls import amqp_arguments
@@ -32,6 +33,8 @@ broker_transport_options = {
     # Seconds: a RabbitMQ that hangs, or reads nothing under a memory alarm, holds nobody for ever.
     "read_timeout": 15,
     "write_timeout": 15,
+    # A message whose properties cannot be read is refused; py-amqp's own would end its reader.
+    "frame_handler": frame_handler,
     # py-amqp's default drops a connection after 1 s of stalled network.
     "socket_settings": {socket.TCP_USER_TIMEOUT: 15_000},
 }

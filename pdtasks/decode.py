@@ -22,7 +22,7 @@ from pdtasks.app import app
 from pdtasks.broker.publishing import Publish
 from pdtasks.engine.generation import Verdict
 from pdtasks.engine.handover import make_decode
-from pdtasks.engine.wire import decode_request
+from pdtasks.engine.wire import require_tokens
 from pdtasks.errors import PdtasksError, RequestAborted
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
@@ -111,11 +111,12 @@ class _Decode(Stage[DecodeJob]):
     async def _run(self) -> Answer | Left | None:
         job = self.job
         self.begin()
-        request = decode_request(job.request)
+        request = self.read_request(job.request)
         if job.detokenise:
             self.detokeniser = self.here.text.detokeniser(request)
             self.detokeniser.update(list(job.output_token_ids), False)
         tokens = await self._tokens()
+        require_tokens(tokens, self.here.engine.config.model_config)
         make_decode(request, self.engine_id, tokens=list(tokens), handle=job.handle)
         generation = self.new_generation(request, position=len(tokens))
         try:

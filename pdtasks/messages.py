@@ -9,13 +9,26 @@ History of WIRE_VERSION: 1 - first.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import re
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from pdtasks.errors import IncompatibleWorker, PdtasksError, from_code
+from pdtasks.naming import STAGES
 
 WIRE_VERSION = 1
+
+# Whatever is wrong with a message is found here, where it is read.  A NaN would upset an event
+# loop's timers, a negative count Prometheus, a line break in a name the log.
+Number = Annotated[float, Meta(gt=-(2**53), lt=2**53)]
+UnixTime = Annotated[float, Meta(ge=0, lt=2**53)]  #: seconds
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+#: Of a worker, a request, a version: it goes into logs.
+_NAME = r"\A[^\x00-\x1f\x7f]*\Z"
+Name = Annotated[str, Meta(max_length=255, pattern=_NAME)]
+Stage = Annotated[str, Meta(pattern=rf"\A({'|'.join(STAGES)})\Z")]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +45,7 @@ class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that the prefill worker has still to tokenise; exactly one of the three is set."""
 
     prompt: str | None = None
-    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[Count, ...] | None = None
     messages: tuple[dict[str, Any], ...] | None = None  #: chat, rendered with the model's template
     sampling: dict[str, Any] = {}  #: fields of vLLM's SamplingParams
     cache_salt: str | None = None
@@ -41,58 +54,58 @@ class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one stage did for one request. Never contains text or tokens."""
 
-    stage: str  #: ``"prefill"`` or ``"decode"``
-    worker: str  #: name of the Celery worker
-    queue_s: float  #: seconds in the queue before the stage (hosts' clocks compared)
-    seconds: float  #: from taking the job to its last output
-    prompt_tokens: int
-    output_tokens: int  #: made by this stage
-    cached_tokens: int = 0  #: prompt tokens found in the engine's own prefix cache
-    kv_blocks_written: int = 0  #: in the store afterwards, whether sent now or there before
-    kv_bytes_written: int = 0  #: sent now
+    stage: Stage
+    worker: Name  #: name of the Celery worker
+    queue_s: Number  #: seconds in the queue before the stage (hosts' clocks compared)
+    seconds: Number  #: from taking the job to its last output
+    prompt_tokens: Count
+    output_tokens: Count  #: made by this stage
+    cached_tokens: Count = 0  #: prompt tokens found in the engine's own prefix cache
+    kv_blocks_written: Count = 0  #: in the store afterwards, whether sent now or there before
+    kv_bytes_written: Count = 0  #: sent now
     #: Decode: of the hand-over. Prefill: of a prefix that earlier prompts left in the store.
-    kv_blocks_loaded: int = 0
-    kv_bytes_loaded: int = 0
-    kv_blocks_recomputed: int = 0  #: to be loaded, but lost, damaged or foreign
-    kv_seconds: float = 0.0  #: the hand-over's part, overlapping with compute
+    kv_blocks_loaded: Count = 0
+    kv_bytes_loaded: Count = 0
+    kv_blocks_recomputed: Count = 0  #: to be loaded, but lost, damaged or foreign
+    kv_seconds: Number = 0.0  #: the hand-over's part, overlapping with compute
 
 
 class PrefillJob(Message, frozen=True, kw_only=True):
     """A request on its way to stage 1: from the API as `request`, or as `text`."""
 
-    request_id: str
-    engine: str  #: version of vLLM that made `request`
+    request_id: Name
+    engine: Name  #: version of vLLM that made `request`
     model: str | None  #: served name of the model that is asked; None: whichever the workers have
     request: bytes | None = None  #: vLLM's EngineCoreRequest
     text: TextRequest | None = None
-    submitted_at: float  #: UNIX seconds
-    deadline: float  #: UNIX seconds
+    submitted_at: UnixTime  #: UNIX seconds
+    deadline: UnixTime  #: UNIX seconds
     tells_start: bool = False  #: the asker wants to know who begins a stage, and when
 
 
 class DecodeJob(Message, frozen=True, kw_only=True):
     """A request on its way to stage 2, with the tokens so far and the place of its KV."""
 
-    request_id: str
-    engine: str
+    request_id: Name
+    engine: Name
     model: str | None
     request: bytes  #: vLLM's EngineCoreRequest as the client meant it
-    output_token_ids: tuple[int, ...]
+    output_token_ids: tuple[Count, ...]
     handle: dict[str, Any] | None  #: `pdtasks.kv.handle.KVHandle`; None: recompute
     prefill: StageReport
     detokenise: bool  #: the caller wants text in the result
-    submitted_at: float
-    prefilled_at: float
-    first_token_at: float
-    deadline: float
+    submitted_at: UnixTime
+    prefilled_at: UnixTime
+    first_token_at: UnixTime
+    deadline: UnixTime
     tells_start: bool = False
-    handed_on: int = 0  #: times that a worker of this stage has begun it and left it to another
+    handed_on: Count = 0  #: times that a worker of this stage has begun it and left it to another
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a request ended without an answer."""
 
-    code: str
+    code: Name
     message: str
     attempt: int = 0  #: see `PdtasksError`
 
@@ -110,17 +123,17 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """A worker runs a request again: how much of the answer is there (`pdtasks.bus.progress`)?"""
 
     attempt: int
-    handed_on: int = 0  #: see `DecodeJob`
+    handed_on: Count = 0  #: see `DecodeJob`
 
 
 class StepReply(Message, frozen=True, kw_only=True):
     """All that one engine step has for one reply stream."""
 
-    worker: str
-    stage: str
-    engine: str
+    worker: Name
+    stage: Stage
+    engine: Name
     outputs: bytes = b""  #: vLLM's EngineCoreOutputs, request ids as the asker knows them
-    positions: tuple[int, ...] = ()  #: index of each output's first token in its answer
+    positions: tuple[Count, ...] = ()  #: index of each output's first token in its answer
     attempts: tuple[int, ...] = ()  #: which attempt at its request made each output
     reports: dict[str, tuple[StageReport, ...]] = {}  #: requests that are finished now
     failures: dict[str, Failure] = {}  #: requests that have failed
@@ -144,19 +157,19 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker says of itself on the bus."""
 
-    name: str
-    role: str  #: ``"prefill"`` or ``"decode"``
-    host: str
-    pid: int
+    name: Name
+    role: Stage
+    host: Name
+    pid: Count
     #: ``"starting"``, ``"ready"``, ``"stalled"`` (alive, but takes no jobs) or ``"draining"``
     state: str
     reason: str = ""  #: why it is not ready, or what is wrong although it is; for people
-    active: int = 0  #: requests in its engine
-    held: int = 0  #: requests that it keeps anything of; 0 when it is idle, or something leaks
-    slots: int = 0  #: requests that it takes at once
-    kv_usage: float = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
+    active: Count = 0  #: requests in its engine
+    held: Count = 0  #: requests that it keeps anything of; 0 when it is idle, or something leaks
+    slots: Count = 0  #: requests that it takes at once
+    kv_usage: Number = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
-    max_model_len: int = 0
+    max_model_len: Count = 0
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
     place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)
@@ -171,12 +184,18 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
 M = TypeVar("M", bound=Message)
 
 
+def is_name(text: str) -> bool:
+    """Could a worker, or a request, be called so?"""
+    return len(text) <= 255 and re.match(_NAME, text) is not None
+
+
 def read_message(kind: type[M], wire: bytes) -> M:
-    """Decode `wire`. Raises IncompatibleWorker when another release wrote it."""
+    """Decode `wire`. Raises IncompatibleWorker when another release wrote it, or nobody of ours."""
     try:
         message = msgspec.msgpack.decode(wire, type=kind)
-    except msgspec.MsgspecError as exc:
-        raise IncompatibleWorker(f"unreadable {kind.__name__}: {type(exc).__name__}") from exc
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        # Without its cause: Celery logs it, and what cannot be read may have been a prompt.
+        raise IncompatibleWorker(f"unreadable {kind.__name__}: {type(exc).__name__}") from None
     if message.version != WIRE_VERSION:
         raise IncompatibleWorker(
             f"{kind.__name__} has wire version {message.version}, this release reads "

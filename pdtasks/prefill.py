@@ -22,7 +22,7 @@ from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.handover import make_prefill, may_go_on
 from pdtasks.engine.text import TextFrontend
-from pdtasks.engine.wire import decode_request, encode_request
+from pdtasks.engine.wire import encode_request
 from pdtasks.errors import InvalidRequest, RequestAborted
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
@@ -98,7 +98,7 @@ class _Prefill(Stage[PrefillJob]):
             return None
         original = await self._request(self.here.text)
         wire = job.request if job.request is not None else encode_request(original)
-        request = decode_request(wire)
+        request = self.read_request(wire)
         make_prefill(request, self.engine_id, transfer_id=job.request_id)
         self._goes_on = may_go_on(original, self.here.engine.config.model_config.max_model_len)
         # A first token that was seen stays; the engine's new one is of no interest then.
@@ -158,8 +158,9 @@ class _Prefill(Stage[PrefillJob]):
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
         if self.job.request is not None:
-            return decode_request(self.job.request)
-        assert self.job.text is not None
+            return self.read_request(self.job.request)
+        if self.job.text is None:
+            raise InvalidRequest("the job has no request")
         request = await text.prepare(self.job.request_id, self.job.text)
         self.detokeniser = text.detokeniser(request)
         return request

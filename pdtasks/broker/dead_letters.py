@@ -20,6 +20,7 @@ from kombu.exceptions import KombuError, OperationalError
 from kombu.serialization import dumps, loads
 
 from pdtasks import naming
+from pdtasks.broker.frames import frame_handler
 from pdtasks.bus.reply import is_reply_stream
 from pdtasks.errors import BrokerUnavailable, IncompatibleWorker, InvalidRequest
 from pdtasks.messages import DecodeJob, PrefillJob, TextRequest, read_message
@@ -31,8 +32,12 @@ _MOST_BYTES = 256 << 20
 _KEPT_MS = 7 * 24 * 3600 * 1000
 #: Header of a letter: what was wrong, where and when.
 _HEADER = "pdtasks-dead"
-#: Headers that RabbitMQ has added; a message that begins anew has none of them.
-_OF_THE_DEATH = ("x-death", "x-first-death", "x-last-death", "x-delivery", "x-acquired", _HEADER)
+#: Celery's headers, as `pdtasks.pipeline` fills them in.  Of all others nothing is kept.
+_HEADERS = (
+    *("lang", "task", "id", "root_id", "parent_id", "origin", "argsrepr", "kwargsrepr"),
+    *("ignore_result", "retries", "timelimit"),
+)
+_LONGEST_HEADER = 1000  # characters
 #: What is shown of how tokens are chosen: other fields may hold what a caller has written.
 _NUMBERS = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "n")
 _CONNECT_S = 5.0
@@ -63,7 +68,11 @@ def keep(message: kombu.Message, reason: str, producer: kombu.Producer) -> None:
     """Put a dead `message` into the queue. Raises what kombu raises."""
     death = last_death(message)
     told = {"reason": reason, "queue": str(death.get("queue", "?")), "at": time.time()}
-    headers = {**message.headers, _HEADER: told}
+    # What somebody else has put there may be larger than RabbitMQ takes back, or nothing that
+    # py-amqp can write.
+    known = {name: message.headers.get(name) for name in _HEADERS}
+    headers: dict[str, Any] = {n: v for n, v in known.items() if len(repr(v)) <= _LONGEST_HEADER}
+    headers[_HEADER] = told
     # Not the default exchange: who may write there may write to every queue.
     _publish(message, producer, naming.KEEP_EXCHANGE, "", headers=headers)
 
@@ -136,10 +145,7 @@ class DeadLetter:
             return list(ids) if ids is not None else text.prompt or text.messages, text.sampling
         from pdtasks.engine.wire import decode_request
 
-        try:
-            request = decode_request(job.request)
-        except msgspec.MsgspecError as exc:
-            raise self._unreadable(exc) from None
+        request = decode_request(job.request)
         sampling = {name: getattr(request.sampling_params, name, None) for name in _NUMBERS}
         return list(request.prompt_token_ids or ()), sampling
 
@@ -148,6 +154,8 @@ class DeadLetter:
         return InvalidRequest(f"{self.id} is no job that this release can read ({kind})")
 
     def _body(self) -> Any:
+        if self.message.content_encoding != "binary":  # others may unpack, to whatever size
+            raise ValueError("no encoding of ours")
         return loads(
             self.message.body,
             self.message.content_type,
@@ -203,9 +211,7 @@ class DeadLetters:
         """
         body = letter._begins_anew(time.time() + timeout_s)  # noqa: SLF001 - this module's own
         headers = {
-            name: value
-            for name, value in letter.message.headers.items()
-            if not name.startswith(_OF_THE_DEATH)
+            name: value for name, value in letter.message.headers.items() if name in _HEADERS
         }
         stage = next(s for s in naming.STAGES if letter.task == f"pdtasks.{s}")
         with kombu.Producer(self._channel) as producer:
@@ -225,6 +231,7 @@ def dead_letters(settings: Settings) -> Iterator[DeadLetters]:
             connect_timeout=_CONNECT_S,
             transport_options={
                 "confirm_publish": True,
+                "frame_handler": frame_handler,
                 "read_timeout": _CONFIRM_S,
                 "write_timeout": _CONFIRM_S,
             },

@@ -12,16 +12,19 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Literal, cast
 
+import msgspec
 import valkey.asyncio
+from valkey.exceptions import ResponseError
 
 from pdtasks.bus import keys
 from pdtasks.bus.job_scripts import JobScripts, events_key, record_key
-from pdtasks.errors import where
+from pdtasks.messages import Count, UnixTime
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,11 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
+#: Fields of a record that are written as JSON; the others are words.
+_JSON: Final = frozenset(
+    {"body", "attempts", "created_at", "deadline", "first_token_at", "finished_at"}
+    | {"stages", "result", "error"}
+)
 _ENDS: Final = {State.SUCCEEDED, State.FAILED, State.CANCELLED}
 #: What may follow.  A run that was lost begins again, and an answer may end in any stage.
 NEXT: Final[Mapping[State, set[State]]] = {
@@ -59,13 +67,17 @@ class KeyReused(Exception):
     """An Idempotency-Key came again with another body."""
 
 
+class UnreadableJob(Exception):
+    """Under a job's name lies what no runner has written."""
+
+
 @dataclass(frozen=True)
 class StageStart:
     """A worker began a stage of the job."""
 
     stage: str
     worker: str
-    at: float  #: UNIX seconds
+    at: UnixTime
 
 
 @dataclass(frozen=True)
@@ -76,12 +88,12 @@ class Job:
     path: str  #: the route that its body is for
     body: dict[str, Any]
     state: State
-    attempts: int  #: runners that have begun it
-    created_at: float  #: UNIX seconds, as all times here
-    deadline: float
+    attempts: Count  #: runners that have begun it
+    created_at: UnixTime
+    deadline: UnixTime
     ttl_s: float
-    first_token_at: float | None = None
-    finished_at: float | None = None
+    first_token_at: UnixTime | None = None
+    finished_at: UnixTime | None = None
     stages: tuple[StageStart, ...] = ()
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
@@ -139,7 +151,7 @@ class JobStore:
             meaning: what has to be the same under one key; None: path and body as they are.
 
         Raises KeyReused when the key came with another meaning, NoRoomForJobs when too many wait or
-        the bus is nearly full.
+        the bus is nearly full, UnreadableJob as `get` does.
         """
         now = time.time()
         job_id = f"job-{uuid.uuid4().hex}"
@@ -181,9 +193,12 @@ class JobStore:
         return job
 
     async def get(self, job_id: str) -> Job | None:
-        """The job, or None when there is none (any more)."""
-        found = await cast("Awaitable[dict[bytes, bytes]]", self._bus.hgetall(record_key(job_id)))
-        return _read(job_id, {k.decode(): v for k, v in found.items()}, self._ttl_s)
+        """The job, or None when there is none (any more). Raises UnreadableJob."""
+        with _of_a_kind():
+            found = await cast(
+                "Awaitable[dict[bytes, bytes]]", self._bus.hgetall(record_key(job_id))
+            )
+        return _read(job_id, found, self._ttl_s)
 
     async def newest(self, *, limit: int, after: str | None) -> tuple[list[Job], bool] | None:
         """Jobs, newest first, and whether there are more.
@@ -206,11 +221,12 @@ class JobStore:
                 break
             gone = []
             for name in page:
+                job_id = name.decode(errors="replace")
                 try:
-                    job = await self.get(name.decode())
-                except (KeyError, TypeError, ValueError) as exc:
+                    job = await self.get(job_id) if is_job_id(job_id) else None
+                except UnreadableJob as exc:
                     # One record that cannot be read does not hide the others.
-                    logger.error("%s cannot be listed: %s", name.decode(), where(exc))  # noqa: TRY400
+                    logger.error("%s cannot be listed: %s", job_id, exc)  # noqa: TRY400
                     continue
                 if job is None:
                     gone.append(name)
@@ -224,15 +240,22 @@ class JobStore:
     async def events(
         self, job_id: str, *, after: str, block_s: float, limit: int = 256
     ) -> list[Event]:
-        """What came after the event `after` ("0": all); waits for it up to `block_s` seconds."""
-        found = await self._bus.xread(
-            {events_key(job_id): after}, count=limit, block=int(block_s * 1000)
-        )
-        return [
-            Event(entry_id.decode(), None if b"end" in fields else fields[b"d"].decode())
-            for _, entries in found or ()
-            for entry_id, fields in entries
-        ]
+        """What came after the event `after` ("0": all); waits for it up to `block_s` seconds.
+
+        Raises UnreadableJob.
+        """
+        with _of_a_kind():
+            found = await self._bus.xread(
+                {events_key(job_id): after}, count=limit, block=int(block_s * 1000)
+            )
+        try:
+            return [
+                Event(entry_id.decode(), None if b"end" in fields else fields[b"d"].decode())
+                for _, entries in found or ()
+                for entry_id, fields in entries
+            ]
+        except (KeyError, UnicodeDecodeError) as exc:
+            raise UnreadableJob(f"its events: {type(exc).__name__}") from None
 
     async def cancel(self, job_id: str) -> bool:
         """Ask for the end of a job. True: nobody runs it and it has ended; else its runner will."""
@@ -255,9 +278,9 @@ class JobStore:
         ):
             try:
                 return await self.get(job_id)
-            except (KeyError, TypeError, ValueError) as exc:
+            except UnreadableJob as exc:
                 # It would be claimed again and again, and hold up what is behind it.
-                logger.error("%s cannot be read and ends: %s", job_id, where(exc))  # noqa: TRY400
+                logger.error("%s cannot be read and ends: %s", job_id, exc)  # noqa: TRY400
                 error = {"message": "the record of this job cannot be read", "code": 500}
                 await self._end(job_id, token, State.FAILED, error=error)
         return None
@@ -297,29 +320,30 @@ def is_event_id(text: str) -> bool:
     )
 
 
-def _read(job_id: str, fields: dict[str, bytes], ttl_s: float) -> Job | None:
+@contextmanager
+def _of_a_kind() -> Iterator[None]:
+    """Raises UnreadableJob where the bus finds something else than the command is for."""
+    try:
+        yield
+    except ResponseError as exc:
+        if not str(exc).startswith("WRONGTYPE"):
+            raise
+        raise UnreadableJob("it is of another type") from None
+
+
+def _read(job_id: str, fields: dict[bytes, bytes], ttl_s: float) -> Job | None:
     if not fields:
         return None
-    text = {name: value.decode() for name, value in fields.items()}
-
-    def parsed(name: str) -> Any:
-        return json.loads(text[name]) if name in text else None
-
-    return Job(
-        id=job_id,
-        path=text["path"],
-        body=parsed("body"),
-        state=State(text["state"]),
-        attempts=int(text["attempts"]),
-        created_at=parsed("created_at"),
-        deadline=parsed("deadline"),
-        ttl_s=ttl_s,
-        first_token_at=parsed("first_token_at"),
-        finished_at=parsed("finished_at"),
-        stages=tuple(StageStart(**start) for start in parsed("stages") or ()),
-        result=parsed("result"),
-        error=parsed("error"),
-        is_given_up="given_up" in text,
-        is_unwanted="cancel" in text,
-        token=text.get("token", ""),
-    )
+    try:
+        found: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
+        for name in _JSON & found.keys():
+            found[name] = json.loads(found[name])
+        found |= {
+            "id": job_id,
+            "ttl_s": ttl_s,
+            "is_given_up": "given_up" in found,
+            "is_unwanted": "cancel" in found,
+        }
+        return msgspec.convert(found, Job)
+    except (RecursionError, ValueError) as exc:  # msgspec's, too, is a ValueError
+        raise UnreadableJob(f"its record: {type(exc).__name__}") from None

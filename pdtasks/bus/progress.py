@@ -17,7 +17,7 @@ import valkey.asyncio
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.keys import PROGRESS
 from pdtasks.errors import IncompatibleWorker
-from pdtasks.messages import Message, read_message
+from pdtasks.messages import Count, Message, read_message
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Progress(Message, frozen=True, kw_only=True):
 
     #: `gone`: nobody waits for its answer; `elsewhere`: a later attempt goes on with it.
     state: Literal["wanted", "gone", "elsewhere"]
-    token_ids: tuple[int, ...] = ()  #: of the answer, all that there are
+    token_ids: tuple[Count, ...] = ()  #: of the answer, all that there are
 
 
 async def tell_progress(

@@ -196,7 +196,7 @@ class ReplyStream:
                 continue
             for _, entries in found or ():
                 self._last_id = entries[-1][0]
-                for reply in _readable(fields[_FIELD] for _, fields in entries):
+                for reply in _readable(fields.get(_FIELD, b"") for _, fields in entries):
                     yield reply
                 await self._forget([entry_id for entry_id, _ in entries])
 

@@ -4,9 +4,8 @@ Celery's consumer is made of steps; these are left out or replaced (each against
 `tests/unit/seams/test_celery.py` says when a new Celery changes what they replace):
 
 * Events go through `EventSender`: the main loop and pool threads never wait for them.
-* Control commands come through a queue of each connection's own and are answered on the main loop's
-  connection, and `revoke` stores nothing here;
-  those that would stop a worker or its consumer are not answered.
+* Control commands are `control.py`'s.
+* What is no job of ours is refused before Celery looks at it (`intake.py`).
 * No delayed-delivery queues: no task of ours has an ETA.
 * No mingle and no gossip: workers need nothing of each other, and each would read all events of
   all others.
@@ -17,41 +16,28 @@ from __future__ import annotations
 
 import logging
 import time
-from copy import copy
-from functools import partial
+from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
-import kombu
-from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.connection import Connection
 from celery.worker.consumer.consumer import Evloop
-from celery.worker.consumer.control import Control
 from celery.worker.consumer.events import Events
 from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
-from celery.worker.control import Panel
 from celery.worker.state import maybe_shutdown
 
-from pdtasks import naming
 from pdtasks.backoff import Backoff
+from pdtasks.errors import where
 from pdtasks.worker import service
+from pdtasks.worker.control import WaryControl
 from pdtasks.worker.dead_letters import DeadLetterStep
 from pdtasks.worker.events import EventSender
+from pdtasks.worker.intake import why_refused
 from pdtasks.worker.liveness import BEAT_S
 
 logger = logging.getLogger(__name__)
 
-#: Celery's control commands that a worker answers, `revoke` aside: those that ask and those for
-#: events.  RabbitMQ cannot tell them from others, and whoever may abort may send any: `shutdown` or
-#: `cancel_consumer` would take a worker from its work.
-_ANSWERED = (
-    *("active", "active_queues", "clock", "conf", "dump_active", "dump_conf", "dump_reserved"),
-    *("dump_revoked", "dump_schedule", "dump_tasks", "hello", "ping", "query_task", "registered"),
-    *("report", "reserved", "revoked", "scheduled", "stats"),
-    *("disable_events", "enable_events", "heartbeat"),
-)
 #: Seconds of a connection's life after which its loss is the first of a row again.
 _STEADY_S = 60.0
 #: Between two tries to connect, as kombu names them.
@@ -95,20 +81,10 @@ class TasksStep(Tasks):  # type: ignore[misc]
         service.current().consumes_no_more()
 
 
-class ControlStep(Control):  # type: ignore[misc]
-    """Control commands: Celery's, and ours."""
+class ControlStep(WaryControl):
+    """After our tasks."""
 
     requires = (TasksStep,)
-
-    def __init__(self, c: Consumer, **kwargs: Any) -> None:
-        super().__init__(c, **kwargs)
-        node = self.box.node
-        # Celery's registry is for all apps of a process: ours stay here.
-        asking = {name: Panel.data[name] for name in _ANSWERED}
-        node.handlers = {**asking, naming.ABORT: _abort, "revoke": _revoke}
-        node.reply = partial(_reply, node)
-        node.mailbox = copy(node.mailbox)
-        node.mailbox.get_queue = partial(_own_queue, node.mailbox)
 
 
 class StageConsumer(Consumer):  # type: ignore[misc]
@@ -177,6 +153,25 @@ class StageConsumer(Consumer):  # type: ignore[misc]
             maybe_shutdown()
             time.sleep(0.1)
 
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        take = super().create_task_handler(*args, **kwargs)
+        of_the_connection = (*self.connection_errors, *self.channel_errors)
+
+        def on_message(message: Any) -> None:
+            if why := why_refused(message):
+                self._refuse(message, why)
+                return
+            try:
+                take(message)
+            except of_the_connection:
+                raise
+            except Exception as exc:  # noqa: BLE001 - it would end one worker after the other
+                logger.error("a job could not be begun: %s", where(exc))  # noqa: TRY400
+                if not message.acknowledged:
+                    self._refuse(message, "no worker can begin")
+
+        return on_message
+
     # Celery's own would log the message, prompt and all, and ask the result backend in this loop.
     # Rejected, they are answered for like any dead job.
 
@@ -195,59 +190,3 @@ class StageConsumer(Consumer):  # type: ignore[misc]
     def _refuse(self, message: Any, why: str) -> None:
         logger.error("refused a message that %s", why)
         message.reject_log_error(logger, self.connection_errors)
-
-
-def _own_queue(mailbox: Any, hostname: str) -> Any:
-    """A queue for control commands that no other connection has: each command reaches everybody.
-
-    kombu's own is one for a name, and exclusive.  RabbitMQ would refuse it to a second worker of
-    that name, which then connects again and again; and to the same worker as long as it holds a
-    lost connection for alive.
-    """
-    return type(mailbox).get_queue(mailbox, f"{hostname}.{uuid4().hex}")
-
-
-def _reply(node: Any, data: Any, exchange: str, routing_key: str, ticket: str, **_: Any) -> None:
-    """Answer over the node's own channel, once.
-
-    kombu's own takes a connection of a pool, and tries for ever while RabbitMQ is away.
-    """
-    reply_exchange = kombu.Exchange(
-        exchange, type="direct", delivery_mode="transient", durable=False
-    )
-    kombu.Producer(node.channel, auto_declare=False).publish(
-        data,
-        exchange=reply_exchange,
-        routing_key=routing_key,
-        declare=[reply_exchange],
-        headers={"ticket": ticket, "clock": node.mailbox.clock.forward()},
-        serializer=node.mailbox.serializer,
-        retry=False,
-    )
-
-
-def _abort(_state: Any, request_ids: list[str]) -> dict[str, str]:
-    """Control command: drop requests whose caller has hung up."""
-    service.current().abort_soon(request_ids)
-    return {"ok": "aborting"}
-
-
-def _revoke(
-    state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any
-) -> dict[str, str]:
-    """Control command: Celery's `revoke`, for both stages of a request, never asking the bus here.
-
-    A caller knows the id of its request, which is the second stage's: the first one has another.
-    """
-    named = {task_id} if isinstance(task_id, str) else set(task_id or ())
-    requests = {naming.request_id_of(one) for one in named}
-    task_ids = requests | {naming.prefill_task_id(one) for one in requests}
-    worker_state.revoked.update(task_ids)
-    active = [r for r in tuple(worker_state.active_requests) if r.id in task_ids]
-    if terminate:
-        for request in active:
-            request.terminate(state.consumer.pool, signal=signal)
-    here = service.current()
-    for request_id in requests - {naming.request_id_of(r.id) for r in active}:
-        here.results.revoke(request_id, only_waiting=True)
-    return {"ok": f"tasks {sorted(requests)} flagged as revoked"}

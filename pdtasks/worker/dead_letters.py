@@ -13,13 +13,13 @@ from typing import Any
 import kombu
 from celery import bootsteps
 from celery.worker.consumer import Consumer
-from kombu.serialization import loads
 
 from pdtasks import naming
 from pdtasks.broker.dead_letters import keep, kept_queue, last_death
 from pdtasks.errors import WorkerLost, where
 from pdtasks.settings import load_settings
 from pdtasks.worker import service
+from pdtasks.worker.intake import TASKS, read_address, why_refused
 from pdtasks.worker.task import wants_result
 
 logger = logging.getLogger(__name__)
@@ -99,18 +99,19 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
 
     def _answer(self, message: kombu.Message) -> tuple[str, WorkerLost] | None:
         """Tell whoever reads along; returns what a waiting Celery client is to get."""
-        task_id = message.headers.get("id")
-        if not task_id:
-            logger.error("dropped a message that is no task of ours")
+        address = read_address(message)
+        if address is None:
+            logger.error("gave up a message that is no task of ours")
             return None
-        request_id = naming.request_id_of(task_id)
-        error = WorkerLost(f"{message.headers.get('task', 'the job')} {_why_dead(message)}")
+        request_id = naming.request_id_of(address.id)
+        what = address.task if address.task in TASKS else "the job"
+        error = WorkerLost(f"{what} {_why_dead(message)}")
         logger.error("gave up %s: %s", request_id, error)
         here = service.current()
         here.fail(message.properties.get("reply_to"), request_id, error)
         here.discard(request_id)
-        is_last = task_id == request_id and not message.headers.get("ignore_result", False)
-        if is_last or wants_result(_rest_of_chain(message)):
+        is_last = address.id == request_id and not address.ignore_result
+        if is_last or (why_refused(message) is None and wants_result(_rest_of_chain(message))):
             return request_id, error
         return None
 
@@ -124,11 +125,6 @@ def _why_dead(message: kombu.Message) -> str:
 
 def _rest_of_chain(message: kombu.Message) -> list[dict[str, Any]] | None:
     """The tasks after the one in `message`; Celery keeps them in the body's third part."""
-    _, _, embedded = loads(
-        message.body,
-        message.content_type,
-        message.content_encoding,
-        accept={"application/x-msgpack", "application/json"},
-    )
+    _, _, embedded = message.payload
     chain: list[dict[str, Any]] | None = embedded.get("chain")
     return chain

@@ -10,6 +10,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
+from pdtasks.engine.wire import decode_request, require_runnable
 from pdtasks.errors import RequestAborted
 from pdtasks.messages import Answer, Ask, DecodeJob, PrefillJob, StageReport
 from pdtasks.worker import service
@@ -48,6 +49,12 @@ class Stage(ABC, Generic[J]):
         self.here.check_origin(self.job.engine, self.job.model)
         if self.job.tells_start:
             self.here.answers.start(self.reply_to, self.job.request_id)
+
+    def read_request(self, wire: bytes) -> EngineCoreRequest:
+        """vLLM's request in a job. Raises InvalidRequest for what the engine would not survive."""
+        request = decode_request(wire)
+        require_runnable(request, self.here.engine.config.model_config)
+        return request
 
     @property
     def engine_id(self) -> str:

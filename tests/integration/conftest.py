@@ -278,7 +278,7 @@ class Nursery:
 
     def close(self) -> None:
         self._in.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)  # it may still be importing
         self._out.close()
         self._log.close()
 

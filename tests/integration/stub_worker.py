@@ -37,6 +37,7 @@ from tests.integration.steering import added_key, held_key, steps_key
 STALL_SIGNAL = signal.SIGRTMIN
 #: A request with this prompt token kills the worker that runs it.
 POISON = 666
+VOCABULARY = 1 << 40
 MAX_MODEL_LEN = 1000
 BLOCK_SIZE = 16
 
@@ -175,7 +176,9 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
         settings: Settings, _model: str, _reports_to: str, **_: Any
     ) -> tuple[Any, StubCore]:
         config = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
+            model_config=SimpleNamespace(
+                max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY
+            ),
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )

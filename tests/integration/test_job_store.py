@@ -10,7 +10,7 @@ import pytest
 
 from pdtasks.bus import jobs
 from pdtasks.bus.connection import connect_async
-from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State
+from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State, UnreadableJob
 from pdtasks.cluster.rights import User
 from pdtasks.errors import NoRoomForJobs
 from pdtasks.settings import Settings
@@ -400,7 +400,107 @@ def test_a_job_that_cannot_be_read_does_not_hold_up_the_next(
         assert cast("list[bytes]", services.bus.zrange("pd:jobs:running", 0, -1)) == [
             good.id.encode()
         ]
-        assert f"{odd.id} cannot be read and ends: JSONDecodeError" in caplog.text
+        assert f"{odd.id} cannot be read and ends: its record: JSONDecodeError" in caplog.text
         assert "canary" not in caplog.text
+
+    with_store(test)
+
+
+def spoil(services: Services, job: Job, how: str) -> None:
+    """Write something else under a job's name, with a secret in it."""
+    bus, record = services.bus, f"pd:job:{job.id}"
+    if how.startswith("type"):
+        bus.delete(record)
+    match how:
+        case "type: string":
+            bus.set(record, "canary")
+        case "type: list":
+            bus.rpush(record, "canary")
+        case "type: other fields":
+            bus.hset(record, "canary", "canary")
+        case "bytes":
+            bus.hset(record, mapping={b"\xff": b"\xfe", "state": b"\x80canary"})
+        case _:
+            name, _, value = how.partition("=")
+            bus.hset(record, name, value)
+
+
+SPOILT = [
+    *("type: string", "type: list", "type: other fields", "bytes"),
+    *("attempts=canary", "attempts=-9", "attempts=1e999", "state=canary", "body=[]"),
+    *("body={canary", "body=" + "[" * 100_000, "created_at=NaN", 'created_at="canary"'),
+    *('finished_at="canary"', 'stages=[{"canary": 1}]', "stages=7", "deadline=1e300", "result=[1]"),
+]
+
+
+@pytest.mark.parametrize("how", SPOILT, ids=lambda how: how[:30])
+def test_a_spoilt_record_is_an_error_of_its_own_and_hides_no_other(
+    with_store: Run, services: Services, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    async def test(store: JobStore) -> None:
+        odd, good = await submit(store, idempotency_key="k"), await submit(store)
+        spoil(services, odd, how)
+
+        with pytest.raises(UnreadableJob) as caught:
+            await store.get(odd.id)
+        listed = await store.newest(limit=10, after=None)
+        assert listed is not None
+        assert [job.id for job in listed[0]] == [good.id]
+
+        # It is no runner's, and the other one is
+        assert (await claimed(store, "t")).id == good.id
+        assert await store.claim("u") is None
+        running = cast("list[bytes]", services.bus.zrange("pd:jobs:running", 0, -1))
+        assert running == [good.id.encode()]
+        assert "canary" not in caplog.text + str(caught.value)
+
+    with_store(test)
+
+
+@pytest.mark.parametrize("value", ["canary", "one two three", b"\xff", ""])
+def test_a_spoilt_idempotency_key_is_a_new_one(
+    with_store: Run, services: Services, value: str | bytes
+) -> None:
+    async def test(store: JobStore) -> None:
+        await submit(store, idempotency_key="k")
+        (key,) = services.bus.scan_iter(match="pd:jobs:key:*")
+        services.bus.set(key, value)
+
+        made = await submit(store, idempotency_key="k")
+
+        assert (await submit(store, idempotency_key="k")).id == made.id
+
+    with_store(test)
+
+
+def test_spoilt_events_are_an_error_and_the_job_ends_all_the_same(
+    with_store: Run, services: Services
+) -> None:
+    async def test(store: JobStore) -> None:
+        odd, other = await submit(store), await submit(store)
+        services.bus.set(f"pd:job:{odd.id}:events", "canary")
+        services.bus.xadd(f"pd:job:{other.id}:events", {b"\xff": b"\xff"})
+
+        for job in (odd, other):
+            with pytest.raises(UnreadableJob):
+                await store.events(job.id, after="0", block_s=0.1)
+            own = await claimed(store, job.id)
+            assert await store.finish(own, State.FAILED, error={"code": 500})
+            assert (await seen(store, own)).state == "failed"
+        assert services.bus.zrange("pd:jobs:running", 0, -1) == []
+
+    with_store(test)
+
+
+def test_names_that_are_none_are_forgotten(with_store: Run, services: Services) -> None:
+    async def test(store: JobStore) -> None:
+        good = await submit(store)
+        services.bus.zadd("pd:jobs", {b"\xff\xfe": 1e300, b"canary\n": 2e300})
+
+        listed = await store.newest(limit=10, after=None)
+
+        assert listed is not None
+        assert [job.id for job in listed[0]] == [good.id]
+        assert services.bus.zrange("pd:jobs", 0, -1) == [good.id.encode()]
 
     with_store(test)

@@ -48,6 +48,33 @@ def test_other_releases_and_other_keys_do_not_count(services: Services) -> None:
     assert [w.name for w in read_workers(bus)] == ["a"]
 
 
+def test_whatever_lies_under_a_workers_name_the_others_are_seen(services: Services) -> None:
+    bus = services.bus
+    bus.flushall()
+    status = a_status("a")
+    bus.set(worker_key("a"), status.to_wire())
+    for number, odd in enumerate(
+        (
+            b"",
+            b"\xff" * 100,
+            b"\x91" * 100_000,
+            status.to_wire()[:-4],
+            status.to_wire() + b"\x00",
+            status.to_wire().replace(b"decode", b"\xff\xfe\xfd\xfc\xfb\xfa"),
+            msgspec.structs.replace(status, name="two\nlines").to_wire(),
+            msgspec.structs.replace(status, slots=-1).to_wire(),
+            msgspec.structs.replace(status, kv_usage=float("nan")).to_wire(),
+            msgspec.structs.replace(status, role="king").to_wire(),
+        )
+    ):
+        bus.set(worker_key(f"odd{number}"), odd)
+    bus.rpush(worker_key("list"), "x")
+    bus.hset(worker_key("hash"), "x", "y")
+    bus.set(worker_key("").encode() + b"\xff\xfe", b"no name")
+
+    assert read_workers(bus) == [status]
+
+
 def test_an_empty_bus_has_no_workers(services: Services) -> None:
     services.bus.flushall()
 

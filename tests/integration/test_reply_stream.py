@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -289,16 +290,44 @@ def test_an_asker_whose_stream_is_none_any_more_hears_of_the_loss(bus_url: str) 
     asyncio.run(test())
 
 
-def test_what_is_no_reply_is_dropped(bus_url: str) -> None:
-    async def test() -> None:
-        async with bench_on(bus_url) as bench:
-            bench.bus.xadd(bench.stream.name, {"m": b"\xc1"})
-            bench.writer.put(bench.stream.name, a_reply(1))
+def test_what_is_no_reply_is_dropped_and_its_neighbours_are_read(
+    bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = a_reply(7).to_wire()
+    deep = b"\x81\xa7reports" + b"\x81\xa1x" * 50_000
+    odd: list[dict[bytes, bytes]] = [
+        {b"other": b"canary"},  # without the field
+        {b"m": b"\xc1"},
+        {b"m": b"canary"},
+        {b"m": b""},
+        {b"m": good[:-5]},  # cut
+        {b"m": good + b"canary"},  # too long
+        {b"m": good.replace(b"decode", b"\xff\xfe\xfd\xfc\xfb\xfa")},  # no UTF-8
+        {b"m": deep},
+        {b"m": b"\xc6" + (30 << 20).to_bytes(4) + b"x" * (30 << 20)},  # huge
+        {b"m": pickle.dumps("canary")},
+    ]
 
-            await until(lambda: bench.read == [1])
+    async def test() -> None:
+        async with bench_on(bus_url, reading=False) as bench:
+            # Given honest replies and others, all of which one read brings
+            for number, fields in enumerate(odd):
+                bench.bus.xadd(bench.stream.name, {b"m": a_reply(number).to_wire()})
+                bench.bus.xadd(bench.stream.name, fields)
+            bench.start(bench._read)
+
+            await until(lambda: len(bench.read) == len(odd))
             await until(lambda: bench.bus.xlen(bench.stream.name) == 0)
 
+            assert bench.read == list(range(len(odd)))
+            assert bench.times_lost == 0
+
     asyncio.run(test())
+    told = [record.getMessage() for record in caplog.records]
+    assert len([line for line in told if line.startswith("dropped a reply: unreadable")]) == len(
+        odd
+    )
+    assert not any("canary" in line or "\n" in line for line in told)
 
 
 def test_a_bus_that_cannot_be_reached_is_an_error_at_the_start(own_bus: ValkeyServer) -> None:

@@ -30,6 +30,7 @@ from pdtasks.settings import Settings
 STEP_S = 0.04
 #: Ids that every tokenizer has as ordinary ones.
 TOKENS = range(300, 30_000)
+_VOCABULARY = 1 << 20
 _MAX_MODEL_LEN = 2048
 _BLOCK_SIZE = 16
 _KV_BYTES = 16
@@ -171,7 +172,9 @@ async def start_stub(
 ) -> tuple[VllmConfig, EngineCoreClient]:
     """As `pdtasks.engine.boot.start_core`."""
     config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=_MAX_MODEL_LEN),
+        model_config=SimpleNamespace(
+            max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _VOCABULARY
+        ),
         cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )

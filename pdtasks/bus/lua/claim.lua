@@ -9,14 +9,16 @@ while true do
   if not id then id = redis.call('ZPOPMIN', waiting)[1] end
   if not id then return nil end
   local record = prefix .. id
-  if redis.call('EXISTS', record) == 1 then
+  -- What is no record fails here, and is forgotten as if it had expired.
+  local is_record = type(redis.pcall('HGET', record, 'state')) == 'string'
+  if is_record then
     redis.call('ZADD', running, now + lease_s, id)
     keep(running, record)
     redis.call('HSET', record, 'token', token)
-    local begun = tonumber(redis.call('HGET', record, 'attempts'))
-    local handed_over = tonumber(redis.call('HGET', record, 'handed_over') or 0)
+    local begun = tonumber(redis.call('HGET', record, 'attempts')) or 0
+    local handed_over = tonumber(redis.call('HGET', record, 'handed_over') or 0) or 0
     if begun - handed_over < tonumber(most_attempts) then
-      redis.call('HINCRBY', record, 'attempts', 1)
+      redis.pcall('HINCRBY', record, 'attempts', 1) -- who claims cannot read it if this fails
     else
       redis.call('HSET', record, 'given_up', '1')
     end

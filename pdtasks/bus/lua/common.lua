@@ -5,6 +5,7 @@ local now = time[1] + time[2] / 1e6 -- UNIX seconds
 
 local function keep(index, record)
   local left = redis.call('PTTL', record)
+  if left <= 0 then return end -- (without an end: none of ours)
   redis.call('PEXPIRE', index, left, 'NX')
   redis.call('PEXPIRE', index, left, 'GT')
 end

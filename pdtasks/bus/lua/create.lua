@@ -15,11 +15,10 @@ local function lacks()
 end
 
 if idempotency then
-  local known = redis.call('GET', idempotency)
+  local known = redis.pcall('GET', idempotency)
+  local of = type(known) == 'string' and string.match(known, '^%x+ (job%-%x+)$')
   -- A job that ends early expires before its key.
-  if known and redis.call('EXISTS', prefix .. string.match(known, ' (.*)')) == 1 then
-    return known
-  end
+  if of and redis.call('EXISTS', prefix .. of) == 1 then return known end
 end
 local lacking = lacks()
 if lacking then return lacking end

@@ -132,7 +132,7 @@ class StubBus:
 class Bench:
     """A `PipelineCore` whose bus and broker are stubs."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, vocabulary: int = 1 << 40, **settings: Any) -> None:
         values = {"broker_url": "amqp://nowhere", "bus_url": "valkey://nowhere"}
         self.broker = StubBroker()
         self.stream = StubStream()
@@ -142,6 +142,7 @@ class Bench:
             Settings(**values | settings),
             self._fail,
             is_known=lambda request_id: request_id not in self.forgotten,
+            vocabulary=vocabulary,
             publisher=self.broker,
             aborter=self.broker,
             stream=self.stream,

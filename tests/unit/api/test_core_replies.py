@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
 from vllm.exceptions import GracefulHTTPError
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, FinishReason
+from vllm.v1.metrics.stats import PrefillStats
 
 from api.client import PipelineHTTPError
 from pdtasks.errors import (
@@ -296,3 +298,63 @@ def test_an_output_that_cannot_be_used_fails_its_own_request_alone() -> None:
         assert bench.aborted == ["odd"]
 
     with_bench(test)
+
+
+def _with_absurd_figures() -> EngineCoreOutput:
+    output = an_output([7], "honest")
+    output.prefill_stats = PrefillStats(num_prompt_tokens=-(2**60), num_computed_tokens=2**60)
+    output.events = [EngineCoreEvent(EngineCoreEventType.QUEUED, float("nan"))]
+    output.kv_transfer_params = {"pdtasks": {"load": "somebody else's"}}
+    return output
+
+
+@pytest.mark.parametrize("token_id", [-1, 1000, 2**62])
+def test_a_token_that_the_model_does_not_have_ends_its_request_alone(token_id: int) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("spoilt", "honest")
+
+        await bench.take((0, an_output([token_id], "spoilt")), (0, an_output([7], "honest")))
+
+        assert isinstance(bench.failed["spoilt"], WorkerLost)
+        assert bench.answer() == [("honest", [7], None)]
+
+    with_bench(test, leaves=("honest",), vocabulary=1000)
+
+
+def test_figures_that_cannot_be_are_dropped_and_the_token_stays() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("honest")
+
+        await bench.take((0, _with_absurd_figures()))
+
+        (output,) = bench.core._outputs.get_nowait().outputs
+        assert output.new_token_ids == [7]
+        assert output.prefill_stats is None
+        assert output.events is None
+        assert output.kv_transfer_params is None
+
+    with_bench(test, leaves=("honest",))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"positions": (0,)}, {"attempts": (1, 2, 3)}, {"outputs": b"canary \xc1"}], ids=str
+)
+def test_a_reply_that_does_not_fit_together_changes_nothing(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
+) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.ask("a", "b")
+        good = a_reply((0, an_output([7], "a")), (0, an_output([8], "b")))
+        bench.stream.replies = [msgspec.structs.replace(good, **fields), good]
+
+        listening = asyncio.create_task(bench.core._listen())
+        await until(lambda: not bench.core._outputs.empty())
+        listening.cancel()
+
+        assert bench.answer() == [("a", [7], None), ("b", [8], None)]
+        assert bench.failed == {}
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert "\n" not in record.getMessage()
+        assert "canary" not in record.getMessage()
+
+    with_bench(test, leaves=("a", "b"))
