@@ -5,6 +5,7 @@ The outermost layer of ours: what is refused here costs no parsing, no rendering
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Where the body lies in a request's state, for whoever explains an error.
 BODY = "pdtasks_body"
+#: Seconds for a whole body.
+_BODY_S = 60.0
 
 # Half of a surrogate pair: JSON can spell it, no text can hold it.
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -59,7 +62,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if scope["method"] in ("POST", "PUT", "PATCH"):
-            body = await self._read(scope, receive)
+            try:
+                async with asyncio.timeout(_BODY_S):
+                    body = await self._read(scope, receive)
+            except TimeoutError:
+                late = error_response(408, f"the body has not come within {_BODY_S:g} s")
+                await late(scope, receive, send)
+                return
             refused = self._refusal(body)
             if refused is not None:
                 await refused(scope, receive, send)

@@ -140,12 +140,15 @@ async def request_report(request_id: str, request: Request) -> dict[str, Any]:
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish."""
+    from api.connections import WatchedConnection
+
     app = create_app(settings)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             host=host,
             port=port,
+            http=WatchedConnection,
             log_level="info",
             access_log=False,
             timeout_graceful_shutdown=int(settings.drain_timeout_s),

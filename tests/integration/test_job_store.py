@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
+from api.jobs import Jobs, router
+from api.runner import JobRunner
 from pdtasks.bus import jobs
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State, UnreadableJob
@@ -502,5 +506,33 @@ def test_names_that_are_none_are_forgotten(with_store: Run, services: Services) 
         assert listed is not None
         assert [job.id for job in listed[0]] == [good.id]
         assert services.bus.zrange("pd:jobs", 0, -1) == [good.id.encode()]
+
+    with_store(test)
+
+
+def test_a_spoilt_job_is_one_clear_error_over_http(with_store: Run, services: Services) -> None:
+    async def test(store: JobStore) -> None:
+        app = FastAPI()
+        app.include_router(router)
+        app.state.pdtasks_jobs = Jobs(store, cast("JobRunner", None), timeout_s=60)
+        transport = httpx.ASGITransport(app)
+        odd, good = await submit(store), await submit(store)
+        await store.finish(await claimed(store, "t"), State.SUCCEEDED, result={})  # the odd one
+        spoil(services, odd, "type: list")
+        services.bus.delete(f"pd:job:{good.id}:events")
+        services.bus.set(f"pd:job:{good.id}:events", "canary")
+
+        async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+            for method, path in (("GET", ""), ("GET", "/events"), ("DELETE", "")):
+                answer = await client.request(method, f"/v1/jobs/{odd.id}{path}")
+                assert answer.status_code == 500
+                assert "something else under this job's name" in answer.text
+            listed = (await client.get("/v1/jobs")).json()["data"]
+            assert [job["id"] for job in listed] == [good.id]
+            assert (await client.get(f"/v1/jobs/{good.id}")).json()["state"] == "queued"
+            events = (await client.get(f"/v1/jobs/{good.id}/events")).text
+        assert '"code":500' in events
+        assert events.endswith("data: [DONE]\n\n")
+        assert "canary" not in events
 
     with_store(test)

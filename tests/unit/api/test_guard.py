@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.middleware import Middleware
 
-from api import errors
+from api import errors, guard
 from api.guard import Guard
 
 
@@ -64,6 +65,26 @@ def test_a_body_beyond_the_limit_is_refused_before_anything(
     response = client.post("/echo", content=content)
 
     assert response.status_code == 413
+    assert looked == []
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    client: TestClient, looked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_BODY_S", 0.05)
+    sent: list[Any] = []
+
+    async def trickle() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/echo", "headers": []}
+    asyncio.run(Guard(client.app, max_body_bytes=100, before=lambda: None)(scope, trickle, send))  # type: ignore[arg-type,return-value]  # never called
+
+    assert sent[0]["status"] == 408
     assert looked == []
 
 
