@@ -34,6 +34,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from api.admission import Admission
 from api.attempts import Attempts
 from api.reports import Reports
+from api.usage import Usage
 from api.workers import Workers
 from pdtasks.background import Background
 from pdtasks.broker.aborting import Aborter
@@ -53,6 +54,7 @@ from pdtasks.errors import (
     WorkerLost,
     where,
 )
+from pdtasks.keys import asker_name
 from pdtasks.messages import Ask, PrefillJob, StepReply, is_name
 from pdtasks.naming import STAGES
 from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
@@ -136,6 +138,12 @@ class _Open:
     stage_waited_for: str = STAGES[0]
     sent: Future[None] | None = None  #: when RabbitMQ has it
     attempts: Attempts = field(default_factory=Attempts)
+    owner: str = ""  #: whose API key asked
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and the answer so far."""
+        return len(self.request.prompt_token_ids or ()) + len(self.token_ids)
 
 
 class PipelineCore(EngineCoreClient):
@@ -172,6 +180,7 @@ class PipelineCore(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         settings.require_broker()
         self._bus = connect_async(settings)
+        self.usage = Usage(self._bus)
         self.workers = Workers(self._bus, settings.model_name)
         self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
         self.background = Background()
@@ -193,6 +202,7 @@ class PipelineCore(EngineCoreClient):
             self.background.task("replies", self._listen),
             self.background.task("workers", self._watch_workers),
             self.background.task("deadlines", self._watch_deadlines),
+            self.background.task("usage", self.usage.tell),
         ]
 
     async def close(self) -> None:
@@ -240,7 +250,10 @@ class PipelineCore(EngineCoreClient):
         now = time.time()
         deadline = now + self._settings.request_timeout_s
         watch = _stage_watch.get()
-        self._open[request.request_id] = _Open(request, deadline, watch)
+        owner = asker_name()
+        if self._settings.salt_by_key and owner:
+            request.cache_salt = f"{owner}:{request.cache_salt or ''}"
+        self._open[request.request_id] = _Open(request, deadline, watch, owner=owner)
         self._admission.enter(request.request_id)
         self.reports.expect(request)
         try:
@@ -438,6 +451,7 @@ class PipelineCore(EngineCoreClient):
         if len(entry.token_ids) > 1 or output.finish_reason is not None:
             self._admission.begin(output.request_id)
         if output.finish_reason is not None:
+            self.usage.charge(entry.owner, entry.num_tokens)
             del self._open[output.request_id]
         return True
 
@@ -450,6 +464,8 @@ class PipelineCore(EngineCoreClient):
         """False when nobody waits for it anyhow."""
         entry = self._open.pop(request_id, None)
         self._admission.leave(request_id)
+        if entry is not None and entry.token_ids:
+            self.usage.charge(entry.owner, entry.num_tokens)
         if entry is not None and entry.sent is not None:
             entry.sent.cancel()  # what has not left yet need not
         return entry is not None

@@ -29,6 +29,7 @@ from pdtasks.bus.jobs import (
     is_event_id,
     is_job_id,
 )
+from pdtasks.keys import asker_name
 
 
 class AnyTextResponse(JSONResponse):
@@ -82,6 +83,7 @@ async def submit(
             seed=random.getrandbits(32),
             idempotency_key=idempotency_key,
             meaning={"path": path, "timeout": timeout_s, "body": meaning},
+            owner=asker_name(),
         )
     except Refused as exc:
         return error_response(exc.status, exc.message, exc.param)
@@ -105,7 +107,7 @@ async def list_jobs(
 ) -> dict[str, Any]:
     """Jobs, newest first; results are left out."""
     try:
-        found = await _jobs(request).store.newest(limit=limit, after=after)
+        found = await _jobs(request).store.newest(limit=limit, after=after, owner=asker_name())
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
     if found is None:
@@ -218,7 +220,7 @@ async def _find(request: Request, job_id: str) -> Job:
         raise _unreadable(exc) from exc
     except BUS_ERRORS as exc:
         raise _bus_is_away(exc) from exc
-    if job is None:
+    if job is None or asker_name() not in ("", job.owner):
         raise HTTPException(404, f"there is no job {job_id!r} (any more)")
     return job
 

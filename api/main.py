@@ -20,6 +20,7 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.jobs import JobStore
 from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker
+from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.settings import Settings
 
 router = APIRouter()
@@ -34,10 +35,12 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.entrypoints.launchers.app import build_app
 
     from api import errors, jobs
+    from api.access import Access
     from api.admission import Visits
     from api.flags import check_flags, front_end_arguments
     from api.guard import Guard
     from pdtasks.engine.arguments import engine_arguments
+    from pdtasks.keys import Key, Keys
 
     model = resolve_model(settings.model, settings.cache_dir, print)
     check_flags(settings.api_args)
@@ -52,10 +55,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs.router)
     errors.install(app)
 
+    keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
+
+    async def count(key: Key) -> None:
+        await app.state.pdtasks_client.engine_core.usage.begin(key)
+
     async def look_again() -> None:
         await app.state.pdtasks_client.engine_core.workers.look_again()
 
     # Behind vLLM's own layers, which know whom they let in.
+    app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
     app.user_middleware.append(
         Middleware(Guard, max_body_bytes=settings.max_body_bytes, before=look_again)
     )
@@ -139,9 +148,13 @@ async def request_report(request_id: str, request: Request) -> dict[str, Any]:
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish."""
+    """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish.
+
+    Raises ConfigurationError when it would be open to other hosts without a key.
+    """
     from api.connections import WatchedConnection
 
+    require_keys(settings, host)
     app = create_app(settings)
     server = uvicorn.Server(
         uvicorn.Config(

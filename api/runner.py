@@ -31,6 +31,7 @@ from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.jobs import Job, JobStore, StageStart, State
 from pdtasks.errors import PdtasksError, RequestAborted, RequestTimeout, WorkerLost, where
+from pdtasks.keys import asking_for
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ class _Run:
         """The answer as OpenAI's body. Raises _Failed or _Lost."""
         tape = Tape()
         try:
-            with using(tape), stage_watcher(self._note_stage):
+            with using(tape), stage_watcher(self._note_stage), asking_for(self._job.owner):
                 await self._publish_chunks()
                 tape.is_full = True
                 return dict((await self._answer({"stream": False})).model_dump())

@@ -206,6 +206,56 @@ def api(
     serve(settings, host or settings.api_host, settings.api_port if port is None else port)
 
 
+@main.group()
+def keys() -> None:
+    """API keys: who may ask, and how much. A running API takes changes within a second."""
+
+
+_LIMIT = click.IntRange(min=1)
+
+
+@keys.command("new")
+@click.argument("name")
+@click.option("--requests-per-minute", type=_LIMIT, help="More get a 429.")
+@click.option("--tokens-per-minute", type=_LIMIT, help="Of prompts and answers.")
+@click.option("--at-once", type=_LIMIT, help="Requests under way, of each API process.")
+def new_key(name: str, **limits: int | None) -> None:
+    """Make a key for NAME and show it, once: only its hash is kept."""
+    from pdtasks.keys import Key, add, digest_of, new_secret
+    from pdtasks.settings import load_settings
+
+    secret = new_secret()
+    file = load_settings().keys_file
+    add(file, Key(name, digest_of(secret), **limits))
+    click.echo(f"kept as {name} in {file}; the key, which is shown this once:", err=True)
+    click.echo(secret)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """Show names and limits."""
+    from pdtasks.keys import listed
+    from pdtasks.settings import load_settings
+
+    file = load_settings().keys_file
+    found = listed(file)
+    for key in found:
+        name, _, *limits = key.line().split()
+        click.echo("  ".join((name, *limits)))
+    if not found:
+        click.echo(f"no keys in {file}: whoever reaches the API may ask", err=True)
+
+
+@keys.command("revoke")
+@click.argument("name")
+def revoke_key(name: str) -> None:
+    """The key of NAME is good no more."""
+    from pdtasks.keys import remove
+    from pdtasks.settings import load_settings
+
+    remove(load_settings().keys_file, name)
+
+
 main.add_command(bench)
 main.add_command(deadletter)
 

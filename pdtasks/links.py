@@ -1,10 +1,13 @@
-"""Are the servers those that they should be? Asked once, by each process that starts.
+"""Are the servers those that they should be, and who can reach what? Asked once, at a start.
 
 Celery and the bus's clients would try for ever to connect to one whose certificate they do not
 trust.
 """
 
 from __future__ import annotations
+
+import ipaddress
+import socket
 
 from pdtasks.errors import ConfigurationError
 from pdtasks.settings import Settings
@@ -21,3 +24,12 @@ def require_trusted(settings: Settings) -> None:
     for name, url in links:
         if url and (why := why_untrusted(url)):
             raise ConfigurationError(f"PDTASKS_{name}: {why}")
+
+
+def is_loopback(host: str) -> bool:
+    """Can only this host reach what listens on `host`, an address or a name?"""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False  # unknown: better one warning too many
+    return all(ipaddress.ip_address(address).is_loopback for address in found)

@@ -75,6 +75,12 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: int = Field(default=4 * 2**20, gt=0)  #: of one HTTP request
+    #: Who may ask: `pdtasks keys`, api/keys.py. None: `api-keys` in `home`, if that is there.
+    api_keys_file: Path | None = None
+    #: Listen beyond this host without asking for keys.
+    api_open: bool = False
+    #: Each API key's prompts have KV of their own, which requests of no other key find.
+    salt_by_key: bool = False
     #: Requests of one API process that wait for the workers; more get a 429.
     max_waiting: int = Field(default=1000, gt=0)
     max_waiting_jobs: int = Field(default=100_000, gt=0)  #: jobs on the bus; more get a 429
@@ -128,6 +134,11 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).name if self.model else EMBEDDED_MODEL
+
+    @property
+    def keys_file(self) -> Path:
+        """Where the API keys are, or may come to be."""
+        return self.api_keys_file or self.home / "api-keys"
 
     @property
     def result_backend_url(self) -> str:

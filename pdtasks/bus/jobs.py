@@ -100,6 +100,7 @@ class Job:
     is_given_up: bool = False  #: `MAX_ATTEMPTS` runners have lost it
     is_unwanted: bool = False  #: somebody has cancelled it
     token: str = field(default="", repr=False)
+    owner: str = ""  #: the name of the API key that it came with
 
     @property
     def ended(self) -> bool:
@@ -141,6 +142,7 @@ class JobStore:
         seed: int | None = None,
         idempotency_key: str | None = None,
         meaning: Mapping[str, Any] | None = None,
+        owner: str = "",
     ) -> Job:
         """Take a job in; the same key and meaning give the job they gave before.
 
@@ -149,6 +151,7 @@ class JobStore:
             timeout_s: seconds until the job is given up.
             seed: for a body that names none, so that a second runner finds the same tokens.
             meaning: what has to be the same under one key; None: path and body as they are.
+            owner: whose job it is; an idempotency key is his alone.
 
         Raises KeyReused when the key came with another meaning, NoRoomForJobs when too many wait or
         the bus is nearly full, UnreadableJob as `get` does.
@@ -166,10 +169,12 @@ class JobStore:
             "attempts": 0,
             "created_at": now,
             "deadline": now + timeout_s,
+            "owner": owner,
         }
         key = None
         if idempotency_key is not None:
-            key = hashlib.sha256(idempotency_key.encode()).hexdigest()
+            own = f"{owner}:{idempotency_key}" if owner else idempotency_key
+            key = hashlib.sha256(own.encode()).hexdigest()
         known_digest, known_id = await self._scripts.create(
             job_id,
             fields,
@@ -189,6 +194,7 @@ class JobStore:
                 seed=seed,
                 idempotency_key=idempotency_key,
                 meaning=meaning,
+                owner=owner,
             )
         return job
 
@@ -200,11 +206,14 @@ class JobStore:
             )
         return _read(job_id, found, self._ttl_s)
 
-    async def newest(self, *, limit: int, after: str | None) -> tuple[list[Job], bool] | None:
+    async def newest(
+        self, *, limit: int, after: str | None, owner: str = ""
+    ) -> tuple[list[Job], bool] | None:
         """Jobs, newest first, and whether there are more.
 
         Args:
             after: begin behind this job.
+            owner: leave out the jobs of others; empty: all.
 
         Returns None when there is no job `after` (any more).
         """
@@ -230,7 +239,7 @@ class JobStore:
                     continue
                 if job is None:
                     gone.append(name)
-                else:
+                elif not owner or job.owner == owner:
                     found.append(job)
             if gone:
                 await self._bus.zrem(keys.JOBS, *gone)

@@ -20,5 +20,7 @@ JOBS_WAITING: Final = "pd:jobs:waiting"
 JOBS_RUNNING: Final = "pd:jobs:running"
 #: Of one Idempotency-Key; its digest follows.
 IDEMPOTENCY: Final = "pd:jobs:key:"
+#: Of what an API key has had in a minute; its name and the minute follow.
+USAGE: Final = "pd:usage:"
 #: Written to find out whether the bus takes anything.
 PROBE: Final = "pd:probe"

@@ -19,6 +19,7 @@ from typing import Any
 import pdtasks
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
+from pdtasks.keys import KEYS_VARIABLE
 from pdtasks.settings import Settings, make_settings
 
 _TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
@@ -66,6 +67,8 @@ def api(
     argv = ["pdtasks.cli", "api", "--host", settings.api_host, "--port", str(settings.api_port)]
     # It computes nothing; torch's threads would only get in the engines' way.
     env = {"OMP_NUM_THREADS": "1", **_temporary_env(settings, temporary)}
+    if keys := os.environ.get(KEYS_VARIABLE):  # no other child's business
+        env[KEYS_VARIABLE] = keys
     return _python(name, argv, settings, env, make)
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from pdtasks.cluster.probes import broker_accepts, is_loopback, port_is_taken, valkey_answers
+from pdtasks.cluster.probes import broker_accepts, port_is_taken, valkey_answers
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rabbitmq import server_programs
 from pdtasks.cluster.stack import redact
 from pdtasks.cluster.valkey import memory_limit, server_program
 from pdtasks.engine import models
+from pdtasks.links import is_loopback
 from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.settings import Settings
 from pdtasks.tls import uses_tls, why_untrusted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import socket
 import time
 import urllib.error
@@ -76,15 +75,6 @@ def choose_port(what: str, host: str, port: int, option: str) -> int:
             f"choose another one with {option}, or stop what uses it"
         )
     return port
-
-
-def is_loopback(host: str) -> bool:
-    """Can only this host reach what listens on `host`, an address or a name?"""
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False  # unknown: better one warning too many
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
 def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:

@@ -165,9 +165,12 @@ _RUN_JOBS: Final = (
 )
 _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi +exec +discard"
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
+_COUNT_USAGE: Final = f"(~{keys.USAGE}* +hincrby +hget +expire)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
-_API_ON_BUS: Final = (_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _STORE_RESULTS)
+_API_ON_BUS: Final = (
+    *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _COUNT_USAGE, _STORE_RESULTS),
+)
 _WORKER_ON_BUS: Final = (_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS)
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
 _COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE)

@@ -22,7 +22,7 @@ from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.parts import LOOP_S, Part, Parts
 from pdtasks.cluster.placement import Plan, place_workers
-from pdtasks.cluster.probes import choose_port, is_loopback
+from pdtasks.cluster.probes import choose_port
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rights import User
 from pdtasks.cluster.services import Services
@@ -31,6 +31,8 @@ from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
 from pdtasks.cluster.workers import Drained
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
+from pdtasks.keys import require_keys
+from pdtasks.links import is_loopback
 from pdtasks.naming import STAGES
 from pdtasks.running_stack import StackState
 from pdtasks.settings import Settings
@@ -65,6 +67,7 @@ def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int
             console.warn(f"ended {name}, left behind by a stack that was killed")
         # Only now: settings also come from the file of the stack that ran before.
         settings = children.stack_settings(**overrides)
+        require_keys(settings, settings.api_host)
         with StopSignals() as signals:
             return Supervisor(settings, size, console, signals).run()
 
@@ -162,8 +165,8 @@ class Supervisor:
         if plan.warning:
             self._console.warn(plan.warning)
         host = self.settings.api_host
-        if not is_loopback(host):
-            self._console.warn(f"the API on {host} has no authentication: anybody can use it")
+        if self.settings.api_open and not is_loopback(host):
+            self._console.warn(f"the API on {host} asks for no key: anybody can use it")
 
     def _prepare_model(self) -> str:
         """The folder or Hugging Face name that the engines load."""
