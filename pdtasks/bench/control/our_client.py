@@ -1,4 +1,4 @@
-"""A program: asks our side as the API does, in one event loop; it only makes no HTTP and no text."""
+"""A program: asks our side as the API does, in one event loop, but for HTTP and text."""
 
 from __future__ import annotations
 

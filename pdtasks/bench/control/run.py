@@ -36,7 +36,7 @@ def run_control(
         full = Order(plan.in_flight, plan.seconds)
         for side in stack.sides:
             side.client.do(full)  # connections come about, and code is run for the first time
-        rounds = []
+        rounds: list[Round] = []
         for number in range(plan.rounds):
             # Who comes second finds a warmer machine, or a busier one.
             order = stack.sides if number % 2 == 0 else stack.sides[::-1]

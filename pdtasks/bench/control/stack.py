@@ -212,7 +212,7 @@ def _own_vhost(broker: RabbitNode) -> str:
     with httpx.Client(base_url=broker.operator_api_url, timeout=10, trust_env=False) as api:
         api.put(f"vhosts/{_VHOST}").raise_for_status()
         api.put(f"permissions/{_VHOST}/{url.username}", json=every).raise_for_status()
-    return url._replace(path=f"/{_VHOST}").geturl()
+    return f"{url.scheme}://{url.netloc}/{_VHOST}"
 
 
 def _start(workers: Sequence[Process], ends: ExitStack) -> None:

@@ -15,11 +15,13 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from pdtasks.bench.chaos.stub import NoText as NoText
+from pdtasks.bench.chaos.stub import NoText
 from pdtasks.kv import params as kv_params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import TransferRecord
 from pdtasks.settings import Settings
+
+__all__ = ["NoText", "start_stub"]
 
 _MAX_MODEL_LEN = 1 << 20
 _BLOCK_SIZE = 64
