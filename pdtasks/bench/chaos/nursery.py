@@ -223,3 +223,4 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     _serve(int(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # Python would go once more through all that vLLM has made

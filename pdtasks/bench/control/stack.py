@@ -125,7 +125,9 @@ class ControlStack:
             make = ends.enter_context(nursery).make
             self._temporary = children.make_temporary(self.settings)
             ends.callback(shutil.rmtree, self._temporary, ignore_errors=True)
-            self.sides = self._ours(ends, make), self._stock(ends)
+            # The nursery imports vLLM meanwhile.
+            theirs = self._stock(ends)
+            self.sides = self._ours(ends, make), theirs
             self._ends = ends.pop_all()
         return self
 
