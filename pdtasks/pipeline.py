@@ -34,6 +34,14 @@ from pdtasks.settings import load_settings
 
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
 CONFIRM_TIMEOUT_S = 5.0
+#: Headers of a task that ours never have. Celery sends each as None or empty; AMQP's tables are
+#: written and read in Python, entry by entry, and a worker takes what is not there for just that.
+UNUSED_HEADERS = frozenset(
+    {
+        *("shadow", "eta", "expires", "group", "group_index", "retries", "timelimit"),
+        *("replaced_task_nesting", "stamped_headers", "stamps"),
+    }
+)
 #: Seconds beyond a deadline that a worker may take to say that it has passed.
 _LATE_S = 1.0
 
@@ -184,6 +192,8 @@ def _task_message(name: str, job: Message, *, queue: str, task_id: str, **option
         kwargsrepr="-",
         **options,
     )
+    for unused in UNUSED_HEADERS:
+        message.headers.pop(unused, None)
 
     def publish(producer: kombu.Producer) -> None:
         ensure_declared(producer.channel, app.amqp.queues[queue])

@@ -98,9 +98,10 @@ class _Prefill(Stage[PrefillJob]):
             return None
         original = await self._request(self.here.text)
         wire = job.request if job.request is not None else encode_request(original)
-        request = self.read_request(wire)
-        make_prefill(request, self.engine_id, transfer_id=job.request_id)
         self._goes_on = may_go_on(original, self.here.engine.config.model_config.max_model_len)
+        # What was made of a text keeps its stop strings, for the detokeniser.
+        request = original if job.request is not None else self.read_request(wire)
+        make_prefill(request, self.engine_id, transfer_id=job.request_id)
         # A first token that was seen stays; the engine's new one is of no interest then.
         generation = self.new_generation(request, position=0, is_told=not self._seen)
         try:
@@ -214,7 +215,9 @@ class _Prefill(Stage[PrefillJob]):
             since=self.job.submitted_at,
             prompt_tokens=len(generation.request.prompt_token_ids or ()),
             # Each rank writes its part of every block; a hand-over may leave before.
-            kv_blocks_written=min((r["blocks"] for r in records), default=self._num_promised()),
+            kv_blocks_written=(
+                min(r["blocks"] for r in records) if records else self._num_promised()
+            ),
             kv_bytes_written=sum(r["bytes"] for r in records),
             kv_blocks_loaded=0 if lost else prefix_blocks,
             kv_bytes_loaded=sum(r["bytes"] for r in loaded),

@@ -270,6 +270,43 @@ def overload(*, seconds: float, times: float, json_file: Path | None) -> None:
 
 
 @bench.command()
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Of each side in a round, once with many requests in flight and once with one.",
+)
+@click.option(
+    "--in-flight",
+    type=click.IntRange(min=1, max=1024),
+    default=64,
+    show_default=True,
+    help="Requests under way, and threads of each worker.",
+)
+@click.option("--tokens", type=click.IntRange(min=2), default=1000, show_default=True)
+@_JSON
+def control(
+    *, rounds: int, seconds: float, in_flight: int, tokens: int, json_file: Path | None
+) -> None:
+    """Measure publishes, hops and results without an engine, beside a stock Celery chain.
+
+    Both sides are on the same broker and bus, a worker of each stage: requests a second with many
+    in flight, latency with one, CPU of client and workers. One side after the other, in short
+    rounds: medians, and ratios of the same round. Nothing else should run.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.control.command import run_command
+    from pdtasks.bench.control.run import Plan
+
+    run_command(
+        Plan(rounds, seconds, in_flight=in_flight, threads=in_flight, prompt_tokens=tokens),
+        json_file,
+    )
+
+
+@bench.command()
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),

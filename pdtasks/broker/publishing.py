@@ -90,6 +90,7 @@ class ConfirmedSender:
         self._inbox: deque[_Message] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._is_told = False  # that there is something in the inbox
         self._wake_up: socket.socket
         self._woken: socket.socket
         # Below: the sender's thread alone.
@@ -126,7 +127,9 @@ class ConfirmedSender:
                 self._wake_up.setblocking(False)
                 self._woken.setblocking(False)
                 self._thread = self._background.thread(self._name, self._run)
-        self._wake()
+            was_told, self._is_told = self._is_told, True
+        if not was_told:
+            self._wake()
         return message.done
 
     def close(self) -> None:
@@ -171,6 +174,7 @@ class ConfirmedSender:
         with self._lock:
             self._waiting.extend(self._inbox)
             self._inbox.clear()
+            self._is_told = False
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -258,13 +262,13 @@ class ConfirmedSender:
         idle = not self._waiting and not self._unconfirmed
         ready, _, _ = select.select(readers, [], [], None if idle else _LOOK_S)
         if self._woken in ready:
-            with contextlib.suppress(BlockingIOError):
-                while self._woken.recv(4096):
-                    pass
+            self._woken.recv(4096)
         if len(ready) > 1 or (ready and self._woken not in ready):
             try:
-                while True:
-                    self._connection.connection.drain_events(timeout=0)
+                amqp = self._connection.connection
+                with amqp.transport.having_timeout(0):  # once for all, not for each
+                    while True:
+                        amqp.drain_events()
             except TimeoutError:
                 pass  # nothing more
             except _ERRORS as exc:

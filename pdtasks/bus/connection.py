@@ -76,7 +76,8 @@ class _BoundedClient(valkey.asyncio.Valkey):
 
 class _BoundedPipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> Any:
-        async with _answer_within(_ANSWER_TIMEOUT_S):
+        blocks_s = sum(_blocks_s(command) for command, _ in self.command_stack)
+        async with _answer_within(_ANSWER_TIMEOUT_S + blocks_s):
             return await super().execute(raise_on_error)
 
 

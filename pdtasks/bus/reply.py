@@ -173,19 +173,22 @@ class ReplyStream:
         await self._on_lost()
 
     async def read(self) -> AsyncIterator[StepReply]:
-        """Yield replies as they come, until cancelled; each is removed from the bus when taken."""
+        """Yield replies as they come, until cancelled.
+
+        Those that were taken are removed from the bus on the way of the next read.
+        """
         was_away = False
+        taken: list[bytes] = []
         while True:
             try:
                 if was_away:
                     await self._renew()
                     was_away = False
-                found = await self._bus.xread(
-                    {self.name: self._last_id}, count=_BATCH, block=int(_BLOCK_S * 1000)
-                )
+                found = await self._next(taken)
             except ResponseError as exc:
                 # The bus is there and refuses: what lies under our name is not our stream.
                 logger.error("the reply stream cannot be read: %s", type(exc).__name__)  # noqa: TRY400
+                taken = []
                 await self._begin_again()
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -194,17 +197,22 @@ class ReplyStream:
                 was_away = True
                 await asyncio.sleep(_RETRY_S)
                 continue
+            taken = [entry_id for _, entries in found or () for entry_id, _ in entries]
             for _, entries in found or ():
                 self._last_id = entries[-1][0]
                 for reply in _readable(fields.get(_FIELD, b"") for _, fields in entries):
                     yield reply
-                await self._forget([entry_id for entry_id, _ in entries])
 
-    async def _forget(self, ids: list[bytes]) -> None:
-        try:
-            await self._bus.xdel(self.name, *ids)
-        except BUS_ERRORS as exc:
-            logger.warning("bus is away: %s", type(exc).__name__)
+    async def _next(self, taken: list[bytes]) -> Any:
+        """Remove what was `taken`, and wait for more: one way to the bus and back for both."""
+        commands = self._bus.pipeline(transaction=False)
+        if taken:
+            commands.xdel(self.name, *taken)
+        commands.xread({self.name: self._last_id}, count=_BATCH, block=int(_BLOCK_S * 1000))
+        *_, found = await commands.execute(raise_on_error=False)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def close(self) -> None:
         """Remove the stream; workers stop what they do for it."""

@@ -134,34 +134,8 @@ def make_temporary(settings: Settings) -> Path:
     return temporary
 
 
-def _python(
-    name: str,
-    argv: Sequence[str],
-    settings: Settings,
-    env: Mapping[str, str],
-    make: Callable[..., Process] = Process,
-) -> Process:
-    return make(
-        name,
-        [sys.executable, "-m", *argv],
-        env={**_common_env(settings), **env},
-        log=log_folder(settings) / f"{name}.log",
-        cwd=settings.home,  # `python -m` looks for modules in the current folder first
-    )
-
-
-def _temporary_env(settings: Settings, temporary: Path) -> dict[str, str]:
-    return {
-        # vLLM leaves the sockets between its processes behind, more so when it is killed.
-        "TMPDIR": str(temporary),
-        # torch's compiled kernels lie there as well unless told otherwise; those are to stay.
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
-            "TORCHINDUCTOR_CACHE_DIR", str(settings.cache_dir / "torchinductor")
-        ),
-    }
-
-
-def _common_env(settings: Settings) -> dict[str, str]:
+def common_env(settings: Settings) -> dict[str, str]:
+    """The environment of any child."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
     env |= settings.to_env()
     env |= {
@@ -178,3 +152,30 @@ def _common_env(settings: Settings) -> dict[str, str]:
     if root not in site.getsitepackages():  # a checkout
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     return env
+
+
+def _python(
+    name: str,
+    argv: Sequence[str],
+    settings: Settings,
+    env: Mapping[str, str],
+    make: Callable[..., Process] = Process,
+) -> Process:
+    return make(
+        name,
+        [sys.executable, "-m", *argv],
+        env={**common_env(settings), **env},
+        log=log_folder(settings) / f"{name}.log",
+        cwd=settings.home,  # `python -m` looks for modules in the current folder first
+    )
+
+
+def _temporary_env(settings: Settings, temporary: Path) -> dict[str, str]:
+    return {
+        # vLLM leaves the sockets between its processes behind, more so when it is killed.
+        "TMPDIR": str(temporary),
+        # torch's compiled kernels lie there as well unless told otherwise; those are to stay.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+            "TORCHINDUCTOR_CACHE_DIR", str(settings.cache_dir / "torchinductor")
+        ),
+    }

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Names that may wait; beyond that the oldest are left to their TTL.
 MOST_WAITING = 10_000
+#: Seconds in which names gather for one call.
+_GATHER_S = 0.05
 #: Names in one call.
 _BATCH = 500
 #: Seconds between two looks: soon, and after longer than a block may take (`kv_timeout_s`).
@@ -71,6 +73,9 @@ class Discarder:
             if self._names.is_closed and self._backoff.pause_s:
                 return
             self._names.pause(self._backoff.pause_s)
+            if names:
+                # (Not `pause`: each name that comes would wake this thread.)
+                time.sleep(_GATHER_S)
 
     def _look_again(self, number: int, names: list[str]) -> None:
         """At `names`, if there is another look."""

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from pdtasks.errors import InvalidRequest
-from pdtasks.pipeline import submit
+from pdtasks.messages import PrefillJob
+from pdtasks.pipeline import UNUSED_HEADERS, Publisher, submit
 
 
 @pytest.mark.parametrize("both", [True, False])
 def test_a_request_has_either_a_prompt_or_messages(both: bool) -> None:
     with pytest.raises(InvalidRequest, match="either"):
         submit("a" if both else None, messages=[] if both else None)
+
+
+class Everything:
+    """Declared already."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+class Producer:
+    """Takes messages."""
+
+    def __init__(self) -> None:
+        client = SimpleNamespace(declared_entities=Everything())
+        self.channel = SimpleNamespace(connection=SimpleNamespace(client=client))
+        self.headers: list[dict[str, Any]] = []
+
+    def publish(self, _body: object, headers: dict[str, Any], **_: object) -> None:
+        self.headers.append(headers)
+
+
+def test_a_message_has_the_headers_that_say_something_and_no_others() -> None:
+    producer = Producer()
+    publisher = Publisher()
+
+    def send(publish: Any, **_: object) -> Future[None]:
+        publish(producer)
+        return Future()
+
+    publisher._sender.send = send  # type: ignore[method-assign]
+    job = PrefillJob(request_id="r", engine="e", model=None, submitted_at=1.0, deadline=2.0)
+
+    publisher.send(job, "pd:reply:1")
+
+    (headers,) = producer.headers
+    assert not UNUSED_HEADERS & set(headers)
+    assert headers["id"] == "r.prefill"
+    assert headers["ignore_result"] is True
+    assert headers["argsrepr"] == "-"

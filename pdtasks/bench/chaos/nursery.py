@@ -7,7 +7,7 @@ program it obeys lines of JSON on its standard input::
     {"poll": 123}    ->   {"ended": false}
     {"wait": 123}    ->   {"status": -9}
 
-Workers get the stub engine (`stub.py`) by the only seam there is: names that
+Workers get a stub engine (`stub.py`, unless told otherwise) by the only seam there is: names that
 `pdtasks.worker.service` has imported.
 """
 
@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,8 +38,10 @@ _ANSWER_S = 120.0  # the first one comes after the imports
 class Nursery:
     """The other end of the program. For one thread, which has to outlive its children."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, stub: str = "pdtasks.bench.chaos.stub") -> None:
+        """`stub`: the module with the stubs of workers: `start_stub` and `NoText`."""
         self._log_file = log
+        self._stub = stub
         self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
@@ -53,7 +56,7 @@ class Nursery:
         }
         with self._log_file.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pdtasks.bench.chaos.nursery", str(os.getpid())],
+                [sys.executable, "-m", "pdtasks.bench.chaos.nursery", str(os.getpid()), self._stub],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -137,9 +140,9 @@ class _Orphan:
 # -- the program -----------------------------------------------------------------------------------
 
 
-def _serve(parent: int) -> None:
+def _serve(parent: int, stub: str) -> None:
     _die_with(parent)
-    _import_everything()
+    _import_everything(stub)
     _say("ready")
     for line in sys.stdin:
         order = json.loads(line)
@@ -158,7 +161,7 @@ def _serve(parent: int) -> None:
             _say(json.dumps({"status": os.waitstatus_to_exitcode(status)}))
 
 
-def _import_everything() -> None:
+def _import_everything(stub: str) -> None:
     from celery.bin import celery, worker  # noqa: F401
     from vllm.engine import arg_utils  # noqa: F401
     from vllm.entrypoints.launchers import app  # noqa: F401
@@ -171,10 +174,12 @@ def _import_everything() -> None:
     import pdtasks.prefill
     import pdtasks.worker.celery_worker
     import pdtasks.worker.service
-    from pdtasks.bench.chaos.stub import NoText, start_stub
 
+    stubs = import_module(stub)
     vars(pdtasks.worker.service).update(
-        start_core=start_stub, TextFrontend=NoText, resolve_model=lambda *_: "stub"
+        start_core=stubs.start_stub,
+        TextFrontend=stubs.NoText,
+        resolve_model=lambda *_: "stub",
     )
 
 
@@ -217,4 +222,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # Python would go once more through all that vLLM has made

@@ -7,12 +7,15 @@ A test that fails here after an upgrade means: read what changed, then `pdtasks/
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from typing import Any
 
 import amqp.method_framing
 import celery.worker.loops
+import celery.worker.request
 import pytest
+from celery.app.task import Context
 from celery.apps.worker import Worker
 from celery.concurrency.thread import TaskPool
 from celery.events.dispatcher import EventDispatcher
@@ -27,6 +30,7 @@ from celery.worker.request import Request
 from kombu.asynchronous import Hub
 from kombu.pidbox import Mailbox, Node
 
+from pdtasks.pipeline import UNUSED_HEADERS
 from pdtasks.worker.consumer import EventsStep, StageConsumer
 from pdtasks.worker.events import EventSender
 
@@ -162,3 +166,14 @@ def test_control_commands_that_we_answer_ourselves_are_celerys() -> None:
     assert "revoke" in Panel.data
     # and ours are not in Celery's registry, which all apps of a process share
     assert "pdtasks_abort" not in Panel.data
+
+
+def test_a_job_needs_none_of_the_headers_that_ours_do_not_have() -> None:
+    # What is not there is as Celery has it by default.
+    assert [name for name in UNUSED_HEADERS if not hasattr(Context, name)] == []
+    needed = set(re.findall(r"_request_dict\['(\w+)'\]", source_of(celery.worker.request)))
+
+    # `shadow` is looked for before.
+    assert needed & UNUSED_HEADERS == {"shadow"}
+    assert "if 'shadow' in self._request_dict" in source_of(celery.worker.request)
+    assert needed >= {"id", "task"}
