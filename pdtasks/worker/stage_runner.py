@@ -57,6 +57,8 @@ class StageRunner:
             if running is None:
                 running = self._engine.call(_within(stage, deadline)), attempt
                 self._running[task_id] = running
+            else:
+                logger.info("%s was delivered again and joins its run", task_id)
         future, attempt = running
         try:
             found: T = future.result()

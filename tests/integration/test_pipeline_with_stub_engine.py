@@ -415,7 +415,7 @@ def test_a_lost_connection_does_not_run_a_request_twice(
 
     # When RabbitMQ loses the worker, and delivers its jobs again
     with cut_connections(services, decode):
-        wait_until(lambda: decode.log.count("pdtasks.decode[r] received") == 2)
+        wait_until(lambda: decode.log.count("joins its run") == 2)
     decode.steering.release()
 
     # Then the first attempt goes on, and is the only one
@@ -439,7 +439,7 @@ def test_a_lost_connection_during_prefill_makes_one_decode_job(
     wait_until(prefill.steering.added)
 
     with cut_connections(services, prefill):
-        wait_until(lambda: prefill.log.count("pdtasks.prefill[r.prefill] received") == 2)
+        wait_until(lambda: "r.prefill was delivered again and joins its run" in prefill.log)
     prefill.steering.release()
 
     wait_until(asker.finished)
