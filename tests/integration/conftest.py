@@ -23,6 +23,7 @@ import psutil
 import pytest
 import valkey
 
+from pdtasks.bench.chaos.nursery import Nursery as BenchNursery
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.rights import User
@@ -290,6 +291,13 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         yield nursery
     finally:
         nursery.close()
+
+
+@pytest.fixture(scope="package")
+def bench_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BenchNursery]:
+    """Where the stub workers and API processes of `pdtasks bench` fork off."""
+    with BenchNursery(tmp_path_factory.mktemp("bench") / "nursery.log") as nursery:
+        yield nursery
 
 
 @contextmanager

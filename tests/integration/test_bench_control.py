@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.control.report import FIGURES, format_report, to_json
 from pdtasks.bench.control.run import Plan, run_control
 from pdtasks.bench.control.stack import Services as BenchServices
@@ -13,7 +14,7 @@ from tests.integration.conftest import DELIVERY_LIMIT, Services
 
 
 def test_both_sides_answer_and_their_figures_are_told_together(
-    services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    services: Services, tmp_path: Path, bench_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As the queues of these services are declared.
     monkeypatch.setenv("PDTASKS_DELIVERY_LIMIT", str(DELIVERY_LIMIT))
@@ -21,7 +22,7 @@ def test_both_sides_answer_and_their_figures_are_told_together(
     plan = Plan(rounds=1, seconds=0.5, in_flight=4, threads=4, prompt_tokens=50)
     told: list[str] = []
 
-    figures = to_json(run_control(plan, tmp_path, theirs, told.append))
+    figures = to_json(run_control(plan, tmp_path, theirs, told.append, bench_nursery))
 
     assert list(figures) == ["pdtasks", "celery_chain", "ratios", "rounds"]
     for side in ("pdtasks", "celery_chain"):

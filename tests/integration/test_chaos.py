@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 from pdtasks.bench.chaos.load import Mix
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.report import format_report, to_json
 from pdtasks.bench.chaos.run import Plan, run_chaos
 from pdtasks.bench.chaos.schedule import Kind, Planned
@@ -24,7 +25,9 @@ FAULTS = (
 )
 
 
-def test_nothing_is_lost_doubled_or_wrong_while_parts_fail(tmp_path: Path) -> None:
+def test_nothing_is_lost_doubled_or_wrong_while_parts_fail(
+    tmp_path: Path, bench_nursery: Nursery
+) -> None:
     plan = Plan(
         FAULTS,
         seconds=14.0,
@@ -36,7 +39,7 @@ def test_nothing_is_lost_doubled_or_wrong_while_parts_fail(tmp_path: Path) -> No
         rehearse_at_once=9,
     )
 
-    found = run_chaos(plan, tmp_path, Console(io.StringIO()))
+    found = run_chaos(plan, tmp_path, Console(io.StringIO()), bench_nursery)
 
     assert not found.tally.bad, format_report(found, plan.engine)
     assert found.left_behind == ()

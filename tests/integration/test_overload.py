@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.overload.report import format_report, to_json
 from pdtasks.bench.overload.run import Plan, run_overload
 from pdtasks.cluster.console import Console
 
 
-def test_a_flood_is_refused_with_a_time_to_come_again_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_flood_is_refused_with_a_time_to_come_again_and_harms_nobody(
+    tmp_path: Path, bench_nursery: Nursery
+) -> None:
     plan = Plan(seconds=4.0, times=4.0, measure_s=4.0, come_again_s=4.0, max_waiting=10, tokens=30)
 
-    found = run_overload(plan, tmp_path, Console(io.StringIO()))
+    found = run_overload(plan, tmp_path, Console(io.StringIO()), bench_nursery)
 
     shown = format_report(found)
     assert not found.is_bad, shown

@@ -3,7 +3,7 @@
 vLLM's import takes some seconds of a core, and a run of chaos starts many processes.  Run as a
 program it obeys lines of JSON on its standard input::
 
-    {"argv": ["…/python", "-m", "celery", …], "env": {…}, "cwd": "…"}   ->   {"pid": 123}
+    {"argv": ["…/python", "-m", "celery", …], "env": {…}, "cwd": "…", …}   ->   {"pid": 123}
     {"poll": 123}    ->   {"ended": false}
     {"wait": 123}    ->   {"status": -9}
 
@@ -30,6 +30,7 @@ from typing import Any, Self
 import pdtasks
 from pdtasks.cluster.process import Child, Process, StartFailed
 
+_SERVICE = "pdtasks.worker.service"
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 10.0
 _ANSWER_S = 120.0  # the first one comes after the imports
@@ -38,10 +39,8 @@ _ANSWER_S = 120.0  # the first one comes after the imports
 class Nursery:
     """The other end of the program. For one thread, which has to outlive its children."""
 
-    def __init__(self, log: Path, stub: str = "pdtasks.bench.chaos.stub") -> None:
-        """`stub`: the module with the stubs of workers: `start_stub` and `NoText`."""
+    def __init__(self, log: Path) -> None:
         self._log_file = log
-        self._stub = stub
         self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
@@ -56,7 +55,7 @@ class Nursery:
         }
         with self._log_file.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pdtasks.bench.chaos.nursery", str(os.getpid()), self._stub],
+                [sys.executable, "-m", "pdtasks.bench.chaos.nursery", str(os.getpid())],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -83,9 +82,13 @@ class Nursery:
             self._process.wait()
         self._process.stdout.close()
 
-    def make(self, *args: Any, **options: Any) -> Process:
-        """A `Process` that forks off here."""
-        return _Forked(self, *args, **options)
+    def make(self, *args: Any, stub: str = "pdtasks.bench.chaos.stub", **options: Any) -> Process:
+        """A `Process` that forks off here.
+
+        Args:
+        stub: the module with what stands for a worker's engine: `start_stub` and `NoText`.
+        """
+        return _Forked(self, stub, *args, **options)
 
     def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Have `order` obeyed. Raises StartFailed when nobody does."""
@@ -110,12 +113,14 @@ class Nursery:
 
 
 class _Forked(Process):
-    def __init__(self, nursery: Nursery, *args: Any, **options: Any) -> None:
+    def __init__(self, nursery: Nursery, stub: str, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._nursery = nursery
+        self._stub = stub
 
     def _spawn(self, log: int) -> Child:
         order = {"argv": self._argv, "env": self._env, "log": str(self.log), "cwd": str(self._cwd)}
+        order["stub"] = self._stub
         return _Orphan(self._nursery, int(self._nursery.ask(order)["pid"]))
 
     def _exited(self) -> bool:
@@ -140,9 +145,9 @@ class _Orphan:
 # -- the program -----------------------------------------------------------------------------------
 
 
-def _serve(parent: int, stub: str) -> None:
+def _serve(parent: int) -> None:
     _die_with(parent)
-    _import_everything(stub)
+    _import_everything()
     _say("ready")
     for line in sys.stdin:
         order = json.loads(line)
@@ -161,22 +166,20 @@ def _serve(parent: int, stub: str) -> None:
             _say(json.dumps({"status": os.waitstatus_to_exitcode(status)}))
 
 
-def _import_everything(stub: str) -> None:
-    from celery.bin import celery, worker  # noqa: F401
-    from vllm.engine import arg_utils  # noqa: F401
-    from vllm.entrypoints.launchers import app  # noqa: F401
-    from vllm.entrypoints.launchers.api_server import app_state  # noqa: F401
+def _import_everything() -> None:
+    for name in (
+        *("celery.bin.celery", "celery.bin.worker"),
+        *("vllm.engine.arg_utils", "vllm.entrypoints.launchers.app"),
+        "vllm.entrypoints.launchers.api_server.app_state",
+        *("api.client", "api.jobs", "api.main"),
+        *("pdtasks.decode", "pdtasks.prefill", "pdtasks.worker.celery_worker", _SERVICE),
+    ):
+        import_module(name)
 
-    import api.client
-    import api.jobs
-    import api.main  # noqa: F401
-    import pdtasks.decode
-    import pdtasks.prefill
-    import pdtasks.worker.celery_worker
-    import pdtasks.worker.service
 
+def _use(stub: str) -> None:
     stubs = import_module(stub)
-    vars(pdtasks.worker.service).update(
+    vars(import_module(_SERVICE)).update(
         start_core=stubs.start_stub,
         TextFrontend=stubs.NoText,
         resolve_model=lambda *_: "stub",
@@ -194,6 +197,7 @@ def _be(order: Mapping[str, Any], parent: int) -> int:
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
+    _use(order["stub"])
     _, _, module, *arguments = order["argv"]  # python -m module …
     sys.argv = [module, *arguments]
     code = 1
@@ -222,5 +226,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2])
+    _serve(int(sys.argv[1]))
     os._exit(0)  # Python would go once more through all that vLLM has made

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from pdtasks.bench.chaos.faults import Acting, Faults
 from pdtasks.bench.chaos.load import SLACK_S, Known, Load, Mix
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.questions import Question, make_questions
 from pdtasks.bench.chaos.schedule import Kind, Planned
 from pdtasks.bench.chaos.stack import ChaosStack, EngineKind
@@ -81,7 +82,7 @@ class Found:
     left_behind: Sequence[str] = ()  #: by requests that have ended
 
 
-def run_chaos(plan: Plan, home: Path, console: Console) -> Found:
+def run_chaos(plan: Plan, home: Path, console: Console, nursery: Nursery | None = None) -> Found:
     """Run `plan` on a stack of its own under `home`, which is ended before this returns.
 
     Main thread only: what is started here ends with it. Raises PdtasksError when the stack does
@@ -89,7 +90,9 @@ def run_chaos(plan: Plan, home: Path, console: Console) -> Found:
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log each request
     with (
-        ChaosStack(home, plan.engine, console, deadline_s=plan.deadline_s) as stack,
+        ChaosStack(
+            home, plan.engine, console, deadline_s=plan.deadline_s, nursery=nursery
+        ) as stack,
         _Clients(plan, stack) as clients,
     ):
         known = _rehearse(plan, stack, clients, console)

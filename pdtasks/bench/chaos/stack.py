@@ -79,11 +79,13 @@ class ChaosStack:
         console: Console,
         *,
         deadline_s: float,
+        nursery: Nursery | None = None,
         **settings: Any,
     ) -> None:
         """Args:
         home: a folder of its own.
         deadline_s: seconds from a request to its end.
+        nursery: where stub engines fork off; None: one of its own.
         settings: further ones of the stack.
         """
         own = {"home": home, "request_timeout_s": deadline_s} | settings
@@ -96,6 +98,7 @@ class ChaosStack:
         self.bus = ValkeyServer(home / "valkey", "bus", log=logs / "valkey-bus.log", durable=True)
         self.kv = ValkeyServer(home / "valkey", "kv", log=logs / "valkey-kv.log")
         self._engine = engine
+        self._nursery = nursery
         self._console = console
         self._parts = Parts(
             console,
@@ -132,7 +135,7 @@ class ChaosStack:
         make: Callable[..., Process] = Process
         if self._engine == "stub":
             log = children.log_folder(self.settings) / "nursery.log"
-            make = self._ends.enter_context(Nursery(log)).make
+            make = (self._nursery or self._ends.enter_context(Nursery(log))).make
         settings = self.settings
         resolve_model(settings.model, settings.cache_dir, self._console.line)  # made ready once
         for service in (self.bus, self.kv, self.broker):

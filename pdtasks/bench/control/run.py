@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.control.load import Done, Order
 from pdtasks.bench.control.report import Round
 from pdtasks.bench.control.stack import ControlStack, Services, Side, cpu_s
@@ -24,14 +25,22 @@ class Plan:
 
 
 def run_control(
-    plan: Plan, home: Path, services: Services, progress: Callable[[str], None]
+    plan: Plan,
+    home: Path,
+    services: Services,
+    progress: Callable[[str], None],
+    nursery: Nursery | None = None,
 ) -> list[Round]:
     """Run `plan` with workers and clients of its own, under `home`. Main thread only.
 
     Raises StartFailed when one of them does not start, or fails.
     """
     with ControlStack(
-        home, services, threads=plan.threads, prompt_tokens=plan.prompt_tokens
+        home,
+        services,
+        threads=plan.threads,
+        prompt_tokens=plan.prompt_tokens,
+        nursery=nursery,
     ) as stack:
         full = Order(plan.in_flight, plan.seconds)
         for side in stack.sides:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -95,13 +96,23 @@ def cpu_s(pids: Sequence[int]) -> float:
 class ControlStack:
     """Workers and clients of both sides; started and ended as a context."""
 
-    def __init__(self, home: Path, services: Services, *, threads: int, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        home: Path,
+        services: Services,
+        *,
+        threads: int,
+        prompt_tokens: int,
+        nursery: Nursery | None = None,
+    ) -> None:
         """Args:
         home: a folder of its own.
+        nursery: where stub engines fork off; None: one of its own.
         threads: of each worker.
         prompt_tokens: ids in a prompt.
         """
         self._services = services
+        self._nursery = nursery
         self._threads = threads
         self._prompt_tokens = prompt_tokens
         self.settings: Settings = children.stack_settings(
@@ -121,8 +132,8 @@ class ControlStack:
     def __enter__(self) -> Self:
         with ExitStack() as ends:
             children.rotate_logs(self.settings)
-            nursery = Nursery(self._log("nursery"), f"{_PACKAGE}.stub")
-            make = ends.enter_context(nursery).make
+            nursery = self._nursery or ends.enter_context(Nursery(self._log("nursery")))
+            make = partial(nursery.make, stub=f"{_PACKAGE}.stub")
             self._temporary = children.make_temporary(self.settings)
             ends.callback(shutil.rmtree, self._temporary, ignore_errors=True)
             # The nursery imports vLLM meanwhile.

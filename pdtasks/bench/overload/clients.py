@@ -22,6 +22,8 @@ from pdtasks.bench.chaos.stub import TOKENS, kv_of, token_of
 _PROMPT = 64
 #: Seconds beyond the deadline after which a client gives up.
 _SLACK_S = 15.0
+#: Seconds that anybody is told at most: then is not sooner.
+LONGEST_S = 60
 #: Seconds before one asks again who does as he likes.
 _PAUSE_S = 0.2
 
@@ -34,7 +36,7 @@ class Seen:
     ended_at: list[float] = field(default_factory=list)  #: seconds since the phase began
     retry_after_s: list[int] = field(default_factory=list)  #: of who was refused
     failed: Counter[str] = field(default_factory=Counter)  #: neither: how
-    came_again: int = 0  #: as told
+    came_again: int = 0  #: as told, of who was told less than `LONGEST_S`
     came_in_vain: int = 0  #: of those, refused again
 
     @property
@@ -62,8 +64,8 @@ class Clients:
     async def connected(self) -> AsyncIterator[None]:
         """Everything else happens in here."""
         timeout = aiohttp.ClientTimeout(total=self._patience_s)
-        # Shorter than the server's: it may close a connection just when it is used again.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        # A connection that the server closes just when it is used again would look like a fault.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self._session:
             yield
 
@@ -134,7 +136,7 @@ class Clients:
                 told = await self.ask(seen, began)
                 seen.came_again += is_again
                 seen.came_in_vain += is_again and told is not None
-                is_again = told is not None
+                is_again = told is not None and told < LONGEST_S
                 if told is not None:
                     await asyncio.sleep(told)
 

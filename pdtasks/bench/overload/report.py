@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pdtasks.bench.overload.clients import Seen
+from pdtasks.bench.overload.clients import LONGEST_S, Seen
 from pdtasks.bench.overload.run import Found
 
 
@@ -50,10 +50,11 @@ def format_report(found: Found) -> str:
         f"afterwards: {figures['answers_per_s_afterwards']} answers a second",
     ]
     if again := figures["came_again"]:
-        lines += [
-            f"clients that come again as told: {_told(again)}",
-            f"    came again {again['came_again']} times, {again['came_in_vain']} of them in vain",
-        ]
+        lines.append(f"clients that come again as told: {_told(again)}")
+        lines.append(
+            f"    of {again['came_again']} who were told less than {LONGEST_S} s, "
+            f"{again['came_in_vain']} came in vain"
+        )
     lines.append(f"{'MiB of memory':<14} {'before':>8} {'first half':>11} {'second half':>12}")
     lines += [
         f"{group:<14} {m['before']:>8} {m['first_half']:>11} {m['second_half']:>12}"

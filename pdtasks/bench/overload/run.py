@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import ChaosStack
 from pdtasks.bench.chaos.stub import STEP_S
 from pdtasks.bench.loop_thread import LoopThread
@@ -62,7 +63,7 @@ class Found:
         return bool(self.left_behind) or any(one.failed for one in seen)
 
 
-def run_overload(plan: Plan, home: Path, console: Console) -> Found:
+def run_overload(plan: Plan, home: Path, console: Console, nursery: Nursery | None = None) -> Found:
     """Run `plan` on a stack of its own, with stub engines, under `home`. Main thread only.
 
     Raises PdtasksError when the stack does not start, or a service of it ends.
@@ -74,6 +75,7 @@ def run_overload(plan: Plan, home: Path, console: Console) -> Found:
             "stub",
             console,
             deadline_s=_DEADLINE_S,
+            nursery=nursery,
             max_waiting=plan.max_waiting,
             # So that a machine of two cores can ask for ten times as much.
             max_num_seqs=_AT_ONCE,
