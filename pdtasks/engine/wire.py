@@ -75,6 +75,6 @@ def require_runnable(request: EngineCoreRequest, model_config: Any) -> None:
 
 def require_tokens(token_ids: Sequence[int], model_config: Any) -> None:
     """Raises InvalidRequest for tokens that the model does not have."""
-    vocabulary = model_config.get_vocab_size()
-    if not all(0 <= token_id < vocabulary for token_id in token_ids):
+    # (Two passes in C: in a loop of ours the 128,000 ids of a long prompt take several ms.)
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= model_config.get_vocab_size()):
         raise InvalidRequest("the request has tokens that the model does not have")

@@ -110,7 +110,9 @@ async def start_stub(
 ) -> tuple[VllmConfig, EngineCoreClient]:
     """As `pdtasks.engine.boot.start_core`."""
     config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=_MAX_MODEL_LEN),
+        model_config=SimpleNamespace(
+            max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _MAX_MODEL_LEN
+        ),
         cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
