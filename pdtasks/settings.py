@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     #: Each API key's prompts have KV of their own, which requests of no other key find.
     salt_by_key: bool = False
     #: Requests of one API process that wait for the workers; more get a 429.
-    max_waiting: int = Field(default=1000, gt=0)
+    max_waiting: int = Field(default=2000, gt=0)
     max_waiting_jobs: int = Field(default=100_000, gt=0)  #: jobs on the bus; more get a 429
     #: vLLM's own front-end flags, as on a command line: `--enable-auto-tool-choice …`.
     api_args: str = ""

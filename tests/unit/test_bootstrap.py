@@ -62,7 +62,7 @@ case "$1 $2" in
     ;;
   '-m pytest')
     note "$@"
-    if [ "$FAKE_TOOL_FAILS" = pytest ]; then exit 7; fi
+    if [ -n "$FAKE_TOOL_FAILS" ] && [ "$FAKE_TOOL_FAILS" = "$3" ]; then exit 7; fi
     ;;
   '-V '*) echo 'Python 3.11.0 (played)' ;;
   *)
@@ -322,7 +322,7 @@ def test_a_cuda_host_gets_the_cuda_build(checkout: Checkout) -> None:
     assert installed[0].endswith(f"-e {checkout.folder}[cuda,model,dev,bench]")
 
 
-def test_linters_come_before_the_tests_and_types_beside_them(checkout: Checkout) -> None:
+def test_linters_come_first_and_real_engines_last(checkout: Checkout) -> None:
     status, output = checkout.run("test")
 
     assert status == 0
@@ -333,36 +333,46 @@ def test_linters_come_before_the_tests_and_types_beside_them(checkout: Checkout)
         "ruff",
         "lint-imports",
     ]
-    assert sorted(after_set_up[4:]) == [
-        "-m pytest tests/unit tests/integration tests/acceptance",
+    assert sorted(after_set_up[4:-1]) == [
+        "-m pytest tests/integration",
+        "-m pytest tests/unit",
         "mypy pdtasks api configs tests",
     ]
-    assert output.splitlines()[-1] == "pd: mypy"
+    assert after_set_up[-1] == "-m pytest tests/acceptance"
+    assert output.splitlines()[-1] == "pd: acceptance tests"
 
 
-def test_arguments_go_to_pytest(checkout: Checkout) -> None:
+def test_with_arguments_one_thing_comes_after_the_other(checkout: Checkout) -> None:
     status, _ = checkout.run("test", "-k", "some thing")
 
     assert status == 0
-    assert "-m pytest -k some thing" in checkout.notes()
+    assert checkout.notes()[-2:] == [
+        "mypy pdtasks api configs tests",
+        "-m pytest -k some thing",
+    ]
 
 
-def test_the_first_tool_that_fails_ends_the_tests_with_its_status(checkout: Checkout) -> None:
-    status, output = checkout.run("test", FAKE_TOOL_FAILS="lint-imports")
-
-    assert status == 7
-    assert output.splitlines()[-1] == "pd: lint-imports failed with exit status 7"
-    assert checkout.notes()[-1].strip() == "lint-imports"
-
-
-@pytest.mark.parametrize("tool", ["mypy", "pytest"])
-def test_the_tests_fail_with_either_of_the_two_that_run_at_once(
-    checkout: Checkout, tool: str
+@pytest.mark.parametrize(
+    ("tool", "told", "last"),
+    [
+        ("lint-imports", "lint-imports", "lint-imports"),
+        ("mypy", "types and unit tests", "-m pytest tests/integration"),
+        ("tests/unit", "types and unit tests", None),
+        ("tests/integration", "integration tests", None),
+        ("tests/acceptance", "acceptance tests", "-m pytest tests/acceptance"),
+    ],
+)
+def test_a_tool_that_fails_ends_the_tests_with_its_status(
+    checkout: Checkout, tool: str, told: str, last: str | None
 ) -> None:
     status, output = checkout.run("test", FAKE_TOOL_FAILS=tool)
 
     assert status == 7
-    assert output.splitlines()[-1] == f"pd: {tool} failed with exit status 7"
+    assert output.splitlines()[-1] == f"pd: {told} failed with exit status 7"
+    if last is not None:
+        assert last in [note.strip() for note in checkout.notes()]
+    if told != "acceptance tests":
+        assert "-m pytest tests/acceptance" not in checkout.notes()
 
 
 # --- the lock -------------------------------------------------------------------------------------
