@@ -70,7 +70,7 @@ def keep(message: kombu.Message, reason: str, producer: kombu.Producer) -> None:
     told = {"reason": reason, "queue": str(death.get("queue", "?")), "at": time.time()}
     # What somebody else has put there may be larger than RabbitMQ takes back, or nothing that
     # py-amqp can write.
-    known = {name: message.headers.get(name) for name in _HEADERS}
+    known = {name: value for name, value in message.headers.items() if name in _HEADERS}
     headers: dict[str, Any] = {n: v for n, v in known.items() if len(repr(v)) <= _LONGEST_HEADER}
     headers[_HEADER] = told
     # Not the default exchange: who may write there may write to every queue.

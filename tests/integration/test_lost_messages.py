@@ -82,6 +82,7 @@ class Callers:
     def __init__(self, api: httpx.Client, threads: ThreadPoolExecutor) -> None:
         self._api = api
         self._body = {"model": load_settings().model_name, "prompt": "hello", "max_tokens": 20}
+        self._body["temperature"] = 0  # the stub's other tokens are none of the model's
         kinds: list[Callable[[], dict[str, Any]]]
         kinds = [self._stream, self._whole, self._job, self._result]
         self.all: dict[str, Future[Ended]] = {
