@@ -12,7 +12,7 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.guard import error_response, retry_after
+from api.guard import error_response, response_of
 from pdtasks.errors import PdtasksError, TooManyRequests
 from pdtasks.keys import Key, Keys, asker
 
@@ -42,41 +42,37 @@ class Access:
             return
         key = self._keys.find(_secret(scope))
         if key is None:
-            if kind == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": "no API key"})
-                return
             response = error_response(
                 401, "a valid API key is needed: send `Authorization: Bearer KEY`"
             )
             response.headers["WWW-Authenticate"] = "Bearer"
-            await response(scope, receive, send)
+            await _answer(response, scope, receive, send)
             return
-        try:
-            await self._take(key, scope)
-        except PdtasksError as exc:
-            response = error_response(exc.http_status, str(exc))
-            response.headers.update(retry_after(exc))
-            await response(scope, receive, send)
-            return
-        token = asker.set(key)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            asker.reset(token)
-            self._at_once[key.name] -= 1
-
-    async def _take(self, key: Key, scope: Scope) -> None:
         if key.at_once is not None and self._at_once[key.name] >= key.at_once:
-            raise TooManyRequests(
+            refusal = TooManyRequests(
                 f"this API key may have {key.at_once} requests at once", retry_after_s=1
             )
+            await _answer(response_of(refusal), scope, receive, send)
+            return
+        token = asker.set(key)
         self._at_once[key.name] += 1
         try:
             if scope.get("method") == "POST":
                 await self._begin(key)
-        except BaseException:
+        except PdtasksError as exc:
+            await _answer(response_of(exc), scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+        finally:
             self._at_once[key.name] -= 1
-            raise
+            asker.reset(token)
+
+
+async def _answer(response: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await response(scope, receive, send)
 
 
 def _secret(scope: Scope) -> str:

@@ -21,8 +21,9 @@ from pdtasks.errors import TooManyRequests
 
 #: Seconds over which the pace is measured.
 _PACE_S: Final = 10.0
-#: Seconds: bounds of what a client is told.
-_SOONEST_S, _LATEST_S = 1.0, 60.0
+#: Seconds that a client is told at least, and at most: then is not sooner.
+_SOONEST_S: Final = 1.0
+LATEST_S: Final = 60.0
 
 _WAITING = Gauge("pdtasks_api_waiting", "Requests that wait for the workers")
 _REFUSED = Counter("pdtasks_api_refused", "Requests that were refused with 429")
@@ -127,8 +128,8 @@ class Admission:
         # Nothing has begun lately: that one does in the next window is as good a guess as any.
         pace = max(len(self._began), 1) / _PACE_S
         place = max(now, self._next_place_at) + n / pace
-        self._next_place_at = min(place, now + _LATEST_S)
-        return math.ceil(min(max(place - now, _SOONEST_S), _LATEST_S))
+        self._next_place_at = min(place, now + LATEST_S)
+        return math.ceil(min(max(place - now, _SOONEST_S), LATEST_S))
 
     def _forget_old(self) -> None:
         oldest = self._clock() - _PACE_S

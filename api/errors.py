@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMError, VLLMValidationError
 
-from api.guard import BODY, error_response, retry_after
+from api.guard import BODY, error_response, response_of
 from pdtasks.errors import PdtasksError
 
 #: What a field of an unexpected kind makes vLLM's validators raise, beside what they mean to.
@@ -55,9 +55,7 @@ def install(app: FastAPI) -> None:
         raise exc
 
     async def of_ours(_request: Request, exc: PdtasksError) -> JSONResponse:
-        response = error_response(exc.http_status, str(exc))
-        response.headers.update(retry_after(exc))
-        return response
+        return response_of(exc)
 
     app.exception_handler(HTTPException)(of_framework)
     app.exception_handler(VLLMError)(of_vllm)

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdtasks.errors import where
+from pdtasks.errors import PdtasksError, where
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,13 @@ def retry_after(error: Exception) -> dict[str, str]:
     """The header that tells when to come again, if `error` knows."""
     seconds = getattr(error, "retry_after_s", None)
     return {} if seconds is None else {"Retry-After": str(seconds)}
+
+
+def response_of(error: PdtasksError) -> JSONResponse:
+    """An error of ours as callers see it."""
+    response = error_response(error.http_status, str(error))
+    response.headers.update(retry_after(error))
+    return response
 
 
 class Guard:

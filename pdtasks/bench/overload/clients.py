@@ -16,14 +16,13 @@ from itertools import cycle
 
 import aiohttp
 
+from api.admission import LATEST_S
 from pdtasks.bench.chaos.stub import TOKENS, kv_of, token_of
 
 #: Tokens of a prompt.
 _PROMPT = 64
 #: Seconds beyond the deadline after which a client gives up.
 _SLACK_S = 15.0
-#: Seconds that anybody is told at most: then is not sooner.
-LONGEST_S = 60
 #: Seconds before one asks again who does as he likes.
 _PAUSE_S = 0.2
 
@@ -36,7 +35,7 @@ class Seen:
     ended_at: list[float] = field(default_factory=list)  #: seconds since the phase began
     retry_after_s: list[int] = field(default_factory=list)  #: of who was refused
     failed: Counter[str] = field(default_factory=Counter)  #: neither: how
-    came_again: int = 0  #: as told, of who was told less than `LONGEST_S`
+    came_again: int = 0  #: as told, of who was told less than `LATEST_S`
     came_in_vain: int = 0  #: of those, refused again
 
     @property
@@ -136,7 +135,7 @@ class Clients:
                 told = await self.ask(seen, began)
                 seen.came_again += is_again
                 seen.came_in_vain += is_again and told is not None
-                is_again = told is not None and told < LONGEST_S
+                is_again = told is not None and told < LATEST_S
                 if told is not None:
                     await asyncio.sleep(told)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pdtasks.bench.overload.clients import LONGEST_S, Seen
+from api.admission import LATEST_S
+from pdtasks.bench.overload.clients import Seen
 from pdtasks.bench.overload.run import Found
 
 
@@ -52,7 +53,7 @@ def format_report(found: Found) -> str:
     if again := figures["came_again"]:
         lines.append(f"clients that come again as told: {_told(again)}")
         lines.append(
-            f"    of {again['came_again']} who were told less than {LONGEST_S} s, "
+            f"    of {again['came_again']} who were told less than {LATEST_S:.0f} s, "
             f"{again['came_in_vain']} came in vain"
         )
     lines.append(f"{'MiB of memory':<14} {'before':>8} {'first half':>11} {'second half':>12}")

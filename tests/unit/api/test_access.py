@@ -142,5 +142,25 @@ def test_a_key_has_so_many_requests_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_websocket_needs_a_key_too() -> None:
+    async def main() -> list[Any]:
+        told: list[Any] = []
+
+        async def route(scope: Any, receive: Any, send: Any) -> None:
+            raise AssertionError("let in")
+
+        async def begin(_key: Key) -> None:
+            """Nothing to count."""
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+        await Access(route, keys=StubKeys(), begin=begin)(scope, _nothing, send)
+        return told
+
+    assert asyncio.run(main()) == [{"type": "websocket.close", "code": 1008}]
+
+
 async def _nothing() -> Any:
     return {"type": "http.request", "body": b"", "more_body": False}
