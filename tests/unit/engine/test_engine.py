@@ -348,6 +348,17 @@ def test_explicit_engine_arguments_win_over_ours() -> None:
     assert arguments["model"] == "/models/m"
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", "float32"), ("AVX512", None)])
+def test_a_cpu_that_is_slow_with_16_bits_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: str | None
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+
+    assert engine_arguments(Settings(device="cpu"), "m").get("dtype") == dtype
+    named = Settings(device="cpu", engine_args={"dtype": "bfloat16"})
+    assert engine_arguments(named, "m")["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("length", [None, 512, 8192])
 def test_a_cpu_engine_takes_a_whole_prompt_in_one_step(length: int | None) -> None:
     # A seeded request whose prompt is computed in chunks kills vLLM 0.32's CPU engine.
