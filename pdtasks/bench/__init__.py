@@ -6,6 +6,7 @@
     control  publishes, hops and results without an engine, beside a stock Celery chain
     stream   tokens from a stub engine, relayed to HTTP clients, beside vLLM's front end
     overload what becomes of requests that are too many
+    fair     what one tenant's pile does to another's questions
     serving  pdtasks beside vLLM's own ways to serve
     gap      from the first token to the second, of a running stack
     burst    many requests at once to a running stack

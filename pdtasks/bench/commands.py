@@ -307,6 +307,23 @@ def control(
 
 
 @bench.command()
+@click.option("--jobs", type=click.IntRange(min=0), default=10_000, show_default=True)
+@click.option("--at-once", type=click.IntRange(min=0), default=500, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
+@_JSON
+def fair(*, jobs: int, at_once: int, seconds: float, json_file: Path | None) -> None:
+    """Measure one tenant's answers alone, beside another's jobs, and beside another's requests.
+
+    On services, workers and API processes of its own, with stub engines.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.fair.command import run_command
+    from pdtasks.bench.fair.run import Plan
+
+    run_command(Plan(jobs, at_once, seconds), json_file)
+
+
+@bench.command()
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--streams", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(

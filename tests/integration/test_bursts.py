@@ -17,7 +17,7 @@ from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker
 from tests.waiting import wait_until
 
-REQUESTS = 20_000
+REQUESTS = 8_000
 BURST = 500
 #: Seconds for the answers of one burst; a machine that does nothing else needs less than one.
 _BURST_S = 30.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rights import User
 from pdtasks.errors import RequestTimeout
@@ -36,7 +36,9 @@ LATE_S = 5.0
 
 
 @pytest.fixture
-def api(start_worker: StartWorker, services: Services, tmp_path: Path) -> Iterator[httpx.Client]:
+def api(
+    start_worker: StartWorker, services: Services, bench_nursery: Nursery, tmp_path: Path
+) -> Iterator[httpx.Client]:
     """A real API process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,20 +49,20 @@ def api(start_worker: StartWorker, services: Services, tmp_path: Path) -> Iterat
         "PDTASKS_REQUEST_TIMEOUT_S": str(DEADLINE_S),
         "PYTHONPATH": str(ROOT),
     }
-    log = tmp_path / "api.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-            env=os.environ | services.env | own,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    process = bench_nursery.make(
+        "api",
+        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
+        env=os.environ | services.env | own,
+        log=tmp_path / "api.log",
+        cwd=tmp_path,
+    )
+    process.start()
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=DEADLINE_S + 20, trust_env=False) as client:
 
             def answers() -> bool:
-                assert process.poll() is None, log.read_text()[-3000:]
+                assert process.poll() is None, process.log_tail()
                 try:
                     return client.get("/health").status_code == 200
                 except httpx.TransportError:
@@ -70,7 +72,6 @@ def api(start_worker: StartWorker, services: Services, tmp_path: Path) -> Iterat
             yield client
     finally:
         process.kill()
-        process.wait()
 
 
 Ended = tuple[float, dict[str, Any]]  # after so many seconds, with this error

@@ -14,7 +14,7 @@ from pdtasks.cluster.console import Console
 def test_a_flood_is_refused_with_a_time_to_come_again_and_harms_nobody(
     tmp_path: Path, bench_nursery: Nursery
 ) -> None:
-    plan = Plan(seconds=4.0, times=4.0, measure_s=4.0, come_again_s=4.0, max_waiting=10, tokens=30)
+    plan = Plan(seconds=4.0, times=4.0, measure_s=4.0, come_again_s=3.0, max_waiting=10, tokens=30)
 
     found = run_overload(plan, tmp_path, Console(io.StringIO()), bench_nursery)
 

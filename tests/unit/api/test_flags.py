@@ -59,7 +59,7 @@ def test_up_says_it_before_it_starts_anything() -> None:
         [sys.executable, "-m", "pdtasks.cli", "up", "--tool-call-parser", "nobody"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 

@@ -102,7 +102,7 @@ def test_no_more_go_than_decode_workers_take() -> None:
     assert len(traffic.gone) == 10 + 1
     for name in ("r0", "r1"):
         traffic.line.has_second_token(name)
-    assert len(traffic.gone) == 10 + 2
+    assert len(traffic.gone) == 10 + 3
 
 
 @pytest.mark.parametrize("kind", [INTERACTIVE, JOB])

@@ -1,0 +1,99 @@
+"""The order of a run: a tenant alone, beside another's jobs, beside another's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.bench.chaos.stack import ChaosStack
+from pdtasks.bench.fair.clients import Tenant
+from pdtasks.bench.loop_thread import LoopThread
+from pdtasks.cluster.console import Console
+from pdtasks.keys import Key, add, digest_of, new_secret
+
+T = TypeVar("T")
+
+_DEADLINE_S = 3600.0
+_PAUSE_S = 0.1
+#: Requests that one worker runs.
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run is made of."""
+
+    jobs: int = 10_000
+    at_once: int = 500  #: requests of the other tenant
+    seconds: float = 30.0  #: of each phase
+
+
+def run_fair(
+    plan: Plan, home: Path, console: Console, nursery: Nursery | None = None
+) -> dict[str, dict[str, float]]:
+    """By phase, what one tenant's answers took. On a stack of its own, with stub engines.
+
+    Main thread only. Raises PdtasksError when the stack does not start.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log each request
+    keys_file = home / "keys"
+    secrets = {name: new_secret() for name in ("modest", "greedy")}
+    for name, secret in secrets.items():
+        add(keys_file, Key(name, digest_of(secret)))
+    with (
+        ChaosStack(
+            home,
+            "stub",
+            console,
+            deadline_s=_DEADLINE_S,
+            nursery=nursery,
+            api_keys_file=keys_file,
+            max_num_seqs=_AT_ONCE,
+        ) as stack,
+        LoopThread("clients") as thread,
+    ):
+        urls, model = list(stack.urls.values()), stack.settings.model_name
+        modest, greedy = (Tenant(urls, model, secret) for secret in secrets.values())
+
+        def call(work: Coroutine[Any, Any, T]) -> T:
+            future = thread.call(work)
+            stack.wait(future.done)
+            return future.result()
+
+        found = {}
+        for tenant in (modest, greedy):
+            call(tenant.open())
+        call(modest.ask_for(2.0, _PAUSE_S))  # code is run for the first time
+        found["alone"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
+        console.good(_told("alone", found))
+        call(greedy.submit(plan.jobs))
+        found["beside_jobs"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
+        console.good(_told("beside_jobs", found))
+        beside = thread.call(greedy.keep(plan.at_once))
+        call(asyncio.sleep(2.0))  # until all are in line
+        found["beside_requests"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
+        console.good(_told("beside_requests", found))
+        beside.cancel()
+        for tenant in (modest, greedy):
+            call(tenant.close())
+    return found
+
+
+def _figures(took_s: Sequence[float]) -> dict[str, float]:
+    took = sorted(1000 * s for s in took_s)
+    return {
+        "answers": len(took),
+        "ms_p50": round(statistics.median(took), 1),
+        "ms_p99": round(took[min(len(took) - 1, int(0.99 * len(took)))], 1),
+    }
+
+
+def _told(phase: str, found: dict[str, dict[str, float]]) -> str:
+    of = found[phase]
+    return f"{phase}: {of['answers']:.0f} answers, p50 {of['ms_p50']} ms, p99 {of['ms_p99']} ms"
