@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -20,8 +19,10 @@ from fastapi import FastAPI
 from api.main import _running_jobs
 from api.runner import JobRunner
 from pdtasks.background import Background
+from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import Job, JobStore
+from pdtasks.cluster.process import Process
 from pdtasks.cluster.rights import User
 from pdtasks.settings import Settings
 from tests.integration.conftest import ROOT, Services
@@ -103,7 +104,7 @@ def test_the_jobs_of_an_api_that_stops_can_be_claimed_at_once(
 
 
 def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
-    settings: Settings, services: Services, tmp_path: Path
+    settings: Settings, services: Services, bench_nursery: Nursery, tmp_path: Path
 ) -> None:
     bus = services.bus
 
@@ -121,13 +122,13 @@ def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
 
     # Given an API process whose jobs wait for workers
     made = asyncio.run(submit_all())
-    with an_api(services, tmp_path / "api.log") as process:
+    with an_api(services, bench_nursery, tmp_path / "api.log") as process:
         wait_until(lambda: running().keys() == made, within_s=60, what="all jobs are run")
 
         # When it is stopped while each change of a key takes more than a second
         bus.execute_command("CLIENT", "PAUSE", 1200, "WRITE")
-        process.terminate()
-        process.wait(timeout=20)
+        process.request_stop()
+        wait_until(lambda: process.poll() is not None)
 
     # Then no job waits for the end of a lease
     log = (tmp_path / "api.log").read_text()
@@ -136,21 +137,22 @@ def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
 
 
 @contextmanager
-def an_api(services: Services, log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with socket.socket() as free, log_file.open("w") as log:
+def an_api(services: Services, nursery: Nursery, log: Path) -> Iterator[Process]:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-            env=os.environ | services.env | {"PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    process = nursery.make(
+        "api",
+        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
+        env=os.environ | services.env | {"PYTHONPATH": str(ROOT)},
+        log=log,
+        cwd=log.parent,
+    )
+    process.start()
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
 
 
 def test_an_idle_runner_has_nothing_left_of_jobs_that_have_ended(
