@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal
 
 from fastapi import FastAPI
@@ -87,6 +87,8 @@ class LineRunner(Claims):
         background: Background,
     ) -> None:
         super().__init__("batch-lines", concurrency=concurrency, background=background)
+        #: Called when a batch has no line any more.
+        self.on_last: Callable[[], None] = lambda: None
         self._app = app
         self._store = store
         self._files = files
@@ -125,13 +127,15 @@ class LineRunner(Claims):
         until = time.monotonic() + _KEPT_S
         while True:
             try:
-                await self._store.finish(line, which, text)
+                done = await self._store.finish(line, which, text)
             except BUS_ERRORS:
                 # Asked twice it is written once.
                 if self.is_stopping or time.monotonic() > until:
                     raise
                 await asyncio.sleep(_RETRY_S)
             else:
+                if done == "last":
+                    self.on_last()
                 return
 
     async def _outcome(self, line: Line) -> _Outcome:
@@ -209,6 +213,7 @@ class BatchTender(Claims):
         self._store = store
         self._files = files
         self._lines = lines
+        lines.on_last = self.wake
         self._model = model
         self._max_line_bytes = max_line_bytes
 

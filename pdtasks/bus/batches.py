@@ -331,13 +331,18 @@ class BatchStore:
             keys=_behind(line.batch)[1:], args=[line.entry, line.place.number, line.token]
         )
 
-    async def finish(self, line: Line, which: Literal["output", "error"], text: str) -> bool:
-        """Append the outcome of `line` to a file. False: it is somebody else's, or has ended."""
-        done = await self._finish(
+    async def finish(
+        self, line: Line, which: Literal["output", "error"], text: str
+    ) -> Literal["refused", "written", "last"]:
+        """Append the outcome of `line` to a file, unless it is somebody else's, or has ended.
+
+        "last": now its batch has none any more.
+        """
+        done: int = await self._finish(
             keys=[line.batch.key, *_behind(line.batch)[1:]],
             args=[keys.FILE, line.entry, line.place.number, line.token, which, text],
         )
-        return bool(done)
+        return "refused" if done == 0 else "last" if done == 2 else "written"
 
 
 def is_batch_id(text: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
 import time
 import tracemalloc
 from collections import Counter
@@ -453,12 +455,12 @@ def test_the_outcome_of_a_line_is_written_once_whoever_comes_late(
 
             # When the first one wakes up, it can change nothing
             assert await store.renew(frozen) == "lost"
-            assert not await store.finish(frozen, "output", "frozen\n")
+            assert await store.finish(frozen, "output", "frozen\n") == "refused"
             await store.release(frozen)
             assert await store.renew(own) == "held"
-            assert await store.finish(own, "output", "own\n")
-            assert not await store.finish(own, "output", "own\n")
-            assert not await store.finish(frozen, "output", "frozen\n")
+            assert await store.finish(own, "output", "own\n") == "last"
+            assert await store.finish(own, "output", "own\n") == "refused"
+            assert await store.finish(frozen, "output", "frozen\n") == "refused"
 
             # Then there is one outcome
             batch = await store.tend("t2")
@@ -494,6 +496,57 @@ def test_an_api_that_stops_leaves_its_lines_to_another(settings: Settings) -> No
     run(test())
 
 
+def test_a_killed_api_process_loses_no_line_and_doubles_none(
+    settings: Settings, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_batches, "LEASE_S", 2.0)
+    own = Handler()
+    own.may_answer.clear()
+
+    class AnswersTen(Handler):
+        async def create_chat_completion(self, request: Any, raw_request: Any) -> Any:
+            if sum(self.asked.values()) >= 10:
+                self.may_answer.clear()
+            return await super().create_chat_completion(request, raw_request)
+
+    async def be_an_api() -> None:
+        async with an_api(settings, AnswersTen()):
+            await asyncio.Event().wait()
+
+    async def test(other: int) -> None:
+        async with an_api(settings, own) as client:
+            # Given two processes that run a batch
+            batch = await begin(client, some_lines(40))
+            name = f"pd:batch:{batch['id']}"
+            await until(
+                lambda: services.bus.zcard(f"{name}:running") == 2 * settings.batch_concurrency
+            )
+            await until(lambda: services.bus.hget(name, "completed") == b"10")
+
+            # When one is killed
+            os.kill(other, signal.SIGKILL)
+            own.may_answer.set()
+
+            # Then the other one runs what that had, and the rest
+            batch = await becomes(client, batch, "completed")
+            assert batch["request_counts"] == {"total": 40, "completed": 40, "failed": 0}
+            right, _ = await outcomes(client, batch)
+            assert len({o["custom_id"] for o in right}) == len(right) == 40
+            assert (len(own.asked), set(own.asked.values())) == (30, {1})
+
+    other = os.fork()
+    if other == 0:
+        try:
+            asyncio.run(be_an_api())
+        finally:
+            os._exit(1)
+    try:
+        run(test(other))
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+
+
 def test_a_line_waits_for_better_times_but_not_if_it_may_be_to_blame(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,7 +576,7 @@ def test_outcomes_wait_for_a_bus_that_is_away(
     finish = BatchStore.finish
     failures = [valkey.TimeoutError("canary") for _ in range(3)]
 
-    async def seldom(self: BatchStore, *args: Any) -> bool:
+    async def seldom(self: BatchStore, *args: Any) -> Any:
         done = await finish(self, *args)
         if failures:  # it was written, and nobody hears of it
             raise failures.pop()
