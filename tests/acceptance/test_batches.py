@@ -33,7 +33,11 @@ def test_a_batch_gives_what_its_requests_would_give(official: openai.OpenAI) -> 
         temperature=0,
         max_tokens=8,
     )
-    lines = [a_line("plain"), a_line("two", n=2, seed=1), a_line("wrong", temperature=-1)]
+    lines = [
+        a_line("plain"),
+        a_line("two", n=2, seed=1, temperature=0.5),
+        a_line("wrong", temperature=-1),
+    ]
     lines.append(a_line("long", messages=[{"role": "user", "content": "word " * 5000}]))
     file = official.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch")
     made = official.batches.create(
