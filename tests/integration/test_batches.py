@@ -521,7 +521,7 @@ def test_a_killed_api_process_loses_no_line_and_doubles_none(
             await until(
                 lambda: services.bus.zcard(f"{name}:running") == 2 * settings.batch_concurrency
             )
-            await until(lambda: services.bus.hget(name, "completed") == b"10")
+            await until(lambda: int(cast("bytes", services.bus.hget(name, "completed")) or 0) == 10)
 
             # When one is killed
             os.kill(other, signal.SIGKILL)

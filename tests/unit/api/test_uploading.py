@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.uploading import BadForm, Form, read_form
@@ -72,6 +72,7 @@ def test_what_is_no_form_with_one_file_is_refused(body: bytes, kind: str) -> Non
         read(body, 512, kind)
 
 
+@settings(max_examples=30, deadline=None)  # each is an event loop
 @given(st.binary(max_size=300), st.integers(0, 2**32))
 def test_random_changes_are_a_file_or_no_form(noise: bytes, seed: int) -> None:
     chance = random.Random(seed)
