@@ -60,7 +60,9 @@ def run_stream(
         sides = []
         for name, stub in ours.items():
             where = home / name
-            starting = our_side(name, where, nursery, plan.streams, stub, services)
+            starting = our_side(
+                name, where, nursery, streams=plan.streams, stub=stub, services=services
+            )
             sides.append(ends.enter_context(starting))
             services = None
         sides.append(ends.enter_context(vllm_side(home / "vllm", nursery, plan.streams)))

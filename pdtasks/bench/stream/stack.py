@@ -51,6 +51,7 @@ def our_side(
     name: str,
     home: Path,
     nursery: Nursery,
+    *,
     streams: int,
     stub: str,
     services: Services | None,
