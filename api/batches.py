@@ -61,7 +61,7 @@ async def create(body: BatchRequest, request: Request) -> dict[str, Any]:
         raise HTTPException(400, f"input_file_id: the file's purpose is not {PURPOSE!r}")
     batches = _batches(request)
     try:
-        with from_bus():
+        with from_bus("batch"):
             batch = await batches.store.create(
                 body.endpoint, file.id, metadata=body.metadata, owner=asker_name()
             )
@@ -78,7 +78,7 @@ async def list_batches(
     after: str | None = None,
 ) -> dict[str, Any]:
     """Batches, newest first."""
-    with from_bus():
+    with from_bus("batch"):
         found = await _batches(request).store.newest(limit=limit, after=after, owner=asker_name())
     return page("batch", after, found and ([shown(batch) for batch in found[0]], found[1]))
 
@@ -94,14 +94,14 @@ async def cancel(batch_id: str, request: Request) -> dict[str, Any]:
     """Begin no further line, end those that run; one that has ended stays as it is."""
     batch = await _find(request, batch_id)
     batches = _batches(request)
-    with from_bus():
+    with from_bus("batch"):
         await batches.store.cancel(batch.id)
     batches.tender.wake()
     return shown(await _find(request, batch_id))
 
 
 async def _find(request: Request, batch_id: str) -> Batch:
-    with from_bus():
+    with from_bus("batch"):
         batch = await _batches(request).store.get(batch_id)
     return own(batch, "batch", batch_id)
 

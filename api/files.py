@@ -63,7 +63,7 @@ async def upload(request: Request) -> JSONResponse:
     files.num_uploads += 1
     try:
         # Before it is sent, where that can be known.
-        with from_bus():
+        with from_bus("file"):
             await files.store.require_room(int(told) if told.isdigit() else 0)
             return JSONResponse(shown(await _take(request, files)))
     except NoRoomForFiles as exc:
@@ -126,7 +126,7 @@ async def list_files(
     purpose: str | None = None,
 ) -> dict[str, Any]:
     """Files, newest first unless told otherwise."""
-    with from_bus():
+    with from_bus("file"):
         found = await _files(request).store.newest(
             limit=min(limit, _MOST_LISTED),
             after=after,
@@ -163,7 +163,7 @@ async def delete_file(file_id: str, request: Request) -> Any:
     """Delete a file that no batch reads."""
     file = await find(request, file_id)
     try:
-        with from_bus():
+        with from_bus("file"):
             await _files(request).store.delete(file.id)
     except FileInUse as exc:
         return error_response(409, f"{exc.batch_id} reads this file: cancel it, or wait for it")
@@ -172,7 +172,7 @@ async def delete_file(file_id: str, request: Request) -> Any:
 
 async def find(request: Request, file_id: str) -> File:
     """The asker's file. Raises HTTPException."""
-    with from_bus():
+    with from_bus("file"):
         file = await _files(request).store.get(file_id)
     return own(file, "file", file_id)
 

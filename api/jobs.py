@@ -76,7 +76,7 @@ async def submit(
     try:
         meaning = _meaning(path, body)
         await check(request.app, path, body)
-        with from_bus():
+        with from_bus("job"):
             job = await jobs.store.create(
                 path,
                 body,
@@ -103,7 +103,7 @@ async def list_jobs(
     after: str | None = None,
 ) -> dict[str, Any]:
     """Jobs, newest first; results are left out."""
-    with from_bus():
+    with from_bus("job"):
         found = await _jobs(request).store.newest(limit=limit, after=after, owner=asker_name())
     if found is None:
         raise HTTPException(404, f"there is no job {after!r} to begin behind (any more)")
@@ -141,7 +141,7 @@ async def events(
 async def cancel(job_id: str, request: Request) -> dict[str, Any]:
     """End a job; one that has ended stays as it is."""
     job = await _find(request, job_id)
-    with from_bus():
+    with from_bus("job"):
         job = await cancelled(_jobs(request).store, job)
     return _shown(job)
 
@@ -197,7 +197,7 @@ def _meaning(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _find(request: Request, job_id: str) -> Job:
-    with from_bus():
+    with from_bus("job"):
         job = await _jobs(request).store.get(job_id) if is_job_id(job_id) else None
     return own(job, "job", job_id)
 

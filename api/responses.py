@@ -67,7 +67,7 @@ async def create(request: ResponsesRequest, raw_request: Request) -> Any:
         await check(raw_request.app, RESPONSES, body | IN_FOREGROUND)
     except Refused as exc:
         return error_response(exc.status, exc.message, exc.param)
-    with from_bus():
+    with from_bus("response"):
         job = await jobs.store.create(
             RESPONSES,
             body,
@@ -92,7 +92,7 @@ async def retrieve(response_id: str, request: Request, stream: bool = False) -> 
 async def cancel(response_id: str, request: Request) -> JSONResponse:
     """End a background response; one that has ended stays as it is."""
     job = await _find(request, response_id)
-    with from_bus():
+    with from_bus("response"):
         job = await cancelled(_jobs(request).store, job)
     return AnyTextResponse(_shown(request.app, job))
 
@@ -100,7 +100,7 @@ async def cancel(response_id: str, request: Request) -> JSONResponse:
 async def _find(request: Request, response_id: str) -> Job:
     job_id = _JOB + response_id.removeprefix(_RESPONSE)
     is_one = response_id.startswith(_RESPONSE) and is_job_id(job_id)
-    with from_bus():
+    with from_bus("response"):
         job = await _jobs(request).store.get(job_id) if is_one else None
     if job is not None and job.path != RESPONSES:
         job = None

@@ -22,14 +22,18 @@ _T = TypeVar("_T", bound=_Owned)
 
 
 @contextmanager
-def from_bus() -> Iterator[None]:
-    """Raises HTTPException in place of what the bus raises: 503, and 500 for what nobody wrote."""
+def from_bus(what: str) -> Iterator[None]:
+    """Raises HTTPException in place of what the bus raises: 503, and 500 for what nobody wrote.
+
+    Args:
+        what: lies there, in a word.
+    """
     try:
         yield
     except BUS_ERRORS as exc:
         raise HTTPException(503, f"the bus does not answer: {type(exc).__name__}") from exc
     except Unreadable as exc:
-        why = f"the bus has something else under this name: {exc}"
+        why = f"the bus has something else under this {what}'s name: {exc}"
         raise HTTPException(500, why) from exc
 
 
