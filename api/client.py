@@ -171,4 +171,5 @@ class PipelineHTTPError(GracefulHTTPError):
     def __init__(self, error: PdtasksError) -> None:
         status = error.http_status if error.http_status != 499 else 500
         super().__init__(str(error), HTTPStatus(status))
+        self.error = error
         self.headers = retry_after(error)

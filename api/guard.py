@@ -9,7 +9,8 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 BODY = "pdtasks_body"
 #: Seconds for a whole body.
 _BODY_S = 60.0
+#: The same for one that its route reads piece by piece, and for each of its pieces.
+_STREAMED_S = 1800.0
+_PIECE_S = 60.0
 
 # Half of a surrogate pair: JSON can spell it, no text can hold it.
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -50,17 +54,28 @@ def response_of(error: PdtasksError) -> JSONResponse:
     return response
 
 
+class BodyIsLate(Exception):
+    """A body that its route reads piece by piece does not come."""
+
+
 class Guard:
     """Stands before all routes of an app."""
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, before: Callable[[], Awaitable[None]]
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        before: Callable[[], Awaitable[None]],
+        streamed: Collection[str] = (),
     ) -> None:
         """Args:
         max_body_bytes: larger ones are a 413.
         before: awaited before each request with a body goes on.
+        streamed: paths whose routes read bodies piece by piece, and bound them.
         """
         self._app = app
+        self._streamed = streamed
         self._max_body_bytes = max_body_bytes
         self._before = before
 
@@ -68,7 +83,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] in ("POST", "PUT", "PATCH"):
+        if scope["method"] == "POST" and scope["path"] in self._streamed:
+            receive = _in_time(receive)
+        elif scope["method"] in ("POST", "PUT", "PATCH"):
             try:
                 async with asyncio.timeout(_BODY_S):
                     body = await self._read(scope, receive)
@@ -128,16 +145,32 @@ class Guard:
                 f"the body has more than {self._max_body_bytes} bytes: send less, or have "
                 f"PDTASKS_MAX_BODY_BYTES raised",
             )
-        if _MAYBE_SURROGATE.search(body):
-            try:
-                broken = _broken_text(json.loads(body))
-            except (ValueError, RecursionError):
-                return None  # no JSON: the route says so
-            if broken is not None:
-                return error_response(
-                    400, f"{broken or 'body'}: half of a surrogate pair is no text", broken or None
-                )
+        broken = broken_text(body)
+        if broken is not None:
+            return error_response(
+                400, f"{broken or 'body'}: half of a surrogate pair is no text", broken or None
+            )
         return None
+
+
+def _in_time(receive: Receive) -> Receive:
+    """Raises BodyIsLate when it is; once it is whole one may wait for a hang-up."""
+    until = time.monotonic() + _STREAMED_S
+    is_whole = False
+
+    async def received() -> Message:
+        nonlocal is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(min(_PIECE_S, until - time.monotonic())):
+                message = await receive()
+        except TimeoutError:
+            raise BodyIsLate from None
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return received
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -149,7 +182,17 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _broken_text(value: Any) -> str | None:
+def broken_text(body: bytes) -> str | None:
+    """The path of a string in `body` that is no text; None: all are, or it is no JSON."""
+    if not _MAYBE_SURROGATE.search(body):
+        return None
+    try:
+        return _broken_in(json.loads(body))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _broken_in(value: Any) -> str | None:
     """The path of a string in `value` that is no text; None: all are."""
     if isinstance(value, str):
         return "" if _SURROGATE.search(value) else None
@@ -161,7 +204,7 @@ def _broken_text(value: Any) -> str | None:
     elif isinstance(value, list):
         items = enumerate(value)
     for name, item in items:
-        inner = _broken_text(item)
+        inner = _broken_in(item)
         if inner is not None:
             return f"{name}.{inner}" if inner else str(name)
     return None

@@ -10,16 +10,16 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
-from vllm.exceptions import VLLMValidationError
 
-from api.errors import SURPRISES, unreadable_field
+from api.asking import Refused, check, read_request, without_what_is_ours
 from api.guard import error_response
-from api.runner import ROUTES, STREAMED, JobRunner, Refused, check
+from api.runner import STREAMED, JobRunner
+from api.stored import from_bus, own
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.jobs import (
     Job,
@@ -76,25 +76,22 @@ async def submit(
     try:
         meaning = _meaning(path, body)
         await check(request.app, path, body)
-        job = await jobs.store.create(
-            path,
-            body,
-            timeout_s=timeout_s,
-            seed=random.getrandbits(32),
-            idempotency_key=idempotency_key,
-            meaning={"path": path, "timeout": timeout_s, "body": meaning},
-            owner=asker_name(),
-        )
+        with from_bus("job"):
+            job = await jobs.store.create(
+                path,
+                body,
+                timeout_s=timeout_s,
+                seed=random.getrandbits(32),
+                idempotency_key=idempotency_key,
+                meaning={"path": path, "timeout": timeout_s, "body": meaning},
+                owner=asker_name(),
+            )
     except Refused as exc:
         return error_response(exc.status, exc.message, exc.param)
     except KeyReused as exc:
         raise HTTPException(
             409, "this Idempotency-Key came before with another request: use a new key"
         ) from exc
-    except UnreadableJob as exc:
-        raise _unreadable(exc) from exc
-    except BUS_ERRORS as exc:
-        raise _bus_is_away(exc) from exc
     jobs.runner.wake()
     return AnyTextResponse(_shown(job), 202, headers={"Location": f"/v1/jobs/{job.id}"})
 
@@ -106,10 +103,8 @@ async def list_jobs(
     after: str | None = None,
 ) -> dict[str, Any]:
     """Jobs, newest first; results are left out."""
-    try:
+    with from_bus("job"):
         found = await _jobs(request).store.newest(limit=limit, after=after, owner=asker_name())
-    except BUS_ERRORS as exc:
-        raise _bus_is_away(exc) from exc
     if found is None:
         raise HTTPException(404, f"there is no job {after!r} to begin behind (any more)")
     page, has_more = found
@@ -146,21 +141,21 @@ async def events(
 async def cancel(job_id: str, request: Request) -> dict[str, Any]:
     """End a job; one that has ended stays as it is."""
     job = await _find(request, job_id)
-    store = _jobs(request).store
-    try:
-        if not job.ended:
-            await store.cancel(job.id)
+    with from_bus("job"):
+        job = await cancelled(_jobs(request).store, job)
+    return _shown(job)
+
+
+async def cancelled(store: JobStore, job: Job) -> Job:
+    """`job` as it is when its runner has heard that nobody wants it, or some seconds later."""
+    if not job.ended:
+        await store.cancel(job.id)
+        with suppress(TimeoutError):  # the runner is gone; its successor will end the job
             async with asyncio.timeout(5):
                 while not job.ended:
                     await asyncio.sleep(0.05)  # its runner hears of it within a second
                     job = await store.get(job.id) or job
-    except TimeoutError:
-        pass  # the runner is gone; its successor will end the job
-    except UnreadableJob as exc:
-        raise _unreadable(exc) from exc
-    except BUS_ERRORS as exc:
-        raise _bus_is_away(exc) from exc
-    return _shown(job)
+    return job
 
 
 async def _read_body(request: Request) -> dict[str, Any]:
@@ -176,11 +171,7 @@ async def _read_body(request: Request) -> dict[str, Any]:
         raise HTTPException(400, "the body is nested too deeply") from exc
     if not isinstance(body, dict):
         raise HTTPException(400, "the body is not a JSON object")
-    # Names of KV belong to the workers: a client's could be those of somebody else's prompt.  How
-    # a job is streamed is our own business.
-    for name in ("kv_transfer_params", "vllm_xargs", "stream", "stream_options"):
-        body.pop(name, None)
-    return body
+    return without_what_is_ours(body)
 
 
 def _take_timeout(body: dict[str, Any], longest_s: float) -> float:
@@ -196,41 +187,19 @@ def _meaning(path: str, body: dict[str, Any]) -> dict[str, Any]:
         raise HTTPException(400, "give either messages, for a chat, or a prompt")
     if body.get("use_beam_search"):
         raise HTTPException(400, "jobs cannot use beam search")
-    kind = ROUTES[path].request
+    request = read_request(path, body)
     try:
-        request = kind.model_validate(body)
-        kind.model_validate(body | STREAMED)
-        return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    except VLLMValidationError as exc:
-        why = f"not as a job, for a job is streamed: {exc}"
-        raise Refused(400, why, exc.parameter) from exc
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise Refused(400, f"{where}: {first['msg']}", where) from exc
-    except SURPRISES as exc:
-        field = unreadable_field(kind, body) or "body"
-        raise Refused(400, f"{field}: cannot be understood", field) from exc
+        read_request(path, body | STREAMED)
+    except Refused as exc:
+        why = f"not as a job, for a job is streamed: {exc.message}"
+        raise Refused(exc.status, why, exc.param) from exc
+    return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 async def _find(request: Request, job_id: str) -> Job:
-    try:
+    with from_bus("job"):
         job = await _jobs(request).store.get(job_id) if is_job_id(job_id) else None
-    except UnreadableJob as exc:
-        raise _unreadable(exc) from exc
-    except BUS_ERRORS as exc:
-        raise _bus_is_away(exc) from exc
-    if job is None or asker_name() not in ("", job.owner):
-        raise HTTPException(404, f"there is no job {job_id!r} (any more)")
-    return job
-
-
-def _bus_is_away(exc: BaseException) -> HTTPException:
-    return HTTPException(503, f"the bus does not answer: {type(exc).__name__}")
-
-
-def _unreadable(exc: UnreadableJob) -> HTTPException:
-    return HTTPException(500, f"the bus has something else under this job's name: {exc}")
+    return own(job, "job", job_id)
 
 
 async def _follow(store: JobStore, job_id: str, last: str) -> AsyncIterator[str]:
@@ -241,7 +210,8 @@ async def _follow(store: JobStore, job_id: str, last: str) -> AsyncIterator[str]
             # A reader that begins behind the end, or whose job has expired meanwhile.
             ended = not found and ((job := await store.get(job_id)) is None or job.ended)
         except UnreadableJob as exc:
-            error = error_response(500, _unreadable(exc).detail).body
+            why = f"the bus has something else under this job's name: {exc}"
+            error = error_response(500, why).body
             yield f"data: {bytes(error).decode()}\n\ndata: [DONE]\n\n"
             return
         except BUS_ERRORS:

@@ -5,6 +5,7 @@ No weights and no GPU in this process: the model's configuration and tokenizer s
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,9 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.middleware import Middleware
 
 from pdtasks.background import Background
+from pdtasks.bus.batches import BatchStore
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.files import FileStore
 from pdtasks.bus.jobs import JobStore
 from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker
@@ -34,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.app import build_app
 
-    from api import errors, jobs
+    from api import batches, errors, files, jobs, responses
     from api.access import Access
     from api.admission import Visits
     from api.flags import check_flags, front_end_arguments
@@ -52,7 +55,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = build_app(arguments, ("generate",), config.model_config)
     app.include_router(router)
-    app.include_router(jobs.router)
+    for routes in (jobs.router, files.router, batches.router):
+        app.include_router(routes)
+    responses.install(app)
     errors.install(app)
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
@@ -66,7 +71,12 @@ def create_app(settings: Settings) -> FastAPI:
     # Behind vLLM's own layers, which know whom they let in.
     app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
     app.user_middleware.append(
-        Middleware(Guard, max_body_bytes=settings.max_body_bytes, before=look_again)
+        Middleware(
+            Guard,
+            max_body_bytes=settings.max_body_bytes,
+            before=look_again,
+            streamed=(files.PATH,),
+        )
     )
     app.user_middleware.append(Middleware(Visits))
     # vLLM has built it already, without what came since.
@@ -99,19 +109,39 @@ def create_app(settings: Settings) -> FastAPI:
 async def _running_jobs(
     app: FastAPI, settings: Settings, background: Background
 ) -> AsyncIterator[None]:
-    """Run jobs in this process."""
+    """Run jobs and batches in this process."""
+    from api.batch_runner import BatchTender, LineRunner
+    from api.batches import Batches
+    from api.files import Files
     from api.jobs import Jobs
     from api.runner import JobRunner
 
     bus = connect_async(settings)
+    files = FileStore(bus, ttl_s=settings.file_ttl_s)
+    batches = BatchStore(bus, ttl_s=settings.file_ttl_s)
+    lines = LineRunner(
+        app, batches, files, concurrency=settings.batch_concurrency, background=background
+    )
+    tender = BatchTender(
+        batches,
+        files,
+        lines,
+        model=settings.model_name,
+        max_line_bytes=settings.max_body_bytes,
+        background=background,
+    )
+    app.state.pdtasks_files = Files(files, max_bytes=settings.max_file_bytes)
+    app.state.pdtasks_batches = Batches(batches, tender)
     store = JobStore(bus, ttl_s=settings.result_ttl_s, most_waiting=settings.max_waiting_jobs)
     runner = JobRunner(app, store, concurrency=settings.job_concurrency, background=background)
     app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
-    runner.start()
+    running = (runner, lines, tender)
+    for claims in running:
+        claims.start()
     try:
         yield
     finally:
-        await runner.stop()
+        await asyncio.gather(*(claims.stop() for claims in running))
         await bus.aclose()
 
 

@@ -69,6 +69,16 @@ class NoRoomForJobs(TooManyRequests):
     """The bus keeps as many jobs as it may."""
 
 
+class NoRoomForBatches(TooManyRequests):
+    """The bus keeps as many batches as it may."""
+
+
+class NoRoomForFiles(PdtasksError):
+    """A file does not fit into the bus."""
+
+    http_status = 507
+
+
 class BrokerUnavailable(PdtasksError):
     """RabbitMQ did not answer."""
 

@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: int = Field(default=4 * 2**20, gt=0)  #: of one HTTP request
+    max_file_bytes: int = Field(default=100 * 2**20, gt=0)  #: of one uploaded file
     #: Who may ask: `pdtasks keys`, api/keys.py. None: `api-keys` in `home`, if that is there.
     api_keys_file: Path | None = None
     #: Listen beyond this host without asking for keys.
@@ -100,6 +101,11 @@ class Settings(BaseSettings):
     kv_ring_mib: int | None = Field(default=None, ge=0)  #: None: 256; on CUDA 4096
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
+    #: Lines of batches that one API process runs at once: each shares the engines' steps with
+    #: requests that somebody waits for.
+    batch_concurrency: int = Field(default=8, gt=0)
+    #: Seconds that an uploaded file is kept, and a batch that has ended with its files.
+    file_ttl_s: int = Field(default=7 * 24 * 3600, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)  #: seconds from submission to answer
     worker_ttl_s: float = Field(default=10.0, gt=0)  #: seconds without a sign of life: gone
     #: Seconds that requests wait for a stage of which no worker is alive in any state.  Longer than

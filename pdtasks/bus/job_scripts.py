@@ -6,21 +6,17 @@ was frozen cannot write into its successor's work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import valkey.asyncio
 
 from pdtasks.bus import keys
+from pdtasks.bus.scripts import MOST_MEMORY, flat, script
 from pdtasks.errors import NoRoomForJobs
 
-_FOLDER = Path(__file__).with_name("lua")
 #: Names of expired jobs that one submission forgets.
 _FORGOTTEN_AT_ONCE = 10
-#: Part of the bus's memory that jobs and results may fill: the rest is for tokens.
-_MOST_MEMORY = 0.75
 
 
 def record_key(job_id: str) -> str:
@@ -37,14 +33,12 @@ class JobScripts:
     """All of them, on one bus. Every method raises what is in `bus.connection.BUS_ERRORS`."""
 
     def __init__(self, bus: valkey.asyncio.Valkey) -> None:
-        common = (_FOLDER / "common.lua").read_text()
+        def named(name: str) -> Any:
+            return script(bus, name)
 
-        def script(name: str) -> Any:
-            return bus.register_script(common + (_FOLDER / f"{name}.lua").read_text())
-
-        self._create, self._claim, self._renew = map(script, ("create", "claim", "renew"))
-        self._write, self._finish = map(script, ("write", "finish"))
-        self._cancel, self._release = map(script, ("cancel", "release"))
+        self._create, self._claim, self._renew = map(named, ("create", "claim", "renew"))
+        self._write, self._finish = map(named, ("write", "finish"))
+        self._cancel, self._release = map(named, ("cancel", "release"))
 
     async def create(
         self,
@@ -70,7 +64,7 @@ class JobScripts:
             keys=names,
             args=[
                 *(keys.JOB, job_id, digest, ttl_s, _FORGOTTEN_AT_ONCE),
-                *(most_waiting, _MOST_MEMORY, *_flat(fields)),
+                *(most_waiting, MOST_MEMORY, *flat(fields)),
             ],
         )
         if known == b"jobs":
@@ -110,7 +104,7 @@ class JobScripts:
         """Append `event`, set `fields`. False: another one runs the job."""
         done = await self._write(
             keys=[record_key(job_id), events_key(job_id)],
-            args=[token, event or "", *_flat(fields)],
+            args=[token, event or "", *flat(fields)],
         )
         return bool(done)
 
@@ -121,7 +115,7 @@ class JobScripts:
         indexes = [keys.JOBS_RUNNING, keys.JOBS_WAITING, keys.JOBS]
         done = await self._finish(
             keys=[record_key(job_id), events_key(job_id), *indexes],
-            args=[job_id, token, ttl_s, *_flat(fields)],
+            args=[job_id, token, ttl_s, *flat(fields)],
         )
         return bool(done)
 
@@ -132,10 +126,3 @@ class JobScripts:
     async def release(self, job_id: str, token: str) -> None:
         """Hand a job over to the next that claims."""
         await self._release(keys=[record_key(job_id), keys.JOBS_RUNNING], args=[job_id, token])
-
-
-def _flat(fields: Mapping[str, Any]) -> list[str]:
-    flat = []
-    for name, value in fields.items():
-        flat += [name, value if isinstance(value, str) else json.dumps(value)]
-    return flat

@@ -12,18 +12,16 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
-import msgspec
 import valkey.asyncio
-from valkey.exceptions import ResponseError
 
 from pdtasks.bus import keys
 from pdtasks.bus.job_scripts import JobScripts, events_key, record_key
+from pdtasks.bus.records import Unreadable, of_a_kind, page_of, read_record
 from pdtasks.messages import Count, UnixTime
 
 logger = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ class KeyReused(Exception):
     """An Idempotency-Key came again with another body."""
 
 
-class UnreadableJob(Exception):
+class UnreadableJob(Unreadable):
     """Under a job's name lies what no runner has written."""
 
 
@@ -200,11 +198,22 @@ class JobStore:
 
     async def get(self, job_id: str) -> Job | None:
         """The job, or None when there is none (any more). Raises UnreadableJob."""
-        with _of_a_kind():
-            found = await cast(
-                "Awaitable[dict[bytes, bytes]]", self._bus.hgetall(record_key(job_id))
-            )
-        return _read(job_id, found, self._ttl_s)
+        return await read_record(
+            self._bus,
+            record_key(job_id),
+            Job,
+            json_fields=_JSON,
+            error=UnreadableJob,
+            more=lambda found: {
+                "id": job_id,
+                "ttl_s": self._ttl_s,
+                "is_given_up": "given_up" in found,
+                "is_unwanted": "cancel" in found,
+            },
+        )
+
+    async def _named(self, name: str) -> Job | None:
+        return await self.get(name) if is_job_id(name) else None
 
     async def newest(
         self, *, limit: int, after: str | None, owner: str = ""
@@ -217,34 +226,9 @@ class JobStore:
 
         Returns None when there is no job `after` (any more).
         """
-        start = 0
-        if after is not None:
-            rank = await self._bus.zrevrank(keys.JOBS, after)
-            if rank is None:
-                return None
-            start = rank + 1
-        found: list[Job] = []
-        while len(found) <= limit:
-            page = await self._bus.zrevrange(keys.JOBS, start, start + limit)
-            if not page:
-                break
-            gone = []
-            for name in page:
-                job_id = name.decode(errors="replace")
-                try:
-                    job = await self.get(job_id) if is_job_id(job_id) else None
-                except UnreadableJob as exc:
-                    # One record that cannot be read does not hide the others.
-                    logger.error("%s cannot be listed: %s", job_id, exc)  # noqa: TRY400
-                    continue
-                if job is None:
-                    gone.append(name)
-                elif not owner or job.owner == owner:
-                    found.append(job)
-            if gone:
-                await self._bus.zrem(keys.JOBS, *gone)
-            start += len(page) - len(gone)
-        return found[:limit], len(found) > limit
+        return await page_of(
+            self._bus, keys.JOBS, self._named, limit=limit, after=after, owner=owner
+        )
 
     async def events(
         self, job_id: str, *, after: str, block_s: float, limit: int = 256
@@ -253,7 +237,7 @@ class JobStore:
 
         Raises UnreadableJob.
         """
-        with _of_a_kind():
+        with of_a_kind(UnreadableJob):
             found = await self._bus.xread(
                 {events_key(job_id): after}, count=limit, block=int(block_s * 1000)
             )
@@ -327,32 +311,3 @@ def is_event_id(text: str) -> bool:
         part.isascii() and part.isdecimal() and len(part) <= 20 and int(part) < 2**64
         for part in parts
     )
-
-
-@contextmanager
-def _of_a_kind() -> Iterator[None]:
-    """Raises UnreadableJob where the bus finds something else than the command is for."""
-    try:
-        yield
-    except ResponseError as exc:
-        if not str(exc).startswith("WRONGTYPE"):
-            raise
-        raise UnreadableJob("it is of another type") from None
-
-
-def _read(job_id: str, fields: dict[bytes, bytes], ttl_s: float) -> Job | None:
-    if not fields:
-        return None
-    try:
-        found: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
-        for name in _JSON & found.keys():
-            found[name] = json.loads(found[name])
-        found |= {
-            "id": job_id,
-            "ttl_s": ttl_s,
-            "is_given_up": "given_up" in found,
-            "is_unwanted": "cancel" in found,
-        }
-        return msgspec.convert(found, Job)
-    except (RecursionError, ValueError) as exc:  # msgspec's, too, is a ValueError
-        raise UnreadableJob(f"its record: {type(exc).__name__}") from None

@@ -20,6 +20,15 @@ JOBS_WAITING: Final = "pd:jobs:waiting"
 JOBS_RUNNING: Final = "pd:jobs:running"
 #: Of one Idempotency-Key; its digest follows.
 IDEMPOTENCY: Final = "pd:jobs:key:"
+#: Of one file's record, its id follows; of its pieces, `:` and a number follow that.
+FILE: Final = "pd:file:"
+#: All files by time.
+FILES: Final = "pd:files"
+#: Of one batch's record, its id follows; of its lines: see `pdtasks.bus.batches`.
+BATCH: Final = "pd:batch:"
+#: All batches by time, and those that have not ended.
+BATCHES: Final = "pd:batches"
+BATCHES_OPEN: Final = "pd:batches:open"
 #: Of what an API key has had in a minute; its name and the minute follow.
 USAGE: Final = "pd:usage:"
 #: Written to find out whether the bus takes anything.

@@ -163,13 +163,23 @@ _RUN_JOBS: Final = (
     "+time +info +exists +get +set +ttl +pttl +expire +pexpire +hget +hset +hexists +hincrby "
     "+zadd +zcard +zrange +zpopmin +xadd)"
 )
+#: The same of batches and their files.
+_RUN_BATCHES: Final = (
+    f"(~{keys.FILE}* ~{keys.FILES} ~{keys.BATCH}* ~{keys.BATCHES} ~{keys.BATCHES}:* "
+    f"%R~{keys.JOBS_WAITING} "
+    "+evalsha +script|load +hgetall +zrank +zrevrank +zrange +zrevrange +zrem +get +getrange "
+    "+unlink +info "
+    "+time +exists +set +append +strlen +del +ttl +pttl +expire +pexpire +hget +hmget +hset +hdel "
+    "+hkeys +hincrby +zadd +zcard +rpush +lpop +llen)"
+)
 _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi +exec +discard"
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
 _COUNT_USAGE: Final = f"(~{keys.USAGE}* +hincrby +hget +expire)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
 _API_ON_BUS: Final = (
-    *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _COUNT_USAGE, _STORE_RESULTS),
+    *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
+    _STORE_RESULTS,
 )
 _WORKER_ON_BUS: Final = (_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS)
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)

@@ -258,7 +258,32 @@ def test_unknown_jobs_are_not_found(client: httpx.Client) -> None:
         assert client.request(method, f"/v1/jobs/job-nobody{path}").status_code == 404
 
 
-def test_a_job_outlives_the_api_process_that_took_it(
+def begin_batch(client: httpx.Client, count: int) -> str:
+    """The id of a batch of so many questions."""
+    body = QUESTION | {"max_tokens": 4}
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for n in range(count)
+    ]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    form: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("f", content)}}
+    file = client.post("/v1/files", **form).json()
+    order = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions"}
+    batch = client.post("/v1/batches", json=order | {"completion_window": "24h"}).json()
+    batch_id: str = batch["id"]
+    return batch_id
+
+
+def answered(client: httpx.Client, batch_id: str) -> list[str] | None:
+    """The custom ids of a batch that has completed."""
+    batch = client.get(f"/v1/batches/{batch_id}").json()
+    if batch["status"] != "completed":
+        return None
+    content = client.get(f"/v1/files/{batch['output_file_id']}/content").text
+    return sorted(json.loads(line)["custom_id"] for line in content.splitlines())
+
+
+def test_a_job_and_a_batch_outlive_the_api_process_that_took_them(
     client: httpx.Client, stack: Stack, tmp_path: Path
 ) -> None:
     with another_api(stack, tmp_path) as (process, url):
@@ -266,6 +291,10 @@ def test_a_job_outlives_the_api_process_that_took_it(
         with stack.paused("api"), httpx.Client(base_url=url, timeout=60) as other:
             job = submit(other, STORY)
             before = read_events(other, job, at_most=20)
+            batch = begin_batch(other, 10)
+            wait_until(
+                lambda: other.get(f"/v1/batches/{batch}").json()["status"] == "in_progress", 20
+            )
 
             # When it is killed
             process.send_signal(signal.SIGKILL)
@@ -274,6 +303,7 @@ def test_a_job_outlives_the_api_process_that_took_it(
         # Then the other one goes on with it
         whole = read_events(client, job)
         found = ended(client, job)
+        assert wait_until(lambda: answered(client, batch), 60) == sorted(map(str, range(10)))
 
     assert whole[:20] == before
     restarts = [n for n, (_, chunk) in enumerate(whole) if chunk["object"] == "job.restart"]

@@ -7,11 +7,7 @@ local most_waiting, most_memory = unpack(ARGV, 6, 7) -- (a part of maxmemory); t
 
 local function lacks()
   if redis.call('ZCARD', waiting) >= tonumber(most_waiting) then return 'jobs' end
-  local memory = redis.pcall('INFO', 'memory')
-  if type(memory) == 'table' and memory.err then return nil end -- this user may not ask
-  local used = tonumber(string.match(memory, 'used_memory:(%d+)'))
-  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
-  if most > 0 and used > most * most_memory then return 'memory' end
+  if not has_room(most_memory, 0) then return 'memory' end
 end
 
 if idempotency then

@@ -130,3 +130,39 @@ def test_ours_and_the_frameworks_errors_have_one_shape(client: TestClient) -> No
         assert response.status_code == status
         assert response.json()["error"]["code"] == status
     assert client.get("/echo").headers["Allow"] == "POST"
+
+
+def test_a_body_that_its_route_reads_comes_piece_by_piece_and_has_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "_PIECE_S", 0.2)
+    seen: list[int] = []
+    late: list[bool] = []
+
+    async def route(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (message := await receive())["more_body"]:
+                seen.append(len(message["body"]))
+        except guard.BodyIsLate:
+            late.append(True)
+
+    async def look() -> None:
+        seen.append(0)
+
+    guarded = Guard(route, max_body_bytes=100, before=look, streamed=("/files",))
+    pieces = [{"type": "http.request", "body": b"x" * 90, "more_body": True} for _ in range(5)]
+
+    async def receive() -> Any:
+        return pieces.pop() if pieces else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        raise AssertionError
+
+    async def test() -> None:
+        scope: Any = {"type": "http", "method": "POST", "path": "/files", "headers": []}
+        async with asyncio.timeout(10):
+            await guarded(scope, receive, send)
+
+    asyncio.run(test())
+    assert seen == [90] * 5, "more than one body may have, as they came"
+    assert late == [True]

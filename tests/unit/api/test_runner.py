@@ -15,7 +15,7 @@ import pytest
 import valkey
 from fastapi import FastAPI
 
-from api import runner as runner_module
+from api import claiming
 from api.runner import RESTART, JobRunner
 from pdtasks import background as background_module
 from pdtasks.background import Background
@@ -227,7 +227,7 @@ def test_a_job_that_the_bus_gives_to_a_stopping_runner_is_left_to_others() -> No
 def test_a_handler_that_does_not_end_holds_up_a_stop_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner_module, "_CLEAN_UP_S", 0.1)
+    monkeypatch.setattr(claiming, "_CLEAN_UP_S", 0.1)
     store = MemoryStore(a_job())
 
     async def main() -> None:

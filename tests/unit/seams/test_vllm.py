@@ -21,6 +21,7 @@ from vllm.entrypoints.generate import api_router
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -35,9 +36,9 @@ from vllm.v1.worker import gpu_model_runner, kv_connector_model_runner_mixin
 from vllm.v1.worker.gpu import kv_connector as gpu_kv_connector
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
+from api.asking import ROUTES
 from api.client import PipelineLLM
 from api.core import PipelineCore
-from api.runner import ROUTES
 
 
 def assigned(function: Callable[..., Any]) -> set[str]:
@@ -120,7 +121,11 @@ def test_the_stream_of_text_is_where_we_put_another() -> None:
 
 @pytest.mark.parametrize(
     ("route", "serving"),
-    [("/v1/chat/completions", OpenAIServingChat), ("/v1/completions", OpenAIServingCompletion)],
+    [
+        ("/v1/chat/completions", OpenAIServingChat),
+        ("/v1/completions", OpenAIServingCompletion),
+        ("/v1/responses", OpenAIServingResponses),
+    ],
 )
 def test_jobs_find_vllms_handlers_in_the_apps_state(route: str, serving: type) -> None:
     assert f"state.{ROUTES[route].handler} = " in inspect.getsource(api_router)
