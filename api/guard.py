@@ -1,4 +1,5 @@
-"""What does no route have to think of? Bodies that are too large or no text, and surprises.
+"""What does no route have to think of? Bodies that are too large or no text, parameters that nobody
+would heed, and surprises.
 
 The outermost layer of ours: what is refused here costs no parsing, no rendering and no worker.
 """
@@ -9,7 +10,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -54,15 +55,22 @@ class Guard:
     """Stands before all routes of an app."""
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, before: Callable[[], Awaitable[None]]
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        before: Callable[[], Awaitable[None]],
+        refuse: Callable[[str, Mapping[bytes, bytes], bytes], tuple[str, str] | None] | None = None,
     ) -> None:
         """Args:
         max_body_bytes: larger ones are a 413.
         before: awaited before each request with a body goes on.
+        refuse: which parameter of a path, headers and a body is refused, and why.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._before = before
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,7 +84,7 @@ class Guard:
                 late = error_response(408, f"the body has not come within {_BODY_S:g} s")
                 await late(scope, receive, send)
                 return
-            refused = self._refusal(body)
+            refused = self._refusal(scope, body)
             if refused is not None:
                 await refused(scope, receive, send)
                 return
@@ -121,7 +129,7 @@ class Guard:
             if not message.get("more_body", False):
                 return bytes(body)
 
-    def _refusal(self, body: bytes | None) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, body: bytes | None) -> JSONResponse | None:
         if body is None:
             return error_response(
                 413,
@@ -137,6 +145,11 @@ class Guard:
                 return error_response(
                     400, f"{broken or 'body'}: half of a surrogate pair is no text", broken or None
                 )
+        if self._refuse is not None:
+            refusal = self._refuse(scope["path"], dict(scope["headers"]), body)
+            if refusal is not None:
+                param, message = refusal
+                return error_response(400, message, param)
         return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import uvicorn
@@ -25,6 +25,15 @@ from pdtasks.settings import Settings
 
 router = APIRouter()
 
+#: Routes of vLLM's that are for other parts of a vLLM server, not for who asks it: by one of them
+#: anybody ends anybody's requests whose id he knows.
+_CLOSED: Final = frozenset(
+    (
+        *("/inference/v1/generate", "/inference/v1/abort_requests", "/kv_event_sources"),
+        *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
+    )
+)
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The whole application; its lifespan connects to bus and broker."""
@@ -39,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     from api.admission import Visits
     from api.flags import check_flags, front_end_arguments
     from api.guard import Guard
+    from api.parameters import Parameters
     from pdtasks.engine.arguments import engine_arguments
     from pdtasks.keys import Key, Keys
 
@@ -51,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
 
     app = build_app(arguments, ("generate",), config.model_config)
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _CLOSED]
     app.include_router(router)
     app.include_router(jobs.router)
     errors.install(app)
@@ -66,7 +77,12 @@ def create_app(settings: Settings) -> FastAPI:
     # Behind vLLM's own layers, which know whom they let in.
     app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
     app.user_middleware.append(
-        Middleware(Guard, max_body_bytes=settings.max_body_bytes, before=look_again)
+        Middleware(
+            Guard,
+            max_body_bytes=settings.max_body_bytes,
+            before=look_again,
+            refuse=Parameters(priorities=config.scheduler_config.policy == "priority").refusal,
+        )
     )
     app.user_middleware.append(Middleware(Visits))
     # vLLM has built it already, without what came since.
