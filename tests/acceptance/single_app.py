@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ async def answers(
         clients[name] = httpx.AsyncClient(transport=transport, base_url="http://one", timeout=120)
     found = []
     for name, path, body in requests:
+        begun = time.monotonic()
         response = await clients[name].post(path, json=body)
         found.append((response.status_code, response.text))
+        print(f"{time.monotonic() - begun:.2f} s: request {len(found)}", flush=True)  # noqa: T201
     for client in clients.values():
         await client.aclose()
     if engine is not None:
@@ -63,7 +66,7 @@ async def answers(
 
 if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1")
-    os.environ.update(VLLM_CPU_OMP_THREADS_BIND="0", HF_HUB_OFFLINE="1")
+    os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     case = json.load(sys.stdin)
     found = asyncio.run(answers(case["flags"], case["reasoning"], case["requests"]))
     Path(sys.argv[1]).write_text(json.dumps(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,11 @@ import pytest
 from tests.acceptance.parameter_cases import CASES, FLAGS, REASONING, Case
 from tests.acceptance.running_stack import MODEL, Stack, free_ports
 from tests.waiting import wait_until
+
+BUDGETS = ("a budget", "a budget that is spent")
+
+# The first test waits for all answers.
+pytestmark = pytest.mark.timeout(600)
 
 #: Names, times and counts of a process's own; all else of an answer has to be equal.
 _OWN = {
@@ -99,8 +103,6 @@ def answers(
             response = client.post(url + case.path, json=case.body(MODEL))
             ours[name] = (response.status_code, response.text)
     reference = single_app()
-    if os.environ.get("DUMP"):
-        Path(os.environ["DUMP"]).write_text(json.dumps([ours, reference]))
     return {name: (ours[name], reference[name]) for name in CASES}
 
 
@@ -113,6 +115,14 @@ def test_the_answer_is_that_of_a_single_engine(
 
     assert status == reference_status == case.status, text
     assert said(case, text) == said(case, reference)
+
+
+def test_a_budget_is_kept_across_the_hand_over(
+    answers: dict[str, tuple[tuple[int, str], tuple[int, str]]],
+) -> None:
+    texts = [json.loads(answers[name][0][1])["choices"][0]["text"] for name in BUDGETS]
+
+    assert all(" done." in text for text in texts), texts
 
 
 @pytest.mark.parametrize(
