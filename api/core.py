@@ -33,7 +33,9 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from api.admission import Admission
 from api.attempts import Attempts
+from api.line import Flow, Line
 from api.reports import Reports
+from api.service_class import service_class
 from api.usage import Usage
 from api.workers import Workers
 from pdtasks.background import Background
@@ -55,13 +57,15 @@ from pdtasks.errors import (
     where,
 )
 from pdtasks.keys import asker_name
-from pdtasks.messages import Ask, PrefillJob, StepReply, is_name
+from pdtasks.messages import Ask, PrefillJob, Sibling, StepReply, is_name
 from pdtasks.naming import STAGES
 from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+#: Answers to one prompt that one message asks for: a worker computes it once for them.
+_MOST_SIBLINGS = 64
 #: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
 _MAX_ID_BYTES = 200
 #: Seconds without a further try after RabbitMQ could not be reached.
@@ -146,6 +150,31 @@ class _Open:
         return len(self.request.prompt_token_ids or ()) + len(self.token_ids)
 
 
+class _Family:
+    """Requests that one message carries: one, or several answers to the same prompt."""
+
+    def __init__(self, request: EngineCoreRequest, flow: Flow, submitted_at: float) -> None:
+        self.requests = [request]
+        self.flow = flow
+        self.submitted_at = submitted_at  # UNIX seconds
+
+    @property
+    def request_ids(self) -> list[str]:
+        return [request.request_id for request in self.requests]
+
+    def takes(self, request: EngineCoreRequest) -> bool:
+        """Is `request` one more of those that vLLM makes of one with n > 1?
+
+        They are copies of it, but for id and seed.
+        """
+        first = self.requests[0]
+        return (
+            len(self.requests) < _MOST_SIBLINGS
+            and request.prompt_token_ids is first.prompt_token_ids
+            and request.external_req_id == first.external_req_id
+        )
+
+
 class PipelineCore(EngineCoreClient):
     """An engine core that is a pipeline of Celery tasks. Lives in one event loop."""
 
@@ -182,11 +211,13 @@ class PipelineCore(EngineCoreClient):
         self._bus = connect_async(settings)
         self.usage = Usage(self._bus)
         self.workers = Workers(self._bus, settings.model_name)
+        self._line = Line(self.workers.room)
         self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
         self.background = Background()
         self._publisher: SendsJobs = publisher or Publisher(self.background)
         self._broker_away_until = 0.0  # monotonic
         self._publications: set[asyncio.Task[None]] = set()
+        self._family: _Family | None = None  # the last one, until it is published
         self._aborter: TellsAborts = aborter or Aborter(self.background)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -256,41 +287,56 @@ class PipelineCore(EngineCoreClient):
         self._open[request.request_id] = _Open(request, deadline, watch, owner=owner)
         self._admission.enter(request.request_id)
         self.reports.expect(request)
-        try:
-            job = PrefillJob(
-                request_id=request.request_id,
-                engine=ENGINE_VERSION,
-                model=self._settings.model_name,
-                request=encode_request(request),
-                submitted_at=now,
-                deadline=deadline,
-                tells_start=watch is not None,
-            )
-        except InvalidRequest as exc:
-            # Not raised: vLLM would forget that it knows the request already.
-            self._in_background(self._give_up(request.request_id, exc))
+        if self._family is not None and self._family.takes(request):
+            self._family.requests.append(request)
         else:
-            self._in_background(self._publish(job))
+            self._family = _Family(request, Flow(service_class(), owner), now)
+            self._in_background(self._line_up(self._family))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         publishing = asyncio.create_task(work)
         self._publications.add(publishing)
         publishing.add_done_callback(self._publications.discard)
 
+    async def _line_up(self, family: _Family) -> None:
+        """Have `family` published when it is its turn."""
+        # By now it is complete: this is another turn of the loop.
+        if self._family is family:
+            self._family = None
+        first = family.requests[0]
+        entry = self._open.get(first.request_id)
+        if entry is None:
+            return
+        try:
+            job = self._job_of(family, entry)
+        except InvalidRequest as exc:
+            await self._give_up_all(family.request_ids, exc)
+            return
+        self._line.enter(
+            family.flow,
+            job.request_ids,
+            len(first.prompt_token_ids or ()),
+            lambda: self._in_background(self._publish(job)),
+        )
+
     async def _publish(self, job: PrefillJob) -> None:
         try:
-            _require_usable_id(job.request_id)
-        except InvalidRequest as exc:
-            await self._give_up(job.request_id, exc)
-            return
-        if time.monotonic() < self._broker_away_until:
-            # At once, not each after its own wait.
-            error: PdtasksError = BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
-            await self._give_up(job.request_id, error)
-            return
+            await self._send(job)
+        except PdtasksError as exc:
+            await self._give_up_all(job.request_ids, exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
+            logger.error("could not publish %s: %s", job.request_id, where(exc))  # noqa: TRY400
+            error = PdtasksError(f"the request was not published: {type(exc).__name__}")
+            await self._give_up_all(job.request_ids, error)
+
+    async def _send(self, job: PrefillJob) -> None:
+        """Returns when RabbitMQ has it, or nobody wants it. Raises PdtasksError."""
         entry = self._open.get(job.request_id)
         if entry is None:
             return
+        if time.monotonic() < self._broker_away_until:
+            # At once, not each after its own wait.
+            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
         try:
             entry.sent = self._publisher.send(job, self._stream.name)
             async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
@@ -299,19 +345,36 @@ class PipelineCore(EngineCoreClient):
             if job.request_id in self._open:
                 raise
             # Nobody wants it any more.
-        except (BrokerUnavailable, TimeoutError) as exc:
+        except BrokerUnavailable:
             self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
-            if isinstance(exc, BrokerUnavailable):
-                error = exc
-            else:
-                error = BrokerUnavailable("RabbitMQ did not confirm the request in time")
-            await self._give_up(job.request_id, error)
-        except PdtasksError as exc:
-            await self._give_up(job.request_id, exc)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
-            logger.error("could not publish %s: %s", job.request_id, where(exc))  # noqa: TRY400
-            error = PdtasksError(f"the request was not published: {type(exc).__name__}")
-            await self._give_up(job.request_id, error)
+            raise
+        except TimeoutError:
+            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
+            raise BrokerUnavailable("RabbitMQ did not confirm the request in time") from None
+
+    def _job_of(self, family: _Family, entry: _Open) -> PrefillJob:
+        """Raises InvalidRequest."""
+        first, *others = family.requests
+        for request_id in family.request_ids:
+            _require_usable_id(request_id)
+        return PrefillJob(
+            request_id=first.request_id,
+            engine=ENGINE_VERSION,
+            model=self._settings.model_name,
+            request=encode_request(first),
+            submitted_at=family.submitted_at,
+            deadline=entry.deadline,
+            tells_start=entry.stage_watch is not None,
+            siblings=tuple(
+                Sibling(request_id=one.request_id, seed=one.sampling_params.seed)
+                for one in others
+                if one.sampling_params is not None
+            ),
+        )
+
+    async def _give_up_all(self, request_ids: Sequence[str], error: PdtasksError) -> None:
+        for request_id in request_ids:
+            await self._give_up(request_id, error)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget `request_ids` and have the workers drop them."""
@@ -448,11 +511,14 @@ class PipelineCore(EngineCoreClient):
                 )
         entry.token_ids.extend(output.new_token_ids)
         entry.stage_waited_for = STAGES[1]
+        self._line.has_first_token(output.request_id)
         if len(entry.token_ids) > 1 or output.finish_reason is not None:
             self._admission.begin(output.request_id)
+            self._line.has_second_token(output.request_id)
         if output.finish_reason is not None:
             self.usage.charge(entry.owner, entry.num_tokens)
             del self._open[output.request_id]
+            self._line.leave(output.request_id)
         return True
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
@@ -464,6 +530,7 @@ class PipelineCore(EngineCoreClient):
         """False when nobody waits for it anyhow."""
         entry = self._open.pop(request_id, None)
         self._admission.leave(request_id)
+        self._line.leave(request_id)
         if entry is not None and entry.token_ids:
             self.usage.charge(entry.owner, entry.num_tokens)
         if entry is not None and entry.sent is not None:
@@ -481,6 +548,7 @@ class PipelineCore(EngineCoreClient):
                 # Deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
                 self.workers.unknown()
+            self._line.move()  # there may be more workers
 
     async def _watch_deadlines(self) -> None:
         """Nothing waits for ever: not beyond its deadline, not for a stage without workers.

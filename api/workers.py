@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import valkey.asyncio
 
+from api.line import Room
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.engine.arguments import ENGINE_VERSION
@@ -58,6 +59,15 @@ class Workers:
                 f"no {stage} worker is alive that serves {self._model}: start "
                 f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
             )
+
+    def room(self) -> Room:
+        """What those that take jobs have room for."""
+        prefill, decode = ([w for w in self._of(s) if w.state == "ready"] for s in STAGES)
+        return Room(
+            prefill_workers=len(prefill),
+            step_tokens=min((w.step_tokens for w in prefill), default=0),
+            decode_slots=sum(w.slots for w in decode),
+        )
 
     def missing_s(self, stage: str) -> float:
         """Seconds for which `stage` has had no worker in any state."""

@@ -70,6 +70,13 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_seconds: Number = 0.0  #: the hand-over's part, overlapping with compute
 
 
+class Sibling(msgspec.Struct, frozen=True, kw_only=True):
+    """A further answer to the prompt of a `PrefillJob`, with all its parameters but these."""
+
+    request_id: Name
+    seed: int | None
+
+
 class PrefillJob(Message, frozen=True, kw_only=True):
     """A request on its way to stage 1: from the API as `request`, or as `text`."""
 
@@ -81,6 +88,12 @@ class PrefillJob(Message, frozen=True, kw_only=True):
     submitted_at: UnixTime  #: UNIX seconds
     deadline: UnixTime  #: UNIX seconds
     tells_start: bool = False  #: the asker wants to know who begins a stage, and when
+    siblings: tuple[Sibling, ...] = ()
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Its own, and its siblings'."""
+        return (self.request_id, *(sibling.request_id for sibling in self.siblings))
 
 
 class DecodeJob(Message, frozen=True, kw_only=True):
@@ -100,6 +113,20 @@ class DecodeJob(Message, frozen=True, kw_only=True):
     deadline: UnixTime
     tells_start: bool = False
     handed_on: Count = 0  #: times that a worker of this stage has begun it and left it to another
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    request_id: Name
+    siblings: tuple[Sibling, ...] = ()
+
+
+def asked_in(wire: Any) -> tuple[str, ...]:
+    """The requests of a job of either stage; none in what is no job."""
+    try:
+        job = msgspec.msgpack.decode(wire, type=_Asked)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError):
+        return ()
+    return (job.request_id, *(sibling.request_id for sibling in job.siblings))
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +197,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     kv_usage: Number = 0.0  #: share of the engine's KV blocks that requests hold, 0 to 1
     model: str = ""
     max_model_len: Count = 0
+    step_tokens: Count = 0  #: most that its engine computes at once
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
     place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)

@@ -171,8 +171,10 @@ def next_stage(
     connections wait for RabbitMQ's confirm without a bound.
     """
     *rest, step = chain
+    # Named there is the first of several answers to one prompt: each goes on as itself.
+    options = step["options"] | {"task_id": job.request_id}
     return _task_message(
-        step["task"], job, chain=rest, parent_id=parent_id, root_id=root_id, **step["options"]
+        step["task"], job, chain=rest, parent_id=parent_id, root_id=root_id, **options
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from pdtasks.app import app
@@ -22,8 +23,8 @@ from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.handover import make_prefill, may_go_on
 from pdtasks.engine.text import TextFrontend
-from pdtasks.engine.wire import encode_request
-from pdtasks.errors import InvalidRequest, RequestAborted
+from pdtasks.engine.wire import encode_request, sibling_of
+from pdtasks.errors import EngineFailed, InvalidRequest, PdtasksError, RequestAborted, where
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
@@ -48,17 +49,51 @@ def prefill(self: StageTask, wire: bytes) -> None:
     hand_over = partial(
         next_stage, chain=request.chain, parent_id=request.id, root_id=request.root_id
     )
-    stage = _Prefill(here, job, self.reply_stream, hand_over, is_again=self.is_again)
+    begin = partial(
+        _Prefill, here, reply_to=self.reply_stream, next_stage=hand_over, is_again=self.is_again
+    )
     answer = None
     try:
-        answer = here.stages.run(request.id, stage.run, job.deadline, stage.attempt)
+        if job.siblings:
+            here.stages.run(request.id, partial(_run_family, job, begin), job.deadline)
+        else:
+            stage = begin(job)
+            answer = here.stages.run(request.id, stage.run, job.deadline, stage.attempt)
     except InvalidRequest as exc:
         # Not raised: the text of a task's exception goes into events and logs, and this one may
         # quote the request.
-        self.refuse(job.request_id, exc)
+        self.refuse(job.request_ids, exc)
     except RequestAborted:
         self.end_aborted()
     self.end_chain(answer)
+
+
+async def _run_family(job: PrefillJob, begin: Callable[[PrefillJob], _Prefill]) -> None:
+    """Answer `job` and its siblings, each in a stage of its own: what ends one ends no other.
+
+    The engine computes their prompt once, for it finds the first one's blocks in its cache, and
+    draws a first token for each.
+    """
+    stages = [begin(one) for one in _apart(job)]
+    ends = await asyncio.gather(*(stage.run() for stage in stages), return_exceptions=True)
+    for stage, error in zip(stages, ends, strict=True):
+        if isinstance(error, PdtasksError):
+            if not isinstance(error, RequestAborted):
+                stage.fail(error)
+        elif isinstance(error, Exception):
+            logger.error("%s failed: %s", stage.job.request_id, where(error))
+            stage.fail(EngineFailed(f"the stage failed: {type(error).__name__}"))
+
+
+def _apart(job: PrefillJob) -> list[PrefillJob]:
+    """A job for each answer. On the engine's loop, as all that reads requests."""
+    if job.request is None:
+        raise InvalidRequest("only a request that is tokenised has siblings")
+    found = [msgspec.structs.replace(job, siblings=())]
+    for one in job.siblings:
+        wire = sibling_of(job.request, one.request_id, one.seed)
+        found.append(msgspec.structs.replace(found[0], request_id=one.request_id, request=wire))
+    return found
 
 
 class _Prefill(Stage[PrefillJob]):

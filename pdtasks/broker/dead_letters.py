@@ -126,6 +126,8 @@ class DeadLetter:
         """What it was to do, without its prompt. Raises InvalidRequest as `job` does."""
         job = self.job()
         found: dict[str, Any] = {"request": job.request_id, "model": job.model}
+        if isinstance(job, PrefillJob) and job.siblings:
+            found["answers"] = len(job.request_ids)
         if isinstance(job, DecodeJob):
             found["tokens of the answer"] = len(job.output_token_ids)
         prompt, sampling = self._asked(job)

@@ -50,6 +50,15 @@ def decode_request(wire: bytes) -> EngineCoreRequest:
         raise InvalidRequest(f"the request cannot be read ({type(exc).__name__})") from None
 
 
+def sibling_of(wire: bytes, request_id: str, seed: int | None) -> bytes:
+    """The request `wire` with another id and seed. Raises InvalidRequest."""
+    request = decode_request(wire)
+    request.request_id = request_id
+    if request.sampling_params is not None:
+        request.sampling_params.seed = seed
+    return encode_request(request)
+
+
 def decode_outputs(wire: bytes) -> EngineCoreOutputs:
     """What an engine made in one step. Raises IncompatibleWorker."""
     try:

@@ -45,6 +45,7 @@ class Figures:
     held: int = 0  #: requests that anything is kept of
     kv_usage: float = 0.0  #: share of the engine's KV blocks in use, 0 to 1
     max_model_len: int = 0  #: tokens
+    step_tokens: int = 0  #: that the engine computes at once, at most
 
 
 NOTHING: Final = Figures()
@@ -156,6 +157,7 @@ class Presence:
             kv_usage=figures.kv_usage,
             model=self._settings.model_name,
             max_model_len=figures.max_model_len,
+            step_tokens=figures.step_tokens,
             engine=ENGINE_VERSION,
             since=self._since,
             place=self._place,

@@ -13,6 +13,7 @@ from celery.worker.state import task_ready
 
 from pdtasks import naming
 from pdtasks.errors import RequestAborted
+from pdtasks.messages import asked_in
 from pdtasks.worker import service
 from pdtasks.worker.task import wants_result
 
@@ -34,10 +35,15 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
         """What `celery inspect` and Flower may know: never the arguments."""
         return super().info(safe=True)  # type: ignore[no-any-return]
 
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        """The requests that it is for."""
+        return asked_in(self.args[0]) or (naming.request_id_of(self.id),)
+
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """`revoke(terminate=True)`; the stock one cannot on the threads pool."""
         here = service.current()
-        here.abort_soon([naming.request_id_of(self.id)])
+        here.abort_soon(self._asked)
         self._announce_revoked("terminated", True, "abort", False)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
@@ -57,11 +63,12 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
             signum=signum,
             expired=expired,
         )
-        here, request_id = service.current(), naming.request_id_of(self.id)
+        here = service.current()
         if self.store_errors or wants_result(self._context.chain):
-            here.results.revoke(request_id)
-        here.fail(self.reply_to, request_id, RequestAborted("the request was revoked"))
-        here.discard(request_id)
+            here.results.revoke(naming.request_id_of(self.id))
+        for request_id in self._asked:
+            here.fail(self.reply_to, request_id, RequestAborted("the request was revoked"))
+            here.discard(request_id)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Cold shutdown: the process ends, RabbitMQ gives the job to another worker.

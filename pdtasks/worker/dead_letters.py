@@ -17,6 +17,7 @@ from celery.worker.consumer import Consumer
 from pdtasks import naming
 from pdtasks.broker.dead_letters import keep, kept_queue, last_death
 from pdtasks.errors import WorkerLost, where
+from pdtasks.messages import asked_in
 from pdtasks.settings import load_settings
 from pdtasks.worker import service
 from pdtasks.worker.intake import TASKS, read_address, why_refused
@@ -108,10 +109,13 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
         error = WorkerLost(f"{what} {_why_dead(message)}")
         logger.error("gave up %s: %s", request_id, error)
         here = service.current()
-        here.fail(message.properties.get("reply_to"), request_id, error)
-        here.discard(request_id)
+        is_readable = why_refused(message) is None
+        asked = asked_in(_job_in(message)) if is_readable else ()
+        for one in asked or (request_id,):
+            here.fail(message.properties.get("reply_to"), one, error)
+            here.discard(one)
         is_last = address.id == request_id and not address.ignore_result
-        if is_last or (why_refused(message) is None and wants_result(_rest_of_chain(message))):
+        if is_last or (is_readable and wants_result(_rest_of_chain(message))):
             return request_id, error
         return None
 
@@ -121,6 +125,11 @@ def _why_dead(message: kombu.Message) -> str:
         return "was refused by a worker that cannot read it"
     limit = load_settings().delivery_limit
     return f"was given up: {limit + 1} deliveries ended with the loss of the worker"
+
+
+def _job_in(message: kombu.Message) -> object:
+    (wire,), _, _ = message.payload
+    return wire
 
 
 def _rest_of_chain(message: kombu.Message) -> list[dict[str, Any]] | None:

@@ -148,6 +148,7 @@ class Worker:
             held=max(held, len(self.stages), len(self.answers), 0),
             kv_usage=engine.kv_usage,
             max_model_len=engine.config.model_config.max_model_len,
+            step_tokens=engine.config.scheduler_config.max_num_batched_tokens,
         )
 
     def _watch(self) -> None:

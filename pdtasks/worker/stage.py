@@ -11,7 +11,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.wire import decode_request, require_runnable
-from pdtasks.errors import RequestAborted
+from pdtasks.errors import PdtasksError, RequestAborted
 from pdtasks.messages import Answer, Ask, DecodeJob, PrefillJob, StageReport
 from pdtasks.worker import service
 
@@ -105,6 +105,11 @@ class Stage(ABC, Generic[J]):
             return Verdict()
         stopped = output.finish_reason == FinishReason.STOP
         return Verdict(self.detokeniser.update(output.new_token_ids, stopped))
+
+    def fail(self, error: PdtasksError) -> None:
+        """Tell the asker that there will be no answer, for a task that goes on with others."""
+        error.attempt = self.attempt
+        self.here.answers.fail(self.reply_to, self.job.request_id, error)
 
     @abstractmethod
     def reports(self) -> tuple[StageReport, ...]:

@@ -6,6 +6,7 @@ result that a Celery client waits for although prefill itself stores none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from pdtasks.errors import (
     RequestAborted,
     RequestTimeout,
 )
-from pdtasks.messages import Answer
+from pdtasks.messages import Answer, asked_in
 from pdtasks.naming import request_id_of
 from pdtasks.worker import service
 
@@ -74,13 +75,14 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
                 answer.request_id, msgspec.to_builtins(answer), states.SUCCESS
             )
 
-    def refuse(self, request_id: str, error: PdtasksError) -> None:
+    def refuse(self, request_ids: Sequence[str], error: PdtasksError) -> None:
         """Tell whoever asked that there will be no answer; the chain ends with this task."""
         here = service.current()
-        here.fail(self.reply_stream, request_id, error)
+        for request_id in request_ids:
+            here.fail(self.reply_stream, request_id, error)
         here.wait_for_replies()
         if wants_result(self.request.chain):
-            self.backend.store_result(request_id, error, states.FAILURE)
+            self.backend.store_result(request_ids[0], error, states.FAILURE)
         self.request.chain = None
 
     def on_failure(
@@ -88,4 +90,4 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     ) -> None:
         """Tell whoever asked. Called by Celery in the task's thread, after the task failed."""
         error = exc if isinstance(exc, PdtasksError) else EngineFailed(type(exc).__name__)
-        self.refuse(request_id_of(task_id), error)
+        self.refuse(asked_in(args[0]) or (request_id_of(task_id),), error)

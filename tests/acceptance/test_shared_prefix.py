@@ -8,7 +8,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from tests.acceptance.running_stack import Stack, answers_by, ask
+from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask
 
 PREFIX = "Tell me about the moon and its phases. " * 40
 BLOCK = 128  # tokens, vLLM's default on a CPU
@@ -46,6 +46,32 @@ def test_a_second_prompt_loads_the_common_prefix_on_any_worker(
         assert _cached_tokens(body) == whole_blocks * BLOCK
         assert body["choices"][0]["message"] == first["choices"][0]["message"]
         assert body["stages"]["decode"]["kv_blocks_recomputed"] == 0
+
+
+def test_eight_answers_to_a_prompt_cost_one_prefill(
+    stack: Stack, client: httpx.Client, second_worker: int
+) -> None:
+    wanted = {"n": 8, "temperature": 1.0, "seed": 5, "max_tokens": 4}
+    prompt = "Eight. " + PREFIX
+
+    def asked(name: str, **fields: Any) -> tuple[list[str], list[dict[str, Any]], int]:
+        body = {"model": MODEL, "prompt": prompt} | wanted | fields
+        answer = client.post("/v1/completions", json=body, headers={"X-Request-Id": name}).json()
+        report = client.get(f"/pdtasks/requests/cmpl-{name}").json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        return texts, report["sequences"], answer["usage"]["prompt_tokens"]
+
+    texts, sequences, num_prompt = asked("eight")
+
+    # Then one of the two workers has computed it, and for the others what is behind whole blocks
+    prefills = [sequence["prefill"] for sequence in sequences]
+    assert len(prefills) == 8
+    assert len({report["worker"] for report in prefills}) == 1
+    computed = sorted(num_prompt - report["cached_tokens"] for report in prefills)
+    assert computed == [num_prompt % BLOCK] * 7 + [num_prompt]
+    assert sum(sequence["decode"]["kv_blocks_recomputed"] for sequence in sequences) == 0
+    # And each has its own first token, as if it had been asked for alone
+    assert texts == [asked(f"alone-{n}", n=1, seed=5 + n)[0][0] for n in range(8)]
 
 
 def test_another_salt_shares_nothing(

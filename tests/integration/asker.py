@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
-from pdtasks.messages import Failure, PrefillJob, StepReply, read_message
+from pdtasks.messages import Failure, PrefillJob, Sibling, StepReply, read_message
 from pdtasks.pipeline import Publisher
 
 
@@ -49,7 +49,7 @@ class Asker:
         self._publisher = publisher or Publisher()
 
     def ask(self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any) -> None:
-        """Publish a request."""
+        """Publish a request; `siblings`: ids of further answers to its prompt."""
         self._publisher.publish(self._job(request_id, timeout_s, request), self.stream)
 
     def send(
@@ -61,6 +61,9 @@ class Asker:
     @staticmethod
     def _job(request_id: str, timeout_s: float, request: dict[str, Any]) -> PrefillJob:
         now = time.time()
+        siblings = tuple(
+            Sibling(request_id=sibling, seed=None) for sibling in request.pop("siblings", ())
+        )
         return PrefillJob(
             request_id=request_id,
             engine=ENGINE_VERSION,
@@ -68,6 +71,7 @@ class Asker:
             request=encode_request(engine_request(request_id, **request)),
             submitted_at=now,
             deadline=now + timeout_s,
+            siblings=siblings,
         )
 
     def messages(self) -> list[StepReply]:

@@ -137,6 +137,20 @@ def aborter(our_app: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def abort(our_app: Any) -> Callable[[str], None]:
+    """Aborts a request and waits until every worker has heard of it."""
+
+    def tell(request_id: str) -> None:
+        replies = our_app.control.broadcast(
+            "pdtasks_abort", arguments={"request_ids": [request_id]}, reply=True, timeout=1.0
+        )
+        assert replies
+        assert all("ok" in answer for reply in replies for answer in reply.values())
+
+    return tell
+
+
+@pytest.fixture
 def channel(services: Services) -> Iterator[Any]:
     """A channel to RabbitMQ beside the product's."""
     with kombu.Connection(services.rabbit.operator_url) as connection:

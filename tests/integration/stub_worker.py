@@ -179,6 +179,7 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
             model_config=SimpleNamespace(
                 max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY
             ),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )

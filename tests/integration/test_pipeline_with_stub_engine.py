@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -19,6 +18,7 @@ from pdtasks.messages import DecodeJob, read_message
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker, engine_request
 from tests.integration.conftest import Services, StartWorker, cut_connections
+from tests.integration.leftovers import wait_until_nothing_is_left
 from tests.waiting import wait_until
 
 ANSWER = [100, 101, 102, 103]
@@ -27,22 +27,6 @@ ANSWER = [100, 101, 102, 103]
 def is_idle(services: Services) -> bool:
     """Nobody works on anything. (Workers say so every second or two.)"""
     return all(w.active == 0 for w in read_workers(services.bus))
-
-
-def wait_until_nothing_is_left(services: Services, *but: str) -> None:
-    """No request has left anything on the bus or in the kv server."""
-
-    def left() -> set[str]:
-        keys = {
-            key.decode() for server in (services.bus, services.kv) for key in server.scan_iter()
-        }
-        return {k for k in keys - set(but) if not k.startswith("pd:worker:")}
-
-    with suppress(AssertionError):
-        wait_until(lambda: not left(), 5)
-    assert left() == set()
-    # nor in a worker
-    wait_until(lambda: all(w.held == 0 for w in read_workers(services.bus)), 10)
 
 
 # -- the journey -------------------------------------------------------------------------------
@@ -193,20 +177,6 @@ def test_a_result_lives_as_long_as_configured(
 
 
 # -- nobody wants it any more ------------------------------------------------------------------
-
-
-@pytest.fixture
-def abort(our_app: Any) -> Callable[[str], None]:
-    """Aborts a request and waits until every worker has heard of it."""
-
-    def tell(request_id: str) -> None:
-        replies = our_app.control.broadcast(
-            "pdtasks_abort", arguments={"request_ids": [request_id]}, reply=True, timeout=1.0
-        )
-        assert replies
-        assert all("ok" in answer for reply in replies for answer in reply.values())
-
-    return tell
 
 
 def test_an_abort_that_overtakes_its_request_is_remembered(

@@ -12,7 +12,7 @@ from celery.exceptions import TaskRevokedError
 
 from pdtasks.pipeline import submit
 from tests.integration.conftest import Services, StartWorker
-from tests.integration.test_pipeline_with_stub_engine import wait_until_nothing_is_left
+from tests.integration.leftovers import wait_until_nothing_is_left
 from tests.waiting import wait_until
 
 

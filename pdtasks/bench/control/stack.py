@@ -161,7 +161,7 @@ class ControlStack:
             )
             for stage in STAGES
         ]
-        _start(workers, ends)
+        start_workers(workers, ends)
         with valkey.Valkey.from_url(self._services.bus.url) as bus:
 
             def are_ready() -> bool:
@@ -183,7 +183,7 @@ class ControlStack:
             argv = ["-m", "celery", "-A", celery_app.__name__, "worker", "-P", "threads"]
             argv += ["-c", str(self._threads), "-Q", queue, "-n", f"{queue}@%h"]
             workers.append(self._process(queue, argv, env))
-        _start(workers, ends)
+        start_workers(workers, ends)
         # (Requests wait in the queues until the workers are there.)
         return Side("celery_chain", self._client(ends, "celery_client", env), workers)
 
@@ -228,7 +228,9 @@ def _own_vhost(broker: RabbitNode) -> str:
     return f"{url.scheme}://{url.netloc}/{_VHOST}"
 
 
-def _start(workers: Sequence[Process], ends: ExitStack) -> None:
+def start_workers(workers: Sequence[Process], ends: ExitStack) -> None:
+    """Start `workers`; they are stopped, together, when `ends` ends."""
+
     def stop() -> None:
         for worker in workers:
             worker.request_stop()

@@ -61,7 +61,7 @@ class InstantCore:
             if left <= 1:
                 del self._running[request_id]
                 output.finish_reason = FinishReason.LENGTH
-                self._transfer(request, output, records)
+                note_transfer(request, output, records)
             else:
                 self._running[request_id] = request, left - 1
             outputs.append(output)
@@ -78,31 +78,32 @@ class InstantCore:
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to do."""
 
-    @staticmethod
-    def _transfer(
-        request: EngineCoreRequest, output: EngineCoreOutput, records: list[dict[str, Any]]
-    ) -> None:
-        wants = _ours(request)
-        op = "save" if "save" in wants else "load"
-        num_tokens = len(request.prompt_token_ids or ())
-        num_blocks = -(-num_tokens // _BLOCK_SIZE)
-        if op == "save":
-            full = num_tokens // _BLOCK_SIZE
-            handle = KVHandle(
-                fingerprint="stub",
-                transfer_id=wants["save"],
-                num_tokens=num_tokens,
-                block_size=_BLOCK_SIZE,
-                hashes=tuple(index.to_bytes(32) for index in range(full)),
-                expires_at=time.time() + 600,
-                ring="stub",
-                numbers=((0, num_blocks),),
-            )
-            output.kv_transfer_params = kv_params.saved(handle.to_wire())
-        record = TransferRecord(
-            request_id=request.request_id, op=op, rank=0, world=1, blocks=num_blocks, bytes=0
+
+def note_transfer(
+    request: EngineCoreRequest, output: EngineCoreOutput, records: list[dict[str, Any]]
+) -> None:
+    """Say what an engine with a ring says when `request` ends with `output`: all KV was moved."""
+    wants = _ours(request)
+    op = "save" if "save" in wants else "load"
+    num_tokens = len(request.prompt_token_ids or ())
+    num_blocks = -(-num_tokens // _BLOCK_SIZE)
+    if op == "save":
+        full = num_tokens // _BLOCK_SIZE
+        handle = KVHandle(
+            fingerprint="stub",
+            transfer_id=wants["save"],
+            num_tokens=num_tokens,
+            block_size=_BLOCK_SIZE,
+            hashes=tuple(index.to_bytes(32) for index in range(full)),
+            expires_at=time.time() + 600,
+            ring="stub",
+            numbers=((0, num_blocks),),
         )
-        records.append(vars(record))
+        output.kv_transfer_params = kv_params.saved(handle.to_wire())
+    record = TransferRecord(
+        request_id=request.request_id, op=op, rank=0, world=1, blocks=num_blocks, bytes=0
+    )
+    records.append(vars(record))
 
 
 async def start_stub(
@@ -113,6 +114,7 @@ async def start_stub(
         model_config=SimpleNamespace(
             max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _MAX_MODEL_LEN
         ),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
         cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )

@@ -22,6 +22,7 @@ from pdtasks.errors import (
 from pdtasks.messages import PrefillJob, StepReply, WorkerStatus
 from pdtasks.settings import Settings
 from tests.unit.factories import a_reply, a_request
+from tests.waiting import until
 
 READY = [
     WorkerStatus(
@@ -156,7 +157,16 @@ class Bench:
     async def ask(self, *request_ids: str) -> None:
         for request_id in request_ids or ("r",):
             await self.core.add_request_async(a_request(request_id))
-        await asyncio.gather(*self.core._publications)
+        await self.published()
+
+    async def published(self) -> None:
+        """All that could be published is, or has failed."""
+        while self.core._publications:
+            await asyncio.gather(*self.core._publications)
+
+    async def sent(self, count: int) -> None:
+        """So many wait for a broker that hangs."""
+        await until(lambda: len(self.broker.unsent) == count)
 
     async def take(self, *outputs: Any, **fields: Any) -> None:
         await self.core._take(a_reply(*outputs, **fields))

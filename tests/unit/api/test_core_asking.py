@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from copy import copy
 
 import pytest
-from vllm.v1.engine import FinishReason
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest, FinishReason
 
 from api import core
 from pdtasks.engine.arguments import ENGINE_VERSION
@@ -106,26 +108,81 @@ def test_a_burst_is_not_published_one_by_one() -> None:
         bench.broker.hangs = True
         for n in range(50):
             await bench.core.add_request_async(a_request(f"r{n}"))
-        await asyncio.sleep(0)
+        await bench.sent(50)
 
         assert len(bench.broker.unsent) == 50
         for sent in bench.broker.unsent:
             sent.set_result(None)
-        await asyncio.gather(*bench.core._publications)
+        await bench.published()
 
     with_bench(test, leaves=tuple(f"r{n}" for n in range(50)))
+
+
+def siblings(n: int, name: str = "r") -> list[EngineCoreRequest]:
+    """What vLLM makes of one request with `n` and a seed."""
+    parent = a_request(name)
+    found = [copy(parent) for _ in range(n)]
+    for number, child in enumerate(found):
+        child.request_id = f"{number}_{name}"
+        child.sampling_params = SamplingParams(max_tokens=20, seed=7 + number)
+    return found
+
+
+def test_answers_to_one_prompt_are_asked_for_with_one_message() -> None:
+    async def test(bench: Bench) -> None:
+        for request in [*siblings(3), a_request("other"), *siblings(2, "s")]:
+            await bench.core.add_request_async(request)
+        await bench.published()
+
+        told = [job.request_ids for job in bench.broker.published]
+        assert told == [("0_r", "1_r", "2_r"), ("other",), ("0_s", "1_s")]
+        assert [one.seed for one in bench.broker.published[0].siblings] == [8, 9]
+
+        # And each is answered, or ends, by itself
+        await bench.take((0, an_output([7], "1_r", FinishReason.STOP)))
+        assert bench.answer() == [("1_r", [7], FinishReason.STOP)]
+        await bench.core.abort_requests_async(["0_r", "2_r"])
+        assert sorted(bench.aborted) == ["0_r", "2_r"]
+
+    with_bench(test, leaves=("other", "0_s", "1_s"))
+
+
+def test_very_many_answers_to_one_prompt_are_several_messages() -> None:
+    async def test(bench: Bench) -> None:
+        for request in siblings(core._MOST_SIBLINGS + 3):
+            await bench.core.add_request_async(request)
+        await bench.published()
+
+        told = [len(job.request_ids) for job in bench.broker.published]
+        assert told == [core._MOST_SIBLINGS, 3]
+        await bench.core.abort_requests_async(list(bench.core._open))
+
+    with_bench(test)
+
+
+def test_a_broker_that_is_away_fails_all_answers_to_a_prompt() -> None:
+    async def test(bench: Bench) -> None:
+        bench.broker.away = True
+        for request in siblings(3):
+            await bench.core.add_request_async(request)
+        await bench.published()
+
+        assert {type(error) for error in bench.failed.values()} == {BrokerUnavailable}
+        assert len(bench.failed) == 3
+
+    with_bench(test)
 
 
 def test_a_request_that_is_hung_up_before_it_was_sent_is_not_sent() -> None:
     async def test(bench: Bench) -> None:
         bench.broker.hangs = True
         await bench.core.add_request_async(a_request("r"))
-        await asyncio.sleep(0)
+        await bench.sent(1)
 
         await bench.core.abort_requests_async(["r"])
 
         assert [sent.cancelled() for sent in bench.broker.unsent] == [True]
-        await asyncio.gather(*bench.core._publications)
+        await bench.published()
         assert bench.failed == {}
 
     with_bench(test)

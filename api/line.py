@@ -1,0 +1,180 @@
+"""Whose turn is it? Requests wait here, not in RabbitMQ, until the workers have room for them.
+
+A queue of RabbitMQ is first come, first served, and knows two priorities: ten thousand requests of
+one tenant would lie before the next one's first.  So no more is published than keeps the workers
+busy, and who goes next is decided by start-time fair queueing (Goyal, Vin and Cheng, 1996): each
+flow, the requests of one key and kind, gets its weight's part of the prompts' tokens while it has
+any, and a flow that had nothing to ask for goes before those that had their part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from prometheus_client import Gauge
+
+from api.service_class import ServiceClass
+
+#: Parts that the kinds get of what there is, while all of them ask.
+_WEIGHTS: Final = {ServiceClass.INTERACTIVE: 100, ServiceClass.JOB: 10, ServiceClass.BATCH: 1}
+#: What a request costs beside its prompt, in tokens: a place in the decode workers for a while.
+_ANSWER_COST: Final = 100
+#: Steps of a prefill engine that are full: the one that it computes, and the next.
+_STEPS: Final = 2
+#: Tokens of such a step, where no worker has said.
+_STEP_TOKENS: Final = 2048
+#: Requests that a prefill worker has at least, however long their prompts.
+_LEAST_PROMPTS: Final = 2
+#: Part of the decode workers' places whose requests may be on their way to them; at least so many.
+_ON_THEIR_WAY: Final = 0.25
+_LEAST_ON_THEIR_WAY: Final = 8
+#: Part of those places that what nobody waits for may have, of this process.
+_NOT_INTERACTIVE: Final = 0.75
+
+_IN_LINE = Gauge("pdtasks_api_in_line", "Requests that are not published yet", ["kind"])
+
+
+class Flow(NamedTuple):
+    """What is treated as one when turns are given."""
+
+    kind: ServiceClass
+    owner: str  #: whose API key asked; empty: without one
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is of workers that take jobs."""
+
+    prefill_workers: int = 1
+    step_tokens: int = 0  #: tokens that a prefill engine computes at once; 0: not known
+    decode_slots: int = 0  #: requests that the decode workers run at once; 0: not known
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Requests that one message carries, and their turn."""
+
+    flow: Flow
+    request_ids: Sequence[str]
+    tokens: int  #: of the prompt that they share
+    go: Callable[[], None]
+    start: float  #: the turn: who has the least goes first
+    number: int  #: among those with the same
+
+
+@dataclass
+class _FlowState:
+    waiting: deque[_Waiting] = field(default_factory=deque)
+    finish: float = 0.0  #: the turn behind its last request
+
+
+class Line:
+    """Requests that wait for their turn, and those that had it and have not ended. For one loop."""
+
+    def __init__(self, room: Callable[[], Room]) -> None:
+        """`room()`: what there is now. When there is more, call `move`."""
+        self._room = room
+        self._flows: dict[Flow, _FlowState] = {}
+        self._items: dict[str, _Waiting] = {}  # of those that wait
+        self._now = 0.0  # the turn of who went last
+        self._numbers = itertools.count()
+        self._prefilling: dict[str, int] = {}  # with the tokens of their prompts
+        self._on_their_way: set[str] = set()  # between first token and second
+        self._not_interactive: set[str] = set()  # that went and have not ended
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._items)
+
+    def enter(
+        self, flow: Flow, request_ids: Sequence[str], tokens: int, go: Callable[[], None]
+    ) -> None:
+        """Call `go` when it is the turn of these requests: perhaps at once.
+
+        Args:
+            tokens: of the prompt that they share.
+        """
+        state = self._flows.setdefault(flow, _FlowState())
+        start = max(self._now, state.finish)
+        cost = tokens + _ANSWER_COST * len(request_ids)
+        state.finish = start + cost / _WEIGHTS[flow.kind]
+        one = _Waiting(flow, request_ids, tokens, go, start, next(self._numbers))
+        state.waiting.append(one)
+        for request_id in request_ids:
+            self._items[request_id] = one
+        _IN_LINE.labels(flow.kind).inc(len(request_ids))
+        self.move()
+
+    def has_first_token(self, request_id: str) -> None:
+        """Its prompt is computed."""
+        if self._prefilling.pop(request_id, None) is not None:
+            self._on_their_way.add(request_id)
+            self.move()
+
+    def has_second_token(self, request_id: str) -> None:
+        """A decode worker runs it."""
+        if request_id in self._on_their_way:
+            self._on_their_way.discard(request_id)
+            self.move()
+
+    def leave(self, request_id: str) -> None:
+        """It has ended, or nobody wants it any more."""
+        one = self._items.pop(request_id, None)
+        if one is not None:
+            _IN_LINE.labels(one.flow.kind).dec()
+            if not any(other in self._items for other in one.request_ids):
+                self._flows[one.flow].waiting.remove(one)
+        self._prefilling.pop(request_id, None)
+        self._on_their_way.discard(request_id)
+        self._not_interactive.discard(request_id)
+        self.move()
+
+    def move(self) -> None:
+        """Let go whoever's turn it is and for whom there is room."""
+        room = self._room() if self._items else Room()
+        while (one := self._next(room)) is not None and self._has_room_for(one, room):
+            self._flows[one.flow].waiting.popleft()
+            self._now = one.start
+            ids = [request_id for request_id in one.request_ids if request_id in self._items]
+            for request_id in ids:
+                del self._items[request_id]
+                # The prompt is computed once for all of them.
+                self._prefilling[request_id] = one.tokens if request_id == ids[0] else 0
+            if one.flow.kind is not ServiceClass.INTERACTIVE:
+                self._not_interactive.update(ids)
+            _IN_LINE.labels(one.flow.kind).dec(len(ids))
+            one.go()
+        self._forget_flows()
+
+    def _next(self, room: Room) -> _Waiting | None:
+        """The first of the flow whose turn it is, among those that may go at all."""
+        heads = [state.waiting[0] for state in self._flows.values() if state.waiting]
+        if len(self._not_interactive) >= _places_of_others(room):
+            heads = [one for one in heads if one.flow.kind is ServiceClass.INTERACTIVE]
+        return min(heads, key=lambda one: (one.start, one.number), default=None)
+
+    def _has_room_for(self, one: _Waiting, room: Room) -> bool:
+        workers = max(1, room.prefill_workers)
+        on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
+        if len(self._on_their_way) >= on_their_way:
+            return False
+        if sum(1 for tokens in self._prefilling.values() if tokens) < _LEAST_PROMPTS * workers:
+            return True
+        most = _STEPS * (room.step_tokens or _STEP_TOKENS) * workers
+        return sum(self._prefilling.values()) + one.tokens <= most
+
+    def _forget_flows(self) -> None:
+        """Those whose next turn would be as that of a new one."""
+        if not self._items:
+            self._flows.clear()
+            self._now = 0.0
+
+
+def _places_of_others(room: Room) -> float:
+    """How many of those that nobody waits for may run."""
+    return max(1.0, _NOT_INTERACTIVE * room.decode_slots) if room.decode_slots else math.inf

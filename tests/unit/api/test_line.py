@@ -1,0 +1,185 @@
+"""Whose turn is it, when not all can go at once?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from api.line import Flow, Line, Room
+from api.service_class import ServiceClass
+
+INTERACTIVE, JOB, BATCH = ServiceClass
+
+
+class Traffic:
+    """A line whose workers compute one prompt at a time, and who went."""
+
+    def __init__(self, **room: int) -> None:
+        # Two prompts of 100 tokens fill the workers.
+        self.room = Room(**{"prefill_workers": 1, "step_tokens": 100, "decode_slots": 40} | room)
+        self.line = Line(lambda: self.room)
+        self.gone: list[str] = []
+
+    def enter(
+        self,
+        *names: str,
+        kind: ServiceClass = INTERACTIVE,
+        owner: str = "",
+        tokens: int = 100,
+    ) -> None:
+        """One prompt, with an answer for each of `names`."""
+        self.line.enter(Flow(kind, owner), names, tokens, lambda: self.gone.extend(names))
+
+    def end(self, name: str) -> None:
+        """It has all its tokens."""
+        self.line.has_first_token(name)
+        self.line.has_second_token(name)
+        self.line.leave(name)
+
+    def serve(self, count: int) -> list[str]:
+        """Let the next `count` go, one after the other, and return who it was."""
+        begun = len(self.gone)
+        ended = 0
+        while len(self.gone) < begun + count and ended < len(self.gone):
+            self.end(self.gone[ended])
+            ended += 1
+        return self.gone[begun : begun + count]
+
+
+def test_while_there_is_room_everybody_goes_at_once() -> None:
+    traffic = Traffic()
+
+    for name in ("a", "b"):
+        traffic.enter(name)
+
+    assert traffic.gone == ["a", "b"]
+    assert len(traffic.line) == 0
+
+
+def test_as_much_goes_as_keeps_the_prefill_workers_busy() -> None:
+    traffic = Traffic()
+    for n in range(5):
+        traffic.enter(f"r{n}")
+    assert traffic.gone == ["r0", "r1"]
+
+    traffic.line.has_first_token("r0")
+    assert traffic.gone == ["r0", "r1", "r2"]
+
+    # Another worker has come
+    traffic.room = Room(prefill_workers=2, step_tokens=100, decode_slots=40)
+    traffic.line.move()
+    assert traffic.gone == ["r0", "r1", "r2", "r3", "r4"]
+
+
+def test_a_prompt_that_is_longer_than_a_step_goes_all_the_same() -> None:
+    traffic = Traffic()
+    for name in ("a", "b", "c"):
+        traffic.enter(name, tokens=5000)
+
+    assert traffic.gone == ["a", "b"]
+    traffic.end("a")
+    assert traffic.gone == ["a", "b", "c"]
+
+
+def test_short_prompts_go_in_great_numbers() -> None:
+    traffic = Traffic()
+    for n in range(50):
+        traffic.enter(f"r{n}", tokens=10)
+
+    assert len(traffic.gone) == 20
+
+
+def test_no_more_go_than_decode_workers_take() -> None:
+    # Given decode workers who begin with none
+    traffic = Traffic()
+    for n in range(30):
+        traffic.enter(f"r{n}")
+    for n in range(30):
+        traffic.line.has_first_token(f"r{n}")
+
+    # Then prefill does not run ahead of them for ever
+    assert len(traffic.gone) == 10 + 1
+    for name in ("r0", "r1"):
+        traffic.line.has_second_token(name)
+    assert len(traffic.gone) == 10 + 2
+
+
+@pytest.mark.parametrize("kind", [INTERACTIVE, JOB])
+def test_who_asks_seldom_does_not_wait_for_who_asks_for_very_much(kind: ServiceClass) -> None:
+    traffic = Traffic(decode_slots=0)
+    for n in range(1000):
+        traffic.enter(f"many{n}", kind=kind, owner="greedy")
+    traffic.serve(50)
+
+    traffic.enter("one", owner="modest", kind=kind)
+
+    assert "one" in traffic.serve(2)
+
+
+def test_two_keys_that_ask_for_much_get_the_same() -> None:
+    traffic = Traffic()
+    for n in range(400):
+        traffic.enter(f"long{n}", owner="a", tokens=300)
+    for n in range(400):
+        traffic.enter(f"short{n}", owner="b", tokens=100)
+
+    served = Counter(name[:4] for name in traffic.serve(300))
+
+    # 400 and 200 are what theirs cost, with a place to decode
+    assert served["shor"] / served["long"] == pytest.approx(2, rel=0.05)
+
+
+def test_who_waits_goes_before_jobs_and_jobs_before_batches_and_nobody_starves() -> None:
+    traffic = Traffic(decode_slots=0)
+    for n in range(2000):
+        for kind in ServiceClass:
+            traffic.enter(f"{kind}-{n}", kind=kind)
+
+    served = Counter(name.partition("-")[0] for name in traffic.serve(1110))
+
+    assert served["interactive"] == pytest.approx(1000, abs=15)
+    assert served["job"] == pytest.approx(100, abs=10)
+    assert served["batch"] == pytest.approx(10, abs=3)
+
+
+def test_jobs_leave_places_to_who_waits() -> None:
+    traffic = Traffic(step_tokens=10_000)
+    for n in range(100):
+        traffic.enter(f"job{n}", kind=JOB)
+    for name in traffic.gone:
+        traffic.line.has_first_token(name)
+        traffic.line.has_second_token(name)
+    assert len(traffic.gone) == 30
+
+    traffic.enter("now")
+
+    assert traffic.gone[-1] == "now"
+    traffic.line.leave("job0")
+    assert len(traffic.gone) == 32
+
+
+def test_who_hangs_up_in_line_is_not_let_go() -> None:
+    traffic = Traffic()
+    for name in ("a", "b", "c", "d"):
+        traffic.enter(name)
+
+    traffic.line.leave("c")
+    traffic.end("a")
+
+    assert traffic.gone == ["a", "b", "d"]
+    for name in ("b", "d"):
+        traffic.end(name)
+    assert (len(traffic.line), traffic.line._prefilling, traffic.line._flows) == (0, {}, {})
+
+
+def test_answers_to_one_prompt_go_together() -> None:
+    traffic = Traffic()
+    traffic.enter("a0", "a1", "a2", tokens=150)
+    traffic.enter("b")
+    traffic.enter("c")
+
+    assert traffic.gone == ["a0", "a1", "a2", "b"]
+    # Their prompt is computed when the first of them has its token
+    traffic.line.has_first_token("a0")
+    assert traffic.gone[-1] == "c"
