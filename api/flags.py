@@ -31,6 +31,7 @@ _REFUSED: Final = {
     "uds": "pdtasks listens on a host and port",
     "api_key": "everybody on the host can read a command line: set VLLM_API_KEY",
     "enable_log_outputs": "answers are in no log",
+    "lora_modules": "LoRA does not go through the two stages",
     **dict.fromkeys(
         (
             *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh"),

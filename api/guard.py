@@ -1,4 +1,5 @@
-"""What does no route have to think of? Bodies that are too large or no text, and surprises.
+"""What does no route have to think of? Bodies that are too large or no text, parameters that nobody
+would heed, and surprises.
 
 The outermost layer of ours: what is refused here costs no parsing, no rendering and no worker.
 """
@@ -10,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -68,16 +69,19 @@ class Guard:
         max_body_bytes: int,
         before: Callable[[], Awaitable[None]],
         streamed: Collection[str] = (),
+        refuse: Callable[[str, Mapping[bytes, bytes], bytes], tuple[str, str] | None] | None = None,
     ) -> None:
         """Args:
         max_body_bytes: larger ones are a 413.
         before: awaited before each request with a body goes on.
         streamed: paths whose routes read bodies piece by piece, and bound them.
+        refuse: which parameter of a path, headers and a body is refused, and why.
         """
         self._app = app
         self._streamed = streamed
         self._max_body_bytes = max_body_bytes
         self._before = before
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +97,7 @@ class Guard:
                 late = error_response(408, f"the body has not come within {_BODY_S:g} s")
                 await late(scope, receive, send)
                 return
-            refused = self._refusal(body)
+            refused = self._refusal(scope, body)
             if refused is not None:
                 await refused(scope, receive, send)
                 return
@@ -138,7 +142,7 @@ class Guard:
             if not message.get("more_body", False):
                 return bytes(body)
 
-    def _refusal(self, body: bytes | None) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, body: bytes | None) -> JSONResponse | None:
         if body is None:
             return error_response(
                 413,
@@ -150,6 +154,11 @@ class Guard:
             return error_response(
                 400, f"{broken or 'body'}: half of a surrogate pair is no text", broken or None
             )
+        if self._refuse is not None:
+            refusal = self._refuse(scope["path"], dict(scope["headers"]), body)
+            if refusal is not None:
+                param, message = refusal
+                return error_response(400, message, param)
         return None
 
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import uvicorn
@@ -28,6 +28,15 @@ from pdtasks.settings import Settings
 
 router = APIRouter()
 
+#: Routes of vLLM's that are for other parts of a vLLM server, not for who asks it: by one of them
+#: anybody ends anybody's requests whose id he knows.
+_CLOSED: Final = frozenset(
+    (
+        *("/inference/v1/generate", "/inference/v1/abort_requests", "/kv_event_sources"),
+        *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
+    )
+)
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The whole application; its lifespan connects to bus and broker."""
@@ -38,12 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.entrypoints.launchers.app import build_app
 
     from api import batches, errors, files, jobs, responses
-    from api.access import Access
-    from api.admission import Visits
     from api.flags import check_flags, front_end_arguments
-    from api.guard import Guard
     from pdtasks.engine.arguments import engine_arguments
-    from pdtasks.keys import Key, Keys
 
     model = resolve_model(settings.model, settings.cache_dir, print)
     check_flags(settings.api_args)
@@ -54,33 +59,14 @@ def create_app(settings: Settings) -> FastAPI:
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
 
     app = build_app(arguments, ("generate",), config.model_config)
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _CLOSED]
     app.include_router(router)
     for routes in (jobs.router, files.router, batches.router):
         app.include_router(routes)
     responses.install(app)
     errors.install(app)
 
-    keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
-
-    async def count(key: Key) -> None:
-        await app.state.pdtasks_client.engine_core.usage.begin(key)
-
-    async def look_again() -> None:
-        await app.state.pdtasks_client.engine_core.workers.look_again()
-
-    # Behind vLLM's own layers, which know whom they let in.
-    app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
-    app.user_middleware.append(
-        Middleware(
-            Guard,
-            max_body_bytes=settings.max_body_bytes,
-            before=look_again,
-            streamed=(files.PATH,),
-        )
-    )
-    app.user_middleware.append(Middleware(Visits))
-    # vLLM has built it already, without what came since.
-    app.middleware_stack = app.build_middleware_stack()
+    _add_layers(app, settings, priorities=config.scheduler_config.policy == "priority")
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
@@ -103,6 +89,39 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.router.lifespan_context = lifespan
     return app
+
+
+def _add_layers(app: FastAPI, settings: Settings, *, priorities: bool) -> None:
+    """What a request passes before any route. `priorities`: the engines schedule by them."""
+    from api import files
+    from api.access import Access
+    from api.admission import Visits
+    from api.guard import Guard
+    from api.parameters import Parameters
+    from pdtasks.keys import Key, Keys
+
+    keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
+
+    async def count(key: Key) -> None:
+        await app.state.pdtasks_client.engine_core.usage.begin(key)
+
+    async def look_again() -> None:
+        await app.state.pdtasks_client.engine_core.workers.look_again()
+
+    # Behind vLLM's own layers, which know whom they let in.
+    app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
+    app.user_middleware.append(
+        Middleware(
+            Guard,
+            max_body_bytes=settings.max_body_bytes,
+            before=look_again,
+            streamed=(files.PATH,),
+            refuse=Parameters(priorities=priorities).refusal,
+        )
+    )
+    app.user_middleware.append(Middleware(Visits))
+    # vLLM has built it already, without what came since.
+    app.middleware_stack = app.build_middleware_stack()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import StructuredOutputsConfig
+from vllm.config.reasoning import ReasoningConfig
 
 from pdtasks.errors import ConfigurationError
 from pdtasks.settings import Settings
@@ -53,6 +54,9 @@ def engine_arguments(settings: Settings, model: str) -> dict[str, Any]:
             "travels in vLLM's statistics, and each hand-over would wait for it in vain"
         )
     arguments |= settings.engine_args
+    if isinstance(reasoning := arguments.get("reasoning_config"), dict):
+        # vLLM's command line does so; with a reasoning parser beside it, vLLM expects no dict.
+        arguments["reasoning_config"] = ReasoningConfig(**reasoning)
     # An engine has one backend for structured outputs: with vLLM's "auto" the first request decides
     # for all that follow, and the same schema is taken or refused by what came before.
     structured: dict[str, Any] = {"backend": "xgrammar"}

@@ -237,20 +237,24 @@ def test_malformed_json_gets_openais_error(client: httpx.Client) -> None:
     assert "JSON" in response.json()["error"]["message"]
 
 
-def test_a_client_cannot_name_somebody_elses_kv(client: httpx.Client) -> None:
-    params = {"pdtasks": {"load": {"fingerprint": "0" * 16}, "resume": [1, 2, 3]}}
-    honest = ask(client, "What is the capital of Italy?", "own-0", max_tokens=12)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_transfer_params", {"pdtasks": {"load": {"fingerprint": "0" * 16}, "resume": [1]}}),
+        ("kv_transfer_params", {"prompt_token_ids": [1, 2, 3]}),
+        ("vllm_xargs", {"kv_transfer_params": "x"}),
+    ],
+)
+def test_a_client_cannot_name_somebody_elses_kv(
+    client: httpx.Client, name: str, value: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], name: value}
 
-    body = ask(
-        client,
-        "What is the capital of Italy?",
-        "own-1",
-        max_tokens=12,
-        kv_transfer_params=params,
-        vllm_xargs={"kv_transfer_params": "x"},
-    )
+    for path in ("/v1/chat/completions", "/v1/jobs"):
+        response = client.post(path, json=body)
 
-    assert body["choices"][0]["message"] == honest["choices"][0]["message"]
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == name
 
 
 @pytest.fixture

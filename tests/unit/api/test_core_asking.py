@@ -20,6 +20,7 @@ from pdtasks.errors import (
     RequestTimeout,
     TooManyRequests,
 )
+from pdtasks.keys import asking_for
 from tests.unit.api.core_bench import (
     READY,
     Bench,
@@ -44,6 +45,22 @@ def test_a_request_is_published_as_the_client_meant_it() -> None:
         assert before + 30 <= job.deadline <= time.time() + 30
 
     with_bench(test, leaves=("r",), request_timeout_s=30)
+
+
+@pytest.mark.parametrize("salt", [None, "mine", "bob:mine", ":", "alice:"])
+def test_nobody_can_name_the_salt_of_another_key(salt: str | None) -> None:
+    async def test(bench: Bench) -> None:
+        for key in ("alice", "bob"):
+            request = a_request(key)
+            request.cache_salt = salt
+            with asking_for(key):
+                await bench.core.add_request_async(request)
+                await asyncio.gather(*bench.core._publications)
+
+        jobs = [decode_request(job.request or b"") for job in bench.broker.published]
+        assert [job.cache_salt for job in jobs] == [f"alice:{salt or ''}", f"bob:{salt or ''}"]
+
+    with_bench(test, leaves=("alice", "bob"), salt_by_key=True)
 
 
 def test_a_broker_that_is_away_fails_the_request_alone() -> None:

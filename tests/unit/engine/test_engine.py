@@ -424,3 +424,14 @@ def test_an_end_that_is_only_the_end_of_a_stage_is_not_told() -> None:
         assert bench.core.aborted == []
 
     with_bench(test)
+
+
+def test_a_configuration_of_reasoning_goes_together_with_a_parser() -> None:
+    # vLLM writes the parser's name into it, which a dict from JSON does not take.
+    engine_args = {"reasoning_config": {"reasoning_start_str": "a"}, "reasoning_parser": "granite"}
+    settings = Settings(device="cpu", engine_args=engine_args)
+
+    arguments = engine_arguments(settings, "model")
+
+    assert arguments["reasoning_config"].reasoning_start_str == "a"
+    assert arguments["reasoning_parser"] == "granite"
