@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from fastapi import FastAPI
@@ -27,6 +27,7 @@ from api.asking import (
 )
 from api.batch_checking import InputFile
 from api.claiming import Claims
+from api.parameters import Refusal
 from api.service_class import ServiceClass, serving
 from pdtasks.background import Background
 from pdtasks.bus.batches import MAX_TRIES, Batch, BatchStore, Line, Place, Status
@@ -83,15 +84,18 @@ class LineRunner(Claims):
         store: BatchStore,
         files: FileStore,
         *,
+        refuse: Callable[[str, Mapping[str, Any]], Refusal | None],
         concurrency: int,
         background: Background,
     ) -> None:
+        """`refuse`: which parameter of a body for a path is refused, and why."""
         super().__init__("batch-lines", concurrency=concurrency, background=background)
         #: Called when a batch has no line any more.
         self.on_last: Callable[[], None] = lambda: None
         self._app = app
         self._store = store
         self._files = files
+        self._refuse = refuse
 
     async def _claim(self) -> tuple[str, Coroutine[Any, Any, None]] | None:
         line = await self._store.claim(uuid.uuid4().hex)
@@ -160,8 +164,8 @@ class LineRunner(Claims):
         batch, place = line.batch, line.place
         text = await self._files.read(batch.input_file_id, place.offset, place.length)
         body = without_what_is_ours(json.loads(text)["body"])
-        if body.get("use_beam_search"):
-            raise Refused(400, "batches cannot use beam search", "use_beam_search")
+        if (refusal := self._refuse(batch.endpoint, body)) is not None:
+            raise Refused(400, refusal.message, refusal.param)
         if body.get("background"):
             raise Refused(400, "a batch is in the background already", "background")
         num_asked = 0

@@ -105,6 +105,9 @@ def _add_layers(app: FastAPI, settings: Settings, *, priorities: bool) -> None:
     async def count(key: Key) -> None:
         await app.state.pdtasks_client.engine_core.usage.begin(key)
 
+    parameters = Parameters(priorities=priorities)
+    app.state.pdtasks_parameters = parameters  # lines of batches do not come through here
+
     async def look_again() -> None:
         await app.state.pdtasks_client.engine_core.workers.look_again()
 
@@ -116,7 +119,7 @@ def _add_layers(app: FastAPI, settings: Settings, *, priorities: bool) -> None:
             max_body_bytes=settings.max_body_bytes,
             before=look_again,
             streamed=(files.PATH,),
-            refuse=Parameters(priorities=priorities).refusal,
+            refuse=parameters.refusal,
         )
     )
     app.user_middleware.append(Middleware(Visits))
@@ -139,7 +142,12 @@ async def _running_jobs(
     files = FileStore(bus, ttl_s=settings.file_ttl_s)
     batches = BatchStore(bus, ttl_s=settings.file_ttl_s)
     lines = LineRunner(
-        app, batches, files, concurrency=settings.batch_concurrency, background=background
+        app,
+        batches,
+        files,
+        refuse=app.state.pdtasks_parameters.refusal_of_fields,
+        concurrency=settings.batch_concurrency,
+        background=background,
     )
     tender = BatchTender(
         batches,

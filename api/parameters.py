@@ -71,6 +71,8 @@ UNKNOWN: Final[Mapping[str, str]] = {
 WITHOUT_EFFECT: Final = frozenset(
     (
         *("metadata", "store", "service_tier", "user", "safety_identifier", "prediction"),
+        # Claude Code sends it each time; the whole conversation is a right prompt as well.
+        "context_management",
         *("prompt_cache_key", "prompt_cache_retention", "client_metadata", "inference_geo"),
         "stream_options",
     )

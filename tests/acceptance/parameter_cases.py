@@ -360,7 +360,6 @@ CASES: Final[dict[str, Case]] = {
         mm_payload="none",
         return_mm_kwargs=False,
     ),
-    "a response in the background": respond("Later.", background=True, status=400),
     "a response after another": respond("And?", previous_response_id="resp_none", status=404),
     "a response's prompt": respond("And?", prompt={"id": "p"}, status=400),
     # -- messages --------------------------------------------------------------------------------
