@@ -9,7 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import uvicorn
@@ -25,6 +25,9 @@ from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.settings import Settings
+
+if TYPE_CHECKING:
+    from api.parameters import Parameters
 
 router = APIRouter()
 
@@ -48,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     from api import batches, errors, files, jobs, responses
     from api.flags import check_flags, front_end_arguments
+    from api.parameters import Parameters
     from pdtasks.engine.arguments import engine_arguments
 
     model = resolve_model(settings.model, settings.cache_dir, print)
@@ -66,7 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
     responses.install(app)
     errors.install(app)
 
-    _add_layers(app, settings, priorities=config.scheduler_config.policy == "priority")
+    parameters = Parameters(priorities=config.scheduler_config.policy == "priority")
+    _add_layers(app, settings, parameters)
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
@@ -80,7 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             await client.engine_core.open()
             await init_app_state(client, app.state, arguments, ("generate",))
-            running_jobs = _running_jobs(app, settings, client.engine_core.background)
+            background = client.engine_core.background
+            running_jobs = _running_jobs(app, settings, background, parameters)
             async with vllm_lifespan(app), running_jobs:
                 yield
         finally:
@@ -91,22 +97,18 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _add_layers(app: FastAPI, settings: Settings, *, priorities: bool) -> None:
-    """What a request passes before any route. `priorities`: the engines schedule by them."""
+def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> None:
+    """What a request passes before any route."""
     from api import files
     from api.access import Access
     from api.admission import Visits
     from api.guard import Guard
-    from api.parameters import Parameters
     from pdtasks.keys import Key, Keys
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
 
     async def count(key: Key) -> None:
         await app.state.pdtasks_client.engine_core.usage.begin(key)
-
-    parameters = Parameters(priorities=priorities)
-    app.state.pdtasks_parameters = parameters  # lines of batches do not come through here
 
     async def look_again() -> None:
         await app.state.pdtasks_client.engine_core.workers.look_again()
@@ -129,7 +131,7 @@ def _add_layers(app: FastAPI, settings: Settings, *, priorities: bool) -> None:
 
 @asynccontextmanager
 async def _running_jobs(
-    app: FastAPI, settings: Settings, background: Background
+    app: FastAPI, settings: Settings, background: Background, parameters: Parameters
 ) -> AsyncIterator[None]:
     """Run jobs and batches in this process."""
     from api.batch_runner import BatchTender, LineRunner
@@ -145,7 +147,7 @@ async def _running_jobs(
         app,
         batches,
         files,
-        refuse=app.state.pdtasks_parameters.refusal_of_fields,
+        refuse=parameters.refusal_of_fields,
         concurrency=settings.batch_concurrency,
         background=background,
     )

@@ -26,6 +26,7 @@ from api import batch_runner, batches, errors, files
 from api.access import Access
 from api.client import PipelineHTTPError
 from api.main import _running_jobs
+from api.parameters import Parameters
 from pdtasks.background import Background
 from pdtasks.bus import batches as bus_batches
 from pdtasks.bus.batches import BatchStore, Line
@@ -116,7 +117,7 @@ async def an_api(
     app.add_middleware(cast("Any", Access), keys=Keys(None, keys), begin=nothing)
     transport = httpx.ASGITransport(app)
     async with (
-        _running_jobs(app, settings, Background()),
+        _running_jobs(app, settings, Background(), Parameters(priorities=False)),
         httpx.AsyncClient(transport=transport, base_url="http://api", timeout=30) as client,
     ):
         yield client

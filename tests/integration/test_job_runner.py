@@ -17,6 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.main import _running_jobs
+from api.parameters import Parameters
 from api.runner import JobRunner
 from pdtasks.background import Background
 from pdtasks.bench.chaos.nursery import Nursery
@@ -85,7 +86,7 @@ def test_the_jobs_of_an_api_that_stops_can_be_claimed_at_once(
         async with an_observer(settings) as store:
             made = {(await submit(store)).id for _ in range(NUM_JOBS)}
             # Given an API that runs them
-            async with _running_jobs(app, settings, Background()):
+            async with _running_jobs(app, settings, Background(), Parameters(priorities=False)):
                 runner: JobRunner = app.state.pdtasks_jobs.runner
                 await until(lambda: all(services.bus.exists(f"pd:job:{i}:events") for i in made))
                 assert await store.claim("early") is None
@@ -167,7 +168,10 @@ def test_an_idle_runner_has_nothing_left_of_jobs_that_have_ended(
     app.state.openai_serving_completion = EndingHandler()
 
     async def test() -> None:
-        async with an_observer(settings) as store, _running_jobs(app, settings, Background()):
+        async with (
+            an_observer(settings) as store,
+            _running_jobs(app, settings, Background(), Parameters(priorities=False)),
+        ):
             runner: JobRunner = app.state.pdtasks_jobs.runner
             made = [await submit(store) for _ in range(20)]
             late = await store.create("/v1/completions", BODY, timeout_s=-1)
