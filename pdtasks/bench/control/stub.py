@@ -114,7 +114,7 @@ async def start_stub(
         model_config=SimpleNamespace(
             max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _MAX_MODEL_LEN
         ),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=_MAX_MODEL_LEN),
         cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
