@@ -154,6 +154,7 @@ class Parameters:
         """The same for a body that has been read."""
         extra = _EITHER.get(path, frozenset())
         if path in _EITHER:
+            extra |= {"messages", "prompt"}  # the route says what is wrong with both
             path = _CHAT if "messages" in fields else _PLAIN
         known = _names(MODELS[path]) | extra | _NAMED
         for name, value in fields.items():

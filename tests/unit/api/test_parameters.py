@@ -198,3 +198,7 @@ def test_a_refusal_of_fields_is_that_of_the_body() -> None:
     found = parameters.refusal("/v1/completions", {}, json.dumps(body).encode())
 
     assert found == parameters.refusal_of_fields("/v1/completions", body) is not None
+
+
+def test_a_job_with_messages_and_a_prompt_is_left_to_its_route() -> None:
+    assert refusal("/v1/jobs", {"messages": [], "prompt": "x"}) is None
