@@ -83,6 +83,8 @@ async def _run_family(job: PrefillJob, begin: Callable[[PrefillJob], _Prefill]) 
         elif isinstance(error, Exception):
             logger.error("%s failed: %s", stage.job.request_id, where(error))
             stage.fail(EngineFailed(f"the stage failed: {type(error).__name__}"))
+    # Acknowledged is only what the askers can read.
+    await stages[0].here.replies_taken()
 
 
 def _apart(job: PrefillJob) -> list[PrefillJob]:

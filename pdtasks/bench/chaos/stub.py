@@ -102,7 +102,7 @@ class StubCore:
         if place + 1 >= (params.max_tokens or _MAX_MODEL_LEN):
             output.finish_reason = FinishReason.LENGTH
             del self._running[request_id], self._requests[request_id]
-            if transfer_id := _ours(request).get("save"):
+            if transfer_id := transfer_of(request).get("save"):
                 prompt = request.prompt_token_ids or []
                 output.kv_transfer_params = kv_params.saved(_handle(transfer_id, len(prompt)))
                 self._beside(self._save(request_id, transfer_id, kv))
@@ -111,7 +111,7 @@ class StubCore:
     # -- KV ------------------------------------------------------------------------------------
 
     async def _begin(self, request: EngineCoreRequest) -> None:
-        wants = _ours(request)
+        wants = transfer_of(request)
         kv = kv_of(request.prompt_token_ids or [])
         if handle := wants.get("load"):
             kv = await self._load(request.request_id, handle, kv)
@@ -182,7 +182,8 @@ async def start_stub(
     return cast("VllmConfig", config), cast("EngineCoreClient", StubCore(settings))
 
 
-def _ours(request: EngineCoreRequest) -> dict[str, Any]:
+def transfer_of(request: EngineCoreRequest) -> dict[str, Any]:
+    """What `request` says of its hand-over."""
     params = request.sampling_params
     assert params is not None
     return kv_params.ours((params.extra_args or {}).get("kv_transfer_params"))

@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from pdtasks.bench.chaos.stub import NoText
+from pdtasks.bench.chaos.stub import NoText, transfer_of
 from pdtasks.kv import params as kv_params
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.plan import TransferRecord
@@ -42,7 +42,7 @@ class InstantCore:
         """Begin `request`."""
         params = request.sampling_params
         assert params is not None
-        there = len(_ours(request).get("resume") or ())
+        there = len(transfer_of(request).get("resume") or ())
         self._running[request.request_id] = request, (params.max_tokens or 1) - there
         self._work.set()
 
@@ -83,7 +83,7 @@ def note_transfer(
     request: EngineCoreRequest, output: EngineCoreOutput, records: list[dict[str, Any]]
 ) -> None:
     """Say what an engine with a ring says when `request` ends with `output`: all KV was moved."""
-    wants = _ours(request)
+    wants = transfer_of(request)
     op = "save" if "save" in wants else "load"
     num_tokens = len(request.prompt_token_ids or ())
     num_blocks = -(-num_tokens // _BLOCK_SIZE)
@@ -119,9 +119,3 @@ async def start_stub(
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
     return cast("VllmConfig", config), cast("EngineCoreClient", InstantCore())
-
-
-def _ours(request: EngineCoreRequest) -> dict[str, Any]:
-    params = request.sampling_params
-    assert params is not None
-    return kv_params.ours((params.extra_args or {}).get("kv_transfer_params"))

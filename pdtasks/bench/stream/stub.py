@@ -15,10 +15,9 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from pdtasks.bench.chaos.stub import NoText
+from pdtasks.bench.chaos.stub import NoText, transfer_of
 from pdtasks.bench.control.stub import note_transfer
 from pdtasks.bench.control.stub import start_stub as start_instant
-from pdtasks.kv import params as kv_params
 from pdtasks.settings import Settings
 
 __all__ = ["NoText", "StreamCore", "prompt_of", "start_stub"]
@@ -53,7 +52,7 @@ class StreamCore(EngineCoreClient):
         """Begin `request`."""
         params = request.sampling_params
         assert params is not None
-        there = len(_ours(request).get("resume") or ())
+        there = len(transfer_of(request).get("resume") or ())
         self._requests[request.request_id] = request
         self._left[request.request_id] = (params.max_tokens or 1) - there
         (self._gathering if there else self._new).append(request.request_id)
@@ -111,7 +110,7 @@ class StreamCore(EngineCoreClient):
                 output.finish_reason = FinishReason.LENGTH
                 request = self._requests.pop(request_id)
                 del self._left[request_id]
-                if _ours(request):
+                if transfer_of(request):
                     note_transfer(request, output, records)
             outputs.append(output)
         self._running = [r for r in self._running if r in self._requests]
@@ -128,9 +127,3 @@ async def start_stub(
     """As `pdtasks.engine.boot.start_core`."""
     config, _ = await start_instant(settings, model, reports_to, **options)
     return config, StreamCore()
-
-
-def _ours(request: EngineCoreRequest) -> dict[str, Any]:
-    params = request.sampling_params
-    assert params is not None
-    return kv_params.ours((params.extra_args or {}).get("kv_transfer_params"))
