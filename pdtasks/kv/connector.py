@@ -9,7 +9,8 @@ means something else, hence the other names.  Between them travels, with every e
 
 Writing, in the engine that computes a prompt::
 
-    step n     forward pass computes a chunk of the prompt
+    step n     forward pass computes a chunk of the prompt; save_kv_layer marks the points at which
+               its layers are computed
                wait_for_save: threads begin to copy out and send its finished blocks
     last step  the request finishes with its first token; the handle leaves with that token
     polling    the engine keeps the blocks and asks until the save is done: finished_sending
@@ -125,6 +126,8 @@ class ValkeyConnector(KVConnectorBase_V1):
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         ring_bytes = int(option("ring_mib", RING_MIB[device])) << 20
         engine_id = str(self._kv_transfer_config.engine_id)
+        # With two halves of a batch in turn a layer is computed twice, on two streams.
+        self._tells_of_layers = not vllm_config.parallel_config.use_ubatching
         self._lookup: BlockLookup | None = None
         self._transfer: BlockTransfer | None = None
         self._reporter: Reporter | None = None
@@ -223,7 +226,9 @@ class ValkeyConnector(KVConnectorBase_V1):
         """Loads happen between steps; no layer ever waits."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, *a: Any, **kw: Any) -> None:
-        """Blocks leave whole, after the forward pass."""
+        """Called where a layer's attention is not part of a captured graph."""
+        if self._transfer is not None and self._tells_of_layers:
+            self._transfer.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
         assert self._transfer is not None

@@ -118,7 +118,7 @@ class Loads:
             if ring is not None:
                 self._tell_soon(load, tally)
         deadline = time.monotonic() + (_SYNC_S if is_kept else self._timeout_s)
-        blocks = list(blocks_of(load, self._rank, None, deadline))
+        blocks = list(blocks_of(load, self._rank, (), deadline))
         if is_kept:
             self._start_kept(load, tally, blocks, ring)
             return tally
@@ -135,7 +135,8 @@ class Loads:
     def _start_kept(
         self, load: BlockLoad, tally: Tally, blocks: list[Block], ring: RingReader | None
     ) -> None:
-        for batch in batches_of(blocks, ring.block_bytes if ring is not None else 1, _BATCH_BYTES):
+        size = max(1, _BATCH_BYTES // ring.block_bytes) if ring is not None else len(blocks)
+        for batch in batches_of(blocks, size):
             try:
                 if ring is None:
                     self._ended_with(load, tally, len(batch), None)

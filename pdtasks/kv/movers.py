@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from pdtasks.kv.codec import HEADER_BYTES
-from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Mark, Staging
+from pdtasks.kv.marks import Marks
+from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Staging
 from pdtasks.kv.plan import BlockLoad, BlockSave
 
 
@@ -22,13 +23,13 @@ class Block:
     content: str  #: what its checksum is seeded with
     shared: bool  #: named by content: what is in the store is this block
     block_id: int
-    after: Mark
+    after: Marks
     deadline: float
     number: int | None  #: in a ring
 
 
 def blocks_of(
-    move: BlockSave | BlockLoad, rank: int, after: Mark, deadline: float
+    move: BlockSave | BlockLoad, rank: int, after: Marks, deadline: float
 ) -> Iterable[Block]:
     """The ways of all blocks of `move`."""
     handle = move.handle
@@ -44,11 +45,8 @@ def blocks_of(
         )
 
 
-def batches_of(
-    blocks: Sequence[Block], block_bytes: int, batch_bytes: int
-) -> Iterable[Sequence[Block]]:
-    """`blocks` in groups that are each copied at once, of at most `batch_bytes`."""
-    size = max(1, batch_bytes // block_bytes)
+def batches_of(blocks: Sequence[Block], size: int) -> Iterable[Sequence[Block]]:
+    """`blocks` in groups of `size` that are each one thread's."""
     for begin in range(0, len(blocks), size):
         yield blocks[begin : begin + size]
 
@@ -66,6 +64,7 @@ class Movers:
 
     def __init__(self, name: str, num_threads: int, pages: BlockPages, *, staging: bool) -> None:
         """`staging`: give each thread memory for one block, now."""
+        self.num_threads = num_threads
         many = ManyCopies.of_vllm(pages)
         # All memory is taken now: a host that lacks it says so at the start.
         stagings = [Staging(pages) for _ in range(num_threads)] if staging else []

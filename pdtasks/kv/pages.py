@@ -9,7 +9,8 @@ Theory of operation on CUDA
 ---------------------------
 Kernels of the forward pass run on vLLM's own stream, later than Python says so.  `mark` records a
 point there; a `Copier` reads on a stream of its own after that point, into pinned memory, and
-returns when the copy is done.  vLLM's stream never waits for it.
+returns when the copy is done.  vLLM's stream never waits for it.  A block is read in `parts`, each
+as soon as the layers that write it are computed (`marks`).
 
 Many blocks are one call into vLLM, of its offloading to host memory, not one copy each: between two
 copies a thread needs Python's lock, which the engine's thread gives away at each operation on a
@@ -25,13 +26,15 @@ blocks that no step under way still touches (`Scheduler.defer_block_free`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from pdtasks.kv.marks import Mark, Marks, Part
 
 #: Numbers of blocks, each with its bytes in host memory.
 Blocks = Sequence[tuple[int, memoryview]]
@@ -43,9 +46,11 @@ _PIECE_BYTES = 1 << 20
 _CHUNK_BYTES = 16384
 #: Below so many pieces vLLM's kernel is none.
 _MIN_PIECES = 16
-
-#: A point in the engine's work; None on CPU, where work is done when Python says so.
-Mark = torch.cuda.Event | None
+#: Parts of a block that leave one after the other on CUDA, at most.
+_PARTS = 8
+#: Bytes that leave the cache in one call: 1 to 2 ms on a GPU's link, in which the engine's own
+#: small copies wait.
+_CALL_BYTES = 64 << 20
 
 
 class BlockPages:
@@ -58,22 +63,32 @@ class BlockPages:
         """
         num_blocks = config.num_blocks
         self.regions: list[torch.Tensor] = []  # each (num_blocks, region_bytes), int8
-        seen: set[int] = set()
+        offsets: dict[int, int] = {}  # of regions in a block, by address
+        writers: dict[int, set[str]] = {}  # layers, by the place in a block at which theirs begins
         for spec in config.kv_cache_tensors:
             cache = caches[next(name for name in spec.layers if name in caches)]
             storage = torch.empty(0, dtype=torch.int8, device=cache.device)
             storage.set_(cache.untyped_storage())
             layer_bytes = num_blocks * spec.block_stride
             start, span = 0, layer_bytes
-            if spec.layer_stride >= layer_bytes:  # layer outermost: one region for each layer
+            layer_outermost = spec.layer_stride >= layer_bytes
+            if layer_outermost:  # one region for each layer
                 start, span = spec.offset, len(spec.layers) * spec.layer_stride
+            places = []
             for region in storage[start : start + span].view(-1, num_blocks, spec.block_stride):
                 # Layers that share a cache appear twice; their bytes travel once.
-                if region.data_ptr() not in seen:
-                    seen.add(region.data_ptr())
+                if region.data_ptr() not in offsets:
+                    offsets[region.data_ptr()] = sum(other.shape[1] for other in self.regions)
                     self.regions.append(region)
+                places.append(offsets[region.data_ptr()])
+            for index, layer in enumerate(spec.layers):
+                in_row = spec.offset + index * spec.layer_stride
+                place = places[index] if layer_outermost else places[0] + in_row
+                writers.setdefault(place, set()).add(layer)
         self.block_bytes = sum(region.shape[1] for region in self.regions)
         self.device = self.regions[0].device
+        #: What of a block is complete sooner than the rest.
+        self.parts: Sequence[Part] = parts_of(writers, self.block_bytes, num_parts_on(self.device))
 
     def mark(self) -> Mark:
         """The point up to which the engine's work is queued now. Called in the engine's thread."""
@@ -99,43 +114,47 @@ class Copier:
         if pages.device.type == "cuda":
             self._stream = torch.cuda.Stream(pages.device, priority=_FIRST)
 
-    def gather(self, blocks: Blocks, after: Mark, *, pinned: bool) -> None:
-        """Copy blocks, complete at `after`, into their payloads: all regions, one by one.
+    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool) -> None:
+        """Copy blocks into their payloads, all regions, one by one; parts when they are complete.
 
         `pinned`: CUDA knows the payloads' memory.
         """
-        if after is not None:
-            after.synchronize()
-        self._copy(blocks, pinned, out_of_cache=True)
+        for part, mark in after:
+            if mark is not None:
+                mark.synchronize()
+            at_once = max(1, _CALL_BYTES // (part.end - part.begin))
+            for begin in range(0, len(blocks), at_once):
+                self._copy(blocks[begin : begin + at_once], part, pinned, out_of_cache=True)
 
     def scatter(self, blocks: Blocks, *, pinned: bool) -> None:
         """Copy payloads over their blocks, which nobody uses."""
-        self._copy(blocks, pinned, out_of_cache=False)
+        whole = Part(0, self._pages.block_bytes)
+        self._copy(blocks, whole, pinned, out_of_cache=False)
 
-    def _copy(self, blocks: Blocks, pinned: bool, *, out_of_cache: bool) -> None:
+    def _copy(self, blocks: Blocks, part: Part, pinned: bool, *, out_of_cache: bool) -> None:
         with torch.cuda.stream(self._stream):  # does nothing where there is none
             if pinned and self._many is not None:
-                self._many.copy(blocks, out_of_cache=out_of_cache)
+                self._many.copy(blocks, part, out_of_cache=out_of_cache)
             else:
                 for block_id, payload in blocks:
-                    self._copy_one(block_id, payload, out_of_cache=out_of_cache)
+                    self._copy_one(block_id, payload, part, out_of_cache=out_of_cache)
             if self._stream is not None:
                 # Sleeps, and lets others run.
                 event = torch.cuda.Event(blocking=True)
                 event.record(self._stream)
                 event.synchronize()
 
-    def _copy_one(self, block_id: int, payload: memoryview, *, out_of_cache: bool) -> None:
+    def _copy_one(
+        self, block_id: int, payload: memoryview, part: Part, *, out_of_cache: bool
+    ) -> None:
         buffer = torch.frombuffer(payload, dtype=torch.int8)
-        offset = 0
-        for region in self._pages.regions:
-            row = region[block_id]
-            part = buffer[offset : offset + row.numel()]
-            offset += row.numel()
+        for region, offset, begin, end in slices_of(self._pages.regions, part):
+            in_cache = region[block_id][begin:end]
+            in_host = buffer[offset + begin : offset + end]
             if out_of_cache:
-                part.copy_(row, non_blocking=True)
+                in_host.copy_(in_cache, non_blocking=True)
             else:
-                row.copy_(part, non_blocking=True)
+                in_cache.copy_(in_host, non_blocking=True)
 
 
 #: Copies so many bytes from each of these addresses to those: all int64, of one shape.
@@ -148,7 +167,10 @@ class ManyCopies:
     def __init__(self, pages: BlockPages, *, into_cache: Swap, out_of_cache: Swap) -> None:
         self._into_cache = into_cache
         self._out_of_cache = out_of_cache
-        self._pieces = pieces_of(pages.regions)
+        whole = Part(0, pages.block_bytes)
+        self._pieces = {
+            (part.begin, part.end): pieces_of(pages.regions, part) for part in (whole, *pages.parts)
+        }
 
     @classmethod
     def of_vllm(cls, pages: BlockPages) -> ManyCopies | None:
@@ -166,9 +188,9 @@ class ManyCopies:
             kernel(nothing, nothing, nothing)
         return cls(pages, into_cache=kernel, out_of_cache=_custom_ops.swap_blocks_batch)
 
-    def copy(self, blocks: Blocks, *, out_of_cache: bool) -> None:
-        """Have `blocks` copied, on CUDA on the current stream."""
-        begin, stride, offset, size = self._pieces
+    def copy(self, blocks: Blocks, part: Part, *, out_of_cache: bool) -> None:
+        """Have this part of `blocks` copied, on CUDA on the current stream."""
+        begin, stride, offset, size = self._pieces[part.begin, part.end]
         ids = np.array([[block_id] for block_id, _ in blocks], dtype=np.int64)
         payloads = np.array([[_address(payload)] for _, payload in blocks], dtype=np.int64)
         cache, host = _table(begin + ids * stride), _table(payloads + offset)
@@ -179,20 +201,52 @@ class ManyCopies:
             self._into_cache(host, cache, sizes)
 
 
-def pieces_of(regions: Sequence[torch.Tensor]) -> NDArray[np.int64]:
-    """The pieces in which a block is copied.
+def num_parts_on(device: torch.device) -> int:
+    """On a CPU a step's work is done when the copies begin."""
+    return _PARTS if device.type == "cuda" else 1
+
+
+def parts_of(
+    writers: Mapping[int, Collection[str]], block_bytes: int, num_parts: int
+) -> list[Part]:
+    """A block in `num_parts` parts or fewer, of about as many bytes, each of whole layers.
+
+    `writers`: the layers whose bytes begin there, for each place in a block.
+    """
+    parts: list[Part] = []
+    begin, layers = 0, set[str]()
+    for place in sorted(writers):
+        if layers and place * num_parts >= block_bytes * (len(parts) + 1):
+            parts.append(Part(begin, place, frozenset(layers)))
+            begin, layers = place, set()
+        layers.update(writers[place])
+    return [*parts, Part(begin, block_bytes, frozenset(layers))]
+
+
+def slices_of(
+    regions: Sequence[torch.Tensor], part: Part
+) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+    """Where `part` lies: region, its place in the payload, `[begin, end)` of its rows."""
+    offset = 0
+    for region in regions:
+        width = region.shape[1]
+        begin, end = max(part.begin - offset, 0), min(part.end - offset, width)
+        if begin < end:
+            yield region, offset, begin, end
+        offset += width
+
+
+def pieces_of(regions: Sequence[torch.Tensor], part: Part) -> NDArray[np.int64]:
+    """The pieces in which a block's `part` is copied.
 
     Returns int64 of shape (4, pieces): address in block 0, bytes from one block to the next, offset
     in the payload, bytes.
     """
     pieces = []
-    offset = 0
-    for region in regions:
-        width = region.shape[1]
-        for begin in range(0, width, _PIECE_BYTES):
-            size = min(_PIECE_BYTES, width - begin)
+    for region, offset, first, last in slices_of(regions, part):
+        for begin in range(first, last, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, last - begin)
             pieces.append((region.data_ptr() + begin, region.stride(0), offset + begin, size))
-        offset += width
     return np.array(pieces, dtype=np.int64).T
 
 

@@ -14,22 +14,20 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from math import ceil
 
 from vllm.logger import init_logger
 
 from pdtasks.kv.codec import name_of, seal
 from pdtasks.kv.ledger import Late, Ledger, Tally, describe, keep
+from pdtasks.kv.marks import Marks
 from pdtasks.kv.movers import Block, Movers, batches_of, blocks_of
-from pdtasks.kv.pages import BlockPages
 from pdtasks.kv.plan import TransferPlan
 from pdtasks.kv.ring import RingWriter
 from pdtasks.kv.store import BlockStore
 
 logger = init_logger(__name__)
 
-#: Bytes that are copied at once into a ring: 1 to 2 ms on a GPU's link, in which the engine's own
-#: small copies wait.
-_BATCH_BYTES = 64 << 20
 #: Seconds without a further try after the store did not take a block out of the ring.
 _REST_S = 1.0
 
@@ -71,7 +69,6 @@ class Saves:
         self,
         ledger: Ledger,
         store: BlockStore,
-        pages: BlockPages,
         *,
         fingerprint: str,
         rank: int,
@@ -88,7 +85,6 @@ class Saves:
         """
         self._ledger = ledger
         self._store = store
-        self._pages = pages
         self._fingerprint = fingerprint
         self._rank = rank
         self._senders = senders
@@ -107,8 +103,8 @@ class Saves:
 
     # -- in the engine's thread ----------------------------------------------------------------
 
-    def start(self, plan: TransferPlan) -> None:
-        """Start with the blocks that the step completes."""
+    def start(self, plan: TransferPlan, after: Marks) -> None:
+        """Start with the blocks that the step completes, at `after`."""
         with self._ledger.lock:
             for request_id, wanted in plan.finished.items():
                 self._held.add(request_id)
@@ -120,7 +116,6 @@ class Saves:
                     self._end_if_done(tally)
         if not plan.saves:
             return
-        after = self._pages.mark()
         deadline = time.monotonic() + self._timeout_s
         for save in plan.saves:
             with self._ledger.lock:
@@ -146,7 +141,8 @@ class Saves:
         # prompt longer than the ring an earlier block would take its place.)
         if len(blocks) < self._ring.num_slots:
             blocks.sort(key=lambda block: block.shared)
-        for batch in batches_of(blocks, self._ring.block_bytes, _BATCH_BYTES):
+        # All at once, in halves: each part of them is to leave as soon as it is computed.
+        for batch in batches_of(blocks, ceil(len(blocks) / self._copiers.num_threads)):
             job = partial(self._copy_to_ring, self._ring, tally, deque(batch), asked)
             self._submit(self._copiers, job, partial(self._all_done, tally, batch))
 

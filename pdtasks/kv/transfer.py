@@ -31,6 +31,7 @@ from vllm.logger import init_logger
 
 from pdtasks.kv.ledger import Ledger
 from pdtasks.kv.loading import Loads
+from pdtasks.kv.marks import StepMarks
 from pdtasks.kv.movers import Movers
 from pdtasks.kv.pages import BlockPages
 from pdtasks.kv.plan import TransferPlan, TransferRecord, TransferStats
@@ -87,6 +88,7 @@ class BlockTransfer:
         self._ring: RingWriter | None = None
         self._rings: Rings | None = None
         self._movers: list[Movers] = []
+        self._marks: StepMarks
         self._saves: Saves
         self._loads: Loads
         self._looked_at = time.monotonic()
@@ -94,6 +96,7 @@ class BlockTransfer:
     def attach(self, pages: BlockPages) -> None:
         """Tell where the cache lies; called once before any transfer."""
         cuda = pages.device.type == "cuda"
+        self._marks = StepMarks(pages)
         self._ring = self._make_ring(pages, pin=cuda)
         self._rings = Rings(payloads=True, pin=cuda)
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
@@ -107,7 +110,6 @@ class BlockTransfer:
         self._saves = Saves(
             self._ledger,
             self._store,
-            pages,
             fingerprint=self._fingerprint,
             rank=self._rank,
             senders=senders,
@@ -154,8 +156,8 @@ class BlockTransfer:
     # -- in the engine's thread ----------------------------------------------------------------
 
     def start_saves(self, plan: TransferPlan) -> None:
-        """Start saving the blocks that the step completes."""
-        self._saves.start(plan)
+        """All of the step is queued: start saving the blocks that it completes."""
+        self._saves.start(plan, self._marks.end() if plan.saves else ())
 
     def before_step(self, plan: TransferPlan) -> None:
         """Nothing that this step reads is missing, and nothing that it writes is being copied.
@@ -166,8 +168,13 @@ class BlockTransfer:
         self._loads.before_step(plan)
 
     def start_loads(self, plan: TransferPlan) -> None:
-        """Start fetching the blocks of the step's new requests; see `Loads.start`."""
+        """The step begins: start fetching the blocks of its new requests; see `Loads.start`."""
+        self._marks.begin(saves=bool(plan.saves))
         self._loads.start(plan)
+
+    def layer_done(self, layer: str) -> None:
+        """This layer's part of the step is queued."""
+        self._marks.layer_done(layer)
 
     def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
         """What is done since the last call; each request is reported exactly once."""

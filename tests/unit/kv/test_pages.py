@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 from pdtasks.kv import pages as pages_module
-from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Mark, Staging, block_bytes
+from pdtasks.kv.marks import Mark, Marks, Part
+from pdtasks.kv.pages import BlockPages, Copier, ManyCopies, Staging, block_bytes, parts_of
 
 PAGE = 24  # bytes of one layer's part of a block
 NUM_BLOCKS = 5
@@ -62,10 +64,19 @@ def caches(config: KVCacheConfig, storage: torch.Tensor) -> dict[str, torch.Tens
     return views
 
 
+def now(pages: BlockPages, mark: object = None) -> Marks:
+    """All of a block is complete at `mark`."""
+    return [(whole(pages), cast("Mark", mark))]
+
+
+def whole(pages: BlockPages) -> Part:
+    return Part(0, pages.block_bytes)
+
+
 def gathered(pages: BlockPages, block_id: int) -> torch.Tensor:
     """The bytes of a block as they leave."""
     staging = Staging(pages)
-    Copier(pages).gather([(block_id, staging.payload)], pages.mark(), pinned=True)
+    Copier(pages).gather([(block_id, staging.payload)], now(pages), pinned=True)
     return torch.tensor(list(staging.payload), dtype=torch.uint8)
 
 
@@ -110,7 +121,7 @@ def test_a_block_moves_to_another_engine_and_nothing_else_changes(
     writer, reader = BlockPages(source, config), BlockPages(target, config)
 
     sent, received = Staging(writer), Staging(reader)
-    Copier(writer).gather([(1, sent.payload)], writer.mark(), pinned=True)
+    Copier(writer).gather([(1, sent.payload)], now(writer), pinned=True)
     received.payload[:] = sent.payload
     Copier(reader).scatter(
         [(4, received.payload)], pinned=True
@@ -184,7 +195,7 @@ def test_a_staging_holds_one_block_whatever_happens_to_the_cache(
     views = caches(config, storage)
     pages = BlockPages(views, config)
     staging = Staging(pages)
-    Copier(pages).gather([(2, staging.payload)], pages.mark(), pinned=True)
+    Copier(pages).gather([(2, staging.payload)], now(pages), pinned=True)
     before = pages_of(views, LAYERS, 2).tolist()
 
     storage.fill_(7)
@@ -212,9 +223,67 @@ def test_a_copy_waits_for_the_engines_work(cache: tuple[KVCacheConfig, torch.Ten
     computed = FakeEvent(lambda: storage.fill_(5))
     staging = Staging(pages)
 
-    Copier(pages).gather([(1, staging.payload)], cast("Mark", computed), pinned=True)
+    Copier(pages).gather([(1, staging.payload)], now(pages, computed), pinned=True)
 
     assert set(staging.payload) == {5}
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA."""
+    monkeypatch.setattr(pages_module, "num_parts_on", lambda device: len(LAYERS))
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("at_once", [False, True], ids=["one_by_one", "many_at_once"])
+def test_each_part_of_a_block_leaves_when_its_layers_are_computed(
+    cache: tuple[KVCacheConfig, torch.Tensor], monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    config, storage = cache
+    views = caches(config, storage)
+    storage.zero_()
+    pages = BlockPages(views, config)
+    assert [part.layers for part in pages.parts] == [{layer} for layer in LAYERS]
+    many = ManyCopies(pages, into_cache=memmove_all, out_of_cache=memmove_all)
+    monkeypatch.setattr(pages_module, "_CALL_BYTES", 1)
+    stagings = {block_id: Staging(pages) for block_id in (4, 1)}
+    when: list[bytes] = []
+
+    def compute(layer: str) -> None:
+        when.append(bytes(stagings[1].payload))
+        for block_id in stagings:
+            views[layer][block_id].view(torch.uint8).fill_(1 + LAYERS.index(layer))
+
+    marks = [
+        (part, cast("Mark", FakeEvent(partial(compute, *part.layers)))) for part in pages.parts
+    ]
+    blocks = [(block_id, staging.payload) for block_id, staging in stagings.items()]
+    Copier(pages, many if at_once else None).gather(blocks, marks, pinned=True)
+
+    rows = [bytes([1 + index]) * PAGE for index in range(len(LAYERS))]
+    assert [bytes(staging.payload) for staging in stagings.values()] == [b"".join(rows)] * 2
+    # and each was there before the next was computed
+    assert [seen[: index * PAGE] for index, seen in enumerate(when)] == [
+        b"".join(rows[:index]) for index in range(len(LAYERS))
+    ]
+
+
+@pytest.mark.parametrize(("num_parts", "ends"), [(1, [60]), (2, [30, 60]), (4, [20, 30, 50, 60])])
+def test_parts_are_of_whole_layers(num_parts: int, ends: list[int]) -> None:
+    # layers of 10 and 20 bytes, two of which share theirs
+    writers = {0: {"a"}, 10: {"b"}, 20: {"c", "c'"}, 30: {"d"}, 50: {"e"}}
+
+    parts = parts_of(writers, 60, num_parts)
+
+    assert [part.end for part in parts] == ends
+    assert [part.begin for part in parts] == [0, *ends[:-1]]
+    for part in parts:
+        assert part.layers == {
+            layer
+            for place, layers in writers.items()
+            for layer in layers
+            if part.begin <= place < part.end
+        }
 
 
 def test_on_a_cpu_work_is_done_when_python_says_so() -> None:
@@ -240,13 +309,13 @@ def test_many_copies_at_once_do_what_single_ones_do(
     stagings = {block_id: Staging(pages) for block_id in (3, 0, 4)}
     blocks = [(block_id, staging.payload) for block_id, staging in stagings.items()]
 
-    many.copy(blocks, out_of_cache=True)
+    many.copy(blocks, whole(pages), out_of_cache=True)
     before = storage.clone()
     for block_id, payload in blocks:
         assert list(payload) == gathered(pages, block_id).tolist()
 
     storage.zero_()
-    many.copy(blocks[:2], out_of_cache=False)
+    many.copy(blocks[:2], whole(pages), out_of_cache=False)
     expected = torch.zeros_like(storage)
     for region, empty in zip(
         BlockPages(caches(config, before), config).regions,
