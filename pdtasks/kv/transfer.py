@@ -160,16 +160,18 @@ class BlockTransfer:
         self._saves.start(plan, self._marks.end() if plan.saves else ())
 
     def before_step(self, plan: TransferPlan) -> None:
-        """Nothing that this step reads is missing, and nothing that it writes is being copied.
+        """The step begins: nothing that it reads is missing, nothing that it writes being copied.
 
         See `Saves.give_up` and `Loads.before_step`.
         """
+        # Not in `start_loads`: vLLM 0.32 calls that behind the forward pass unless a load is the
+        # step's own.
+        self._marks.begin(saves=bool(plan.saves))
         self._saves.give_up(plan.preempted)
         self._loads.before_step(plan)
 
     def start_loads(self, plan: TransferPlan) -> None:
-        """The step begins: start fetching the blocks of its new requests; see `Loads.start`."""
-        self._marks.begin(saves=bool(plan.saves))
+        """Start fetching the blocks of the step's new requests; see `Loads.start`."""
         self._loads.start(plan)
 
     def layer_done(self, layer: str) -> None:
