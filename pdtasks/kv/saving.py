@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import ceil
 
@@ -60,6 +60,27 @@ class _Question:
             if closing.is_set() or time.monotonic() >= self.deadline:
                 break
         return key in self._present
+
+
+@contextmanager
+def _in_device(ring: RingWriter, blocks: Sequence[Block]) -> Iterator[list[tuple[int, int]]]:
+    """Where those of `blocks` are to be copied that have a place in the GPU's memory as well.
+
+    Block ids, each with an address; at the end they are there.
+    """
+    taken: dict[int, Block] = {}
+    if ring.device is not None:
+        for block in blocks:
+            assert block.number is not None
+            if (slot := ring.take_in_device(block.number)) is not None:
+                taken[slot] = block
+    done = False
+    try:
+        yield [(block.block_id, ring.device_address(slot)) for slot, block in taken.items()]
+        done = True
+    finally:
+        for slot, block in taken.items():
+            ring.publish_in_device(slot, block.number if done else None)
 
 
 class Saves:
@@ -226,7 +247,9 @@ class Saves:
             keep(first.deadline)
             assert self._copiers is not None
             copies = [(block.block_id, ring.payload(slot)) for slot, block in taken]
-            self._copiers.own.copier.gather(copies, first.after, pinned=ring.pinned)
+            with _in_device(ring, [block for _, block in taken]) as beside:
+                copier = self._copiers.own.copier
+                copier.gather(copies, first.after, pinned=ring.pinned, beside=beside)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1
