@@ -290,11 +290,15 @@ class Loads:
             if (slot := ring.device_slot(number)) is not None
         ]
         copier = self._copiers.own.copier
-        return (
-            len(copies) == len(numbers)
-            and self._scatter(tally, partial(copier.scatter_from_device, copies))
-            and all(map(ring.is_in_device, numbers))
-        )
+        try:
+            are_copied = len(copies) == len(numbers) and self._scatter(
+                tally, partial(copier.scatter_from_device, copies)
+            )
+        except RuntimeError as exc:  # CUDA's: the slots have them as well
+            logger.warning("no copies from GPU to GPU any more: %s", exc)
+            ring.without_device()
+            return False
+        return are_copied and all(map(ring.is_in_device, numbers))
 
     def _stay(self, load: BlockLoad, numbers: list[int], ring: RingReader) -> bool:
         """Are those blocks in their slots? Kept ones are, also while their word is away."""

@@ -27,6 +27,7 @@ blocks that no step under way still touches (`Scheduler.defer_block_free`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -117,24 +118,33 @@ class Copier:
         if pages.device.type == "cuda":
             self._stream = torch.cuda.Stream(pages.device, priority=_FIRST)
 
-    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool, beside: Addresses = ()) -> None:
+    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool, beside: Addresses = ()) -> bool:
         """Copy blocks into their payloads, all regions, one by one; parts when they are complete.
 
         Args:
         pinned: CUDA knows the payloads' memory.
         beside: copy these blocks within the GPU, too.
+
+        Returns False when CUDA did not copy them there.
         """
+        are_beside = True
         for part, mark in after:
             if mark is not None:
                 mark.synchronize()
-            if beside:
-                assert self._many is not None
-                with torch.cuda.stream(self._stream):
-                    # No wait: what follows on the stream is waited for.
-                    self._many.copy_in_device(beside, part, out_of_cache=True)
+            if beside and are_beside:
+                are_beside = self._copy_beside(beside, part)
             at_once = max(1, _CALL_BYTES // (part.end - part.begin))
             for begin in range(0, len(blocks), at_once):
                 self._copy(blocks[begin : begin + at_once], part, pinned, out_of_cache=True)
+        return are_beside
+
+    def _copy_beside(self, blocks: Addresses, part: Part) -> bool:
+        assert self._many is not None
+        with suppress(RuntimeError), torch.cuda.stream(self._stream):
+            # No wait: what follows on the stream is waited for.
+            self._many.copy_in_device(blocks, part, out_of_cache=True)
+            return True
+        return False
 
     def scatter(self, blocks: Blocks, *, pinned: bool) -> None:
         """Copy payloads over their blocks, which nobody uses."""

@@ -160,6 +160,12 @@ class _Mapped:
         slot = self.device_slot(number)
         return slot is not None and self._words[slot * (_ROW // 8) + _DEVICE_WORD] == number + 1
 
+    def without_device(self) -> None:
+        """Its memory cannot be written, or reached: no engine counts on it any more."""
+        handle = self.device_handle
+        if handle is not None:
+            _DEVICE.pack_into(self._view, _DEVICE_BEGIN, handle, 0)
+
     def device_address(self, slot: int) -> int:
         """Of a device slot, in this process."""
         assert self.device is not None
@@ -363,12 +369,6 @@ class RingReader(_Mapped):
         row = number % self.num_slots * (_ROW // 8)
         self._words[row + _READ] = number + 1
         self._words[row + _KEPT] = 0
-
-    def without_device(self) -> None:
-        """The device's memory cannot be reached from here: no engine counts on it any more."""
-        handle = self.device_handle
-        if handle is not None:
-            _DEVICE.pack_into(self._view, _DEVICE_BEGIN, handle, 0)
 
     def close(self) -> None:
         """Let go of it."""

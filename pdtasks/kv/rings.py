@@ -29,14 +29,18 @@ class Rings:
         payloads: bool,
         pin: bool = False,
         open_device: Callable[[bytes], DeviceMemory] | None = None,
+        own: str | None = None,
     ) -> None:
         """See `RingReader`.
 
-        `open_device` maps the GPU memory of the engines whose rings they are.
+        Args:
+        open_device: maps the GPU memory of the engines whose rings they are.
+        own: the ring that this process writes: CUDA maps no memory twice in one process.
         """
         self._payloads = payloads
         self._pin = pin
         self._open_device = open_device
+        self._own = own
         self._lock = threading.Lock()
         self._closed = False
         self._readers: dict[str, RingReader] = {}
@@ -124,7 +128,8 @@ class Rings:
                 self._unknown = {n: t for n, t in self._unknown.items() if now - t < _LOOK_S}
                 self._unknown[name] = now
                 return None
-            self._look_into_device(reader)
+            if name != self._own:
+                self._look_into_device(reader)
             self._readers[name] = reader
             return reader
 
@@ -135,7 +140,7 @@ class Rings:
         try:
             reader.device = self._open_device(handle)
         except DeviceMemoryError as exc:
-            logger.info("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
+            logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
             reader.without_device()
 
     def _close(self, names: Iterable[str]) -> None:

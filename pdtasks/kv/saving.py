@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import ceil
 
@@ -62,25 +62,25 @@ class _Question:
         return key in self._present
 
 
-@contextmanager
-def _in_device(ring: RingWriter, blocks: Sequence[Block]) -> Iterator[list[tuple[int, int]]]:
-    """Where those of `blocks` are to be copied that have a place in the GPU's memory as well.
-
-    Block ids, each with an address; at the end they are there.
-    """
+def _copy_into_device_too(
+    ring: RingWriter, blocks: Sequence[Block], copy: Callable[..., bool]
+) -> None:
+    """Have `copy` bring those of `blocks` into GPU memory too that have a place there."""
     taken: dict[int, Block] = {}
-    if ring.device is not None:
-        for block in blocks:
-            assert block.number is not None
-            if (slot := ring.take_in_device(block.number)) is not None:
-                taken[slot] = block
-    done = False
+    for block in blocks if ring.device is not None else ():
+        assert block.number is not None
+        if (slot := ring.take_in_device(block.number)) is not None:
+            taken[slot] = block
+    are_there = False
     try:
-        yield [(block.block_id, ring.device_address(slot)) for slot, block in taken.items()]
-        done = True
+        beside = [(block.block_id, ring.device_address(slot)) for slot, block in taken.items()]
+        are_there = copy(beside=beside)
     finally:
         for slot, block in taken.items():
-            ring.publish_in_device(slot, block.number if done else None)
+            ring.publish_in_device(slot, block.number if are_there else None)
+    if taken and not are_there:
+        logger.warning("no copies from GPU to GPU any more: blocks cannot be copied within the GPU")
+        ring.without_device()
 
 
 class Saves:
@@ -247,9 +247,8 @@ class Saves:
             keep(first.deadline)
             assert self._copiers is not None
             copies = [(block.block_id, ring.payload(slot)) for slot, block in taken]
-            with _in_device(ring, [block for _, block in taken]) as beside:
-                copier = self._copiers.own.copier
-                copier.gather(copies, first.after, pinned=ring.pinned, beside=beside)
+            copy = partial(self._copiers.own.copier.gather, copies, first.after, pinned=ring.pinned)
+            _copy_into_device_too(ring, [block for _, block in taken], copy)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1

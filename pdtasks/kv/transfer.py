@@ -113,7 +113,12 @@ class BlockTransfer:
         self._ring = self._make_ring(pages, pin=cuda)
         can_copy = ManyCopies.can_copy(pages)
         open_device = partial(open_peer, device=pages.device) if can_copy else None
-        self._rings = Rings(payloads=True, pin=cuda, open_device=open_device)
+        self._rings = Rings(
+            payloads=True,
+            pin=cuda,
+            open_device=open_device,
+            own=None if self._ring is None else self._ring.name,
+        )
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
         copiers, askers = None, loaders
         if self._ring is not None:
@@ -179,7 +184,7 @@ class BlockTransfer:
         try:
             return allocate(num_slots * stride, pages.device), num_slots
         except DeviceMemoryError as exc:
-            logger.info("no GPU memory for hand-overs, they go through host memory: %s", exc)
+            logger.warning("no GPU memory for hand-overs, they go through host memory: %s", exc)
             return None, 0
 
     def _new_movers(

@@ -6,6 +6,7 @@ GPU memory is the test's own memory here.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -187,6 +188,38 @@ def test_a_gpu_that_cannot_be_reached_is_not_counted_on(
 
     assert reader.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
     assert device.num_from_host == 1
+    assert not scheduler.are_in_device(handle, 0)
+    scheduler.close()
+
+
+def test_an_engine_does_not_map_its_own_memory(prefill: Side, device: FakeDevice) -> None:
+    # CUDA would refuse, and nobody would count on that memory any more.
+    prefill.transfer.look_for_rings()
+
+    assert not device.open
+    scheduler = Rings(payloads=False)
+    assert scheduler.are_in_device(save(prefill, [5, 0, 3]), 0)
+    scheduler.close()
+
+
+@pytest.mark.parametrize("num_copies", [0, 2], ids=["out of the cache", "into the cache"])
+def test_where_cuda_refuses_to_copy_blocks_go_through_host_memory(
+    prefill: Side, reader: Side, device: FakeDevice, store: MemoryStore, num_copies: int
+) -> None:
+    calls = itertools.count()
+
+    def refuse() -> None:
+        if next(calls) == num_copies:
+            raise RuntimeError("CUDA error: invalid argument")
+
+    # Two threads copy within the GPU, each in one call.
+    device.on_copy = refuse
+    handle = save(prefill, [5, 0, 3])
+    load(reader, handle, [1, 2, 4])
+
+    assert reader.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    assert (device.num_from_host, store.num_gets) == (1, 0)
+    scheduler = Rings(payloads=False)
     assert not scheduler.are_in_device(handle, 0)
     scheduler.close()
 
