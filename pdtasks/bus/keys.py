@@ -6,6 +6,8 @@ from typing import Final
 
 #: Of one worker's sign of life; its name follows.
 WORKER: Final = "pd:worker:"
+#: The names of workers by the time of their last sign of life.
+WORKERS: Final = "pd:workers"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
 #: Of the answer to one question about a request; its id and the attempt's number follow.
