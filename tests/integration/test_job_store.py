@@ -175,9 +175,7 @@ def test_jobs_of_an_older_release_have_their_turns_among_new_ones(
 
 
 @pytest.mark.parametrize("spoilt", [None, "nan", "inf", "no number"])
-def test_spoilt_turns_stop_nobody(
-    with_store: Run, services: Services, spoilt: str | None
-) -> None:
+def test_spoilt_turns_stop_nobody(with_store: Run, services: Services, spoilt: str | None) -> None:
     async def test(store: JobStore) -> None:
         if spoilt is None:
             services.bus.set("pd:jobs:turns", "no map")
