@@ -324,7 +324,7 @@ def fair(*, jobs: int, at_once: int, seconds: float, json_file: Path | None) -> 
 
 
 @bench.command()
-@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True)
 @click.option("--streams", type=click.IntRange(min=1, max=10_000), default=256, show_default=True)
 @click.option(
     "--tokens",
