@@ -30,6 +30,9 @@ _STEPS: Final = 2
 _STEP_TOKENS: Final = 2048
 #: Requests that a prefill worker has at least, however long their prompts.
 _LEAST_PROMPTS: Final = 2
+#: Prompts beyond the prefill workers' places, as a part of those: a place is taken again when the
+#: next prompt has come through API and RabbitMQ, about 10 ms and thus a fraction of a step.
+_BEYOND_PLACES: Final = 0.25
 #: Part of the decode workers' places whose requests may be on their way to them; at least so many.
 _ON_THEIR_WAY: Final = 0.25
 _LEAST_ON_THEIR_WAY: Final = 8
@@ -51,6 +54,7 @@ class Room:
     """What there is of workers that take jobs."""
 
     prefill_workers: int = 1
+    prefill_slots: int = 0  #: prompts that the prefill workers take at once; 0: not known
     step_tokens: int = 0  #: tokens that a prefill engine computes at once; 0: not known
     decode_slots: int = 0  #: requests that the decode workers run at once; 0: not known
 
@@ -163,8 +167,12 @@ class Line:
         on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
         if len(self._on_their_way) >= on_their_way:
             return False
-        if sum(1 for tokens in self._prefilling.values() if tokens) < _LEAST_PROMPTS * workers:
+        prompts = sum(1 for tokens in self._prefilling.values() if tokens)
+        if prompts < _LEAST_PROMPTS * workers:
             return True
+        # However short they are: what finds no place waits in RabbitMQ, where nobody gives turns.
+        if room.prefill_slots and prompts >= (1 + _BEYOND_PLACES) * room.prefill_slots:
+            return False
         most = _STEPS * (room.step_tokens or _STEP_TOKENS) * workers
         return sum(self._prefilling.values()) + one.tokens <= most
 

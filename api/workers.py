@@ -65,6 +65,8 @@ class Workers:
         prefill, decode = ([w for w in self._of(s) if w.state == "ready"] for s in STAGES)
         return Room(
             prefill_workers=len(prefill),
+            # One of an older release, which does not say, leaves the sum unknown.
+            prefill_slots=sum(w.slots for w in prefill) if all(w.slots for w in prefill) else 0,
             step_tokens=min((w.step_tokens for w in prefill), default=0),
             decode_slots=sum(w.slots for w in decode),
         )

@@ -72,6 +72,13 @@ _FLAGS_PASS = {"ignore_unknown_options": True}
 @main.command(context_settings=_FLAGS_PASS)
 @click.option("--prefill", default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", default=1, show_default=True, help="Decode workers.")
+@click.option(
+    "--api",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="API processes, on --port and the ports after it; any of them knows every job.",
+)
 @click.option("--model", help="Folder or Hugging Face name; without it the embedded model.")
 @click.option("--host", help="Address the API listens on. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port of the API. [default: 8000]")
@@ -83,6 +90,7 @@ def up(
     *,
     prefill: int,
     decode: int,
+    api: int,
     model: str | None,
     host: str | None,
     port: int | None,
@@ -103,7 +111,7 @@ def up(
     given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= _front_end(flags, reasoning_parser)
-    size = Size(prefill, decode, concurrency, flower=not no_flower)
+    size = Size(prefill, decode, concurrency, api=api, flower=not no_flower)
     sys.exit(run_stack(overrides, size, Console()))
 
 

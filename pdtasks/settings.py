@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     #: MiB of shared memory of each engine rank, for KV that engines of the same host read at once;
     #: 0: hand-overs wait for the kv server.
     kv_ring_mib: int | None = Field(default=None, ge=0)  #: None: 256; on CUDA 4096
+    #: MiB of GPU memory of each engine rank for the newest of it, which engines of the same host
+    #: copy from GPU to GPU; at most a quarter of what is free. 0: through host memory alone.
+    kv_device_ring_mib: int = Field(default=0, ge=0)
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     #: Lines of batches that one API process runs at once: each shares the engines' steps with

@@ -376,6 +376,31 @@ def gap(*, tokens: tuple[int, ...], requests: int, json_file: Path | None) -> No
         json_file.write_text(to_json(rows) + "\n")
 
 
+@bench.command()
+@click.option(
+    "--answers", type=click.IntRange(min=2), default=8, show_default=True, help="To each prompt."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=1500, show_default=True, help="Of a prompt."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@_JSON
+def answers(*, answers: int, tokens: int, rounds: int, json_file: Path | None) -> None:
+    """Measure what n answers to one prompt cost on the running stack.
+
+    Beside one answer, and beside as many prompts of their own; medians.
+    """
+    from pdtasks.bench.answers import format_answers, run_answers, to_json
+    from pdtasks.settings import load_settings
+
+    rows = run_answers(
+        load_settings(), answers, tokens, rounds, lambda line: click.echo(line, err=True)
+    )
+    click.echo(format_answers(rows))
+    if json_file is not None:
+        json_file.write_text(to_json(rows) + "\n")
+
+
 _A_DAY_S = 86_400.0
 
 

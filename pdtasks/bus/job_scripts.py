@@ -45,6 +45,7 @@ class JobScripts:
         job_id: str,
         fields: Mapping[str, Any],
         *,
+        owner: str,
         digest: str,
         key: str | None,
         ttl_s: int,
@@ -53,17 +54,18 @@ class JobScripts:
         """Take a job in; returns digest and id, of an earlier one if `key` is known.
 
         Args:
+        owner: in whose turn it is claimed.
         digest: of what has to be the same under one `key`, an Idempotency-Key's digest.
 
         Raises NoRoomForJobs.
         """
-        names = [record_key(job_id), keys.JOBS, keys.JOBS_WAITING]
+        names = [record_key(job_id), keys.JOBS, keys.JOBS_WAITING, keys.JOBS_TURNS]
         if key is not None:
             names.append(keys.IDEMPOTENCY + key)
         known: bytes = await self._create(
             keys=names,
             args=[
-                *(keys.JOB, job_id, digest, ttl_s, _FORGOTTEN_AT_ONCE),
+                *(keys.JOB, job_id, owner, digest, ttl_s, _FORGOTTEN_AT_ONCE),
                 *(most_waiting, MOST_MEMORY, *flat(fields)),
             ],
         )
@@ -112,7 +114,7 @@ class JobScripts:
         self, job_id: str, token: str, fields: Mapping[str, Any], *, ttl_s: int
     ) -> bool:
         """End a job; `token` is empty for one that nobody runs. False: somebody (else) does."""
-        indexes = [keys.JOBS_RUNNING, keys.JOBS_WAITING, keys.JOBS]
+        indexes = [keys.JOBS_RUNNING, keys.JOBS_WAITING, keys.JOBS, keys.JOBS_TURNS]
         done = await self._finish(
             keys=[record_key(job_id), events_key(job_id), *indexes],
             args=[job_id, token, ttl_s, *flat(fields)],

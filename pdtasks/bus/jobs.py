@@ -176,6 +176,7 @@ class JobStore:
         known_digest, known_id = await self._scripts.create(
             job_id,
             fields,
+            owner=owner,
             digest=digest,
             key=key,
             ttl_s=int(timeout_s + self._ttl_s),
@@ -261,7 +262,9 @@ class JobStore:
     # -- runners ---------------------------------------------------------------------------------
 
     async def claim(self, token: str) -> Job | None:
-        """Begin to run the oldest job that nobody runs; None when there is none.
+        """Begin to run a job that nobody runs; None when there is none.
+
+        Owners have turns, and of one owner's jobs the oldest is the next.
 
         One that `is_given_up`, or `is_unwanted`, or whose deadline has passed, is only to be ended.
         `token` must be new for each claim.

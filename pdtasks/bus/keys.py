@@ -6,6 +6,8 @@ from typing import Final
 
 #: Of one worker's sign of life; its name follows.
 WORKER: Final = "pd:worker:"
+#: The names of workers by the time of their last sign of life.
+WORKERS: Final = "pd:workers"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
 #: Of the answer to one question about a request; its id and the attempt's number follow.
@@ -14,10 +16,12 @@ PROGRESS: Final = "pd:progress:"
 JOB: Final = "pd:job:"
 #: Behind a record's key: what its caller may read along.
 EVENTS: Final = ":events"
-#: All jobs by time, those that wait by time, those that run by the end of their lease.
+#: All jobs by time, those that wait by their turn, those that run by the end of their lease.
 JOBS: Final = "pd:jobs"
 JOBS_WAITING: Final = "pd:jobs:waiting"
 JOBS_RUNNING: Final = "pd:jobs:running"
+#: The turn of each owner's next job.
+JOBS_TURNS: Final = "pd:jobs:turns"
 #: Of one Idempotency-Key; its digest follows.
 IDEMPOTENCY: Final = "pd:jobs:key:"
 #: Of one file's record, its id follows; of its pieces, `:` and a number follow that.

@@ -2,10 +2,14 @@
 
 The key is a worker's claim to its name as well: no other process's is written over, unless
 whoever writes knows that process to be gone.
+
+Which names there are is in one sorted set: to look for keys would be to look at all that the bus
+has, each second and in each process that looks (8 ms beside 20,000 jobs instead of 0.2).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple, cast
@@ -13,9 +17,12 @@ from typing import NamedTuple, cast
 import valkey
 import valkey.asyncio
 
-from pdtasks.bus.keys import WORKER
+from pdtasks.bus.keys import WORKER, WORKERS
 from pdtasks.errors import IncompatibleWorker
 from pdtasks.messages import WorkerStatus, read_message
+
+#: Seconds after which a name is forgotten that nobody has used. Clocks of two hosts differ less.
+_FORGET_S = 86_400
 
 
 def worker_key(name: str) -> str:
@@ -51,8 +58,11 @@ def leave_status(
             holder = _holder(cast("bytes | None", pipe.get(key)), cast("int", pipe.pttl(key)))
             if holder and holder.status.process != status.process and not is_gone(holder.status):
                 return holder
+            now = time.time()
             pipe.multi()
             pipe.set(key, status.to_wire(), px=ttl_ms)
+            pipe.zadd(WORKERS, {status.name: now})
+            pipe.zremrangebyscore(WORKERS, "-inf", now - _FORGET_S)
             try:
                 pipe.execute()
             except valkey.WatchError:
@@ -69,6 +79,7 @@ def remove_status(bus: valkey.Valkey, status: WorkerStatus) -> None:
         if holder and holder.status.process == status.process:
             pipe.multi()
             pipe.delete(key)
+            pipe.zrem(WORKERS, status.name)
             with suppress(valkey.WatchError):  # another's by now
                 pipe.execute()
 
@@ -85,21 +96,25 @@ def _holder(value: bytes | None, ttl_ms: int) -> Holder | None:
 
 def read_workers(bus: valkey.Valkey) -> list[WorkerStatus]:
     """All workers with a sign of life, by role and name. Raises valkey.ValkeyError."""
-    keys = list(bus.scan_iter(match=WORKER + "*", count=1000))
     # Typed for the asynchronous client as well.
-    return _parse(cast("list[bytes | None]", bus.mget(keys))) if keys else []
+    names = cast("list[bytes]", bus.zrange(WORKERS, 0, -1))
+    return _parse(cast("list[bytes | None]", bus.mget(_keys(names)))) if names else []
 
 
 async def read_workers_async(bus: valkey.asyncio.Valkey) -> list[WorkerStatus]:
     """`read_workers` for an event loop."""
-    keys = [key async for key in bus.scan_iter(match=WORKER + "*", count=1000)]
-    return _parse(await bus.mget(keys)) if keys else []
+    names = await bus.zrange(WORKERS, 0, -1)
+    return _parse(await bus.mget(_keys(names))) if names else []
+
+
+def _keys(names: Iterable[bytes]) -> list[bytes]:
+    return [WORKER.encode() + name for name in names]
 
 
 def _parse(values: Iterable[bytes | None]) -> list[WorkerStatus]:
     workers = []
     for value in values:
-        if value is not None:  # expired between the two commands
+        if value is not None:  # expired
             try:
                 workers.append(read_message(WorkerStatus, value))
             except IncompatibleWorker:

@@ -88,10 +88,11 @@ def flower(settings: Settings, cookie_secret: str) -> Process:
     return _python("flower", argv, settings, env)
 
 
-def api_url(settings: Settings) -> str:
-    """Where the API answers on this host."""
+def api_url(settings: Settings, port: int | None = None) -> str:
+    """Where the API answers on this host. `port`: of one among several."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.api_host, settings.api_host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.api_port}"
+    port = settings.api_port if port is None else port
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def flower_url(settings: Settings) -> str:
@@ -99,10 +100,12 @@ def flower_url(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.flower_port}"
 
 
-def stack_urls(settings: Settings, *, flower: bool) -> dict[str, str]:
-    """Everything that is known to answer or will, by role."""
+def stack_urls(
+    settings: Settings, *, flower: bool, api_ports: Sequence[int] = ()
+) -> dict[str, str]:
+    """Everything that is known to answer or will, by role; several with commas."""
     urls = {
-        "api": api_url(settings),
+        "api": ",".join(api_url(settings, port) for port in api_ports or [settings.api_port]),
         "broker": settings.broker_url,
         "bus": settings.bus_url,
         "kv": ",".join(settings.kv_urls),

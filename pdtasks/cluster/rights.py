@@ -149,9 +149,12 @@ _ANY: Final = "+ping +client|setinfo"
 _RESULTS: Final = "celery-task-meta-*"
 
 # Each in parentheses: these commands on these keys, and none of them on others.
-_SEE_WORKERS: Final = f"(%R~{keys.WORKER}* +scan +mget)"
+_SEE_WORKERS: Final = f"(%R~{keys.WORKER}* %R~{keys.WORKERS} +zrange +mget)"
 #: Compared before it is set: a name is one process's.
-_BE_SEEN: Final = f"(~{keys.WORKER}* +get +pttl +set +del +watch) +unwatch +multi +exec +discard"
+_BE_SEEN: Final = (
+    f"(~{keys.WORKER}* ~{keys.WORKERS} "
+    "+get +pttl +set +del +watch +zadd +zrem +zremrangebyscore) +unwatch +multi +exec +discard"
+)
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
 _READ_REPLIES: Final = f"(~{keys.REPLY}* +xgroup|create +expire +xread +xdel +del)"
 _ASK_PROGRESS: Final = f"(~{keys.PROGRESS}* +blpop)"

@@ -7,6 +7,7 @@ was started by hand, on this host or another, is shown as well.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,7 +120,6 @@ def _left_behind(stack: Stack) -> Status:
 
 
 def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -> tuple[Row, ...]:
-    started = {member.role: member for member in members if member.role not in STAGES}
     probes: dict[str, Callable[[str], bool]] = {
         "broker": broker_accepts,
         "bus": valkey_answers,
@@ -129,18 +129,23 @@ def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -
     }
     rows = []
     for role, answers in probes.items():
-        member = started.get(role)
-        if member is None and (role not in urls or role in ("api", "flower")):
+        started = [member for member in members if member.role == role]
+        if not started and (role not in urls or role in ("api", "flower")):
             continue  # not there, or not begun
-        alive = member is None or member.identity.alive()
-        if alive and draining:
-            state = "draining"
-        elif alive and role in urls and answers(urls[role]):
-            state = "ready"
-        else:
-            state = "starting" if member is not None and alive else "dead"
-        name, pid = (role, None) if member is None else (member.name, member.pid)
-        rows.append(Row(name, role, pid, state))
+        url = urls.get(role)
+        # Several API processes have a URL each, in the order of their start.
+        own = url.split(",") if url and role == "api" else [url]
+        asked: list[Member | None] = [*started] or [None]
+        for member, its in itertools.zip_longest(asked, own[: len(asked)]):
+            alive = member is None or member.identity.alive()
+            if alive and draining:
+                state = "draining"
+            elif alive and its is not None and answers(its):
+                state = "ready"
+            else:
+                state = "starting" if member is not None and alive else "dead"
+            name, pid = (role, None) if member is None else (member.name, member.pid)
+            rows.append(Row(name, role, pid, state))
     return tuple(rows)
 
 

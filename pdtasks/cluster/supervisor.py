@@ -50,6 +50,7 @@ class Size:
     prefill: int = 1
     decode: int = 1
     concurrency: int | None = None  #: jobs one worker takes at once; None: what its engine batches
+    api: int = 1  #: API processes, on ports that follow each other
     flower: bool = True
 
 
@@ -82,6 +83,7 @@ class Supervisor:
         self._size = size
         self._console = console
         self._signals = signals
+        self._api_ports = [settings.api_port]
         self._state: StackState = "starting"
         self._temporary: Path | None = None
         self._file = StackRecord(settings.home)
@@ -154,8 +156,12 @@ class Supervisor:
 
     def _choose_ports(self) -> None:
         settings = self.settings
-        port = choose_port("the API", settings.api_host, settings.api_port, "--port")
-        update = {"api_port": port}
+        first = settings.api_port
+        wanted = [first + number if first else 0 for number in range(self._size.api)]
+        self._api_ports = [
+            choose_port("the API", settings.api_host, port, "--port") for port in wanted
+        ]
+        update = {"api_port": self._api_ports[0]}
         if self._size.flower:
             port = choose_port("Flower", "127.0.0.1", settings.flower_port, "--flower-port")
             update["flower_port"] = port
@@ -184,9 +190,13 @@ class Supervisor:
         for placement in plan.workers:
             process = children.worker(for_worker, placement, concurrency, temporary)
             self._parts.add(Part(process, placement.role, placement.devices))
-        url = children.api_url(settings)
-        process = children.api(self._services.settings_for(User.API, settings), temporary)
-        self._parts.add(Part(process, "api", url, f"{url}/ready"))
+        for_api = self._services.settings_for(User.API, settings)
+        for number, port in enumerate(self._api_ports, start=1):
+            name = "api" if len(self._api_ports) == 1 else f"api{number}"
+            own = for_api.model_copy(update={"api_port": port})
+            url = children.api_url(own)
+            process = children.api(own, temporary, name=name)
+            self._parts.add(Part(process, "api", url, f"{url}/ready"))
         if self._size.flower:
             url = children.flower_url(settings)
             for_flower = self._services.settings_for(User.FLOWER, settings)
@@ -215,7 +225,8 @@ class Supervisor:
         from pdtasks.cluster.status import format_status, read_status
 
         self._console.line("\n" + format_status(read_status(self.settings)))
-        self._console.line(f"\nready: {children.api_url(self.settings)}/v1")
+        urls = (children.api_url(self.settings, port) for port in self._api_ports)
+        self._console.line("\nready: " + ", ".join(f"{url}/v1" for url in urls))
         self._console.line("Ctrl-C drains and stops; a second one stops at once.")
 
     # -- stop -------------------------------------------------------------------------------------
@@ -261,7 +272,9 @@ class Supervisor:
         self._file.update(
             state=self._state,
             env=self.settings.to_env(),
-            urls=children.stack_urls(self.settings, flower=self._size.flower),
+            urls=children.stack_urls(
+                self.settings, flower=self._size.flower, api_ports=self._api_ports
+            ),
             operator_urls=self._services.operator_urls(),
             services=[*self._services.members(), *self._parts.members()],
             helpers=self._services.helpers(),

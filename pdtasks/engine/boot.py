@@ -37,6 +37,7 @@ async def start_core(
         "connections": settings.kv_connections,
         "min_prefix_tokens": settings.kv_min_prefix_tokens,
         "ring_mib": settings.kv_ring_mib if hands_over else 0,
+        "device_ring_mib": settings.kv_device_ring_mib if hands_over else 0,
         "reports_to": reports_to,
         "exit_with_pid": os.getpid(),
     }

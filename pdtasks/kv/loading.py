@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from vllm.logger import init_logger
 
 from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
-from pdtasks.kv.movers import Block, Movers, Own, batches_of, blocks_of
-from pdtasks.kv.pages import Blocks
+from pdtasks.kv.movers import Block, Movers, batches_of, blocks_of
 from pdtasks.kv.plan import BlockLoad, Join, TransferPlan
 from pdtasks.kv.ring import Presence, RingReader
 from pdtasks.kv.rings import Rings
@@ -261,20 +261,44 @@ class Loads:
         numbers = [block.number for block in blocks if block.number is not None]
         if len(numbers) < len(blocks) or not self._stay(load, numbers, ring):
             return False
-        copies = []
+        copies: list[tuple[int, memoryview]] = []
         for block, number in zip(blocks, numbers, strict=True):
             slot = number % ring.num_slots
             if ring.name_of(slot) != name_of(block.content, self._fingerprint):
                 logger.warning("a ring has another block than %s", block.key)
                 return False
             copies.append((block.block_id, ring.payload(slot)))
-        if not self._scatter(tally, self._copiers.own, copies, pinned=ring.pinned):
-            return False
-        if not self._stay(load, numbers, ring):
-            return False
+        if not self._from_device(tally, blocks, numbers, ring):
+            copier = self._copiers.own.copier
+            if not self._scatter(tally, partial(copier.scatter, copies, pinned=ring.pinned)):
+                return False
+            if not self._stay(load, numbers, ring):
+                return False
         for number in numbers:
             ring.note_read(number)
         return True
+
+    def _from_device(
+        self, tally: Tally, blocks: Sequence[Block], numbers: list[int], ring: RingReader
+    ) -> bool:
+        """Copy from GPU to GPU. False: not all of it can be, or another block came in between."""
+        if ring.device is None or not all(map(ring.is_in_device, numbers)):
+            return False
+        copies = [
+            (block.block_id, ring.device_address(slot))
+            for block, number in zip(blocks, numbers, strict=True)
+            if (slot := ring.device_slot(number)) is not None
+        ]
+        copier = self._copiers.own.copier
+        try:
+            are_copied = len(copies) == len(numbers) and self._scatter(
+                tally, partial(copier.scatter_from_device, copies)
+            )
+        except RuntimeError as exc:  # CUDA's: the slots have them as well
+            logger.warning("no copies from GPU to GPU any more: %s", exc)
+            ring.without_device()
+            return False
+        return are_copied and all(map(ring.is_in_device, numbers))
 
     def _stay(self, load: BlockLoad, numbers: list[int], ring: RingReader) -> bool:
         """Are those blocks in their slots? Kept ones are, also while their word is away."""
@@ -300,18 +324,19 @@ class Loads:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_LOOK_S)
         check(own.header, block.content, payload, self._fingerprint)
-        if not self._scatter(tally, own, [(block.block_id, payload)], pinned=True):
+        copies = [(block.block_id, payload)]
+        if not self._scatter(tally, partial(own.copier.scatter, copies, pinned=True)):
             return None
         return HEADER_BYTES + len(payload)
 
-    def _scatter(self, tally: Tally, own: Own, blocks: Blocks, *, pinned: bool) -> bool:
+    def _scatter(self, tally: Tally, copy: Callable[[], None]) -> bool:
         """False: nobody waits for the blocks, whose places may be another's."""
         with self._ledger.lock:
             if tally.cancelled:
                 return False
             tally.copying += 1
         try:
-            own.copier.scatter(blocks, pinned=pinned)
+            copy()
         finally:
             with self._ledger.lock:
                 tally.copying -= 1

@@ -240,17 +240,18 @@ class BlockLookup:
         self._waits_until.pop(request_id, None)
         if presence is Presence.HERE and self._rings.keep(handle, first, KEPT_S):
             num_bytes = (handle.num_blocks - first) * self._block_bytes
-            self._joins[request_id] = self._join(request, handle, num_bytes)
+            is_quick = self._rings.are_in_device(handle, first)
+            self._joins[request_id] = self._join(request, handle, num_bytes, is_quick=is_quick)
         return num_tokens
 
-    def _join(self, request: Request, handle: KVHandle, num_bytes: int) -> Join:
+    def _join(self, request: Request, handle: KVHandle, num_bytes: int, *, is_quick: bool) -> Join:
         """Of a load of `num_bytes` from rings that cannot go wrong.
 
         A step with it costs all others the whole load's time, a later one costs the request itself
-        a step or two.
+        a step or two. `is_quick`: from GPU to GPU.
         """
         is_alone = self._open == {request.request_id}
-        limit = self._sync_bytes if is_alone else self._short_bytes
+        limit = self._sync_bytes if is_alone or is_quick else self._short_bytes
         # A step has to compute something: the last token that is known.
         computes = request.num_tokens > handle.num_tokens
         return Join.NOW if computes and self._planned_now + num_bytes <= limit else Join.SOON

@@ -16,9 +16,9 @@ Many blocks are one call into vLLM, of its offloading to host memory, not one co
 copies a thread needs Python's lock, which the engine's thread gives away at each operation on a
 tensor and waits for then.  With eight threads that copied, an engine step of 6 ms took 24 to 34.
 
-Into the cache a kernel copies, before other kernels: the engine's own small copies into the GPU do
-not stand behind ours.  Out of it the GPU's copy engine does: a kernel would wait for the next
-prompt's, which leave it no room.
+From the host into the cache a kernel copies, before other kernels: the engine's own small copies
+into the GPU do not stand behind ours.  Out of it, and from GPU to GPU, the copy engine does: a
+kernel would wait for the next prompt's, which leave it no room.
 
 Blocks that are to be written need no such point: vLLM 0.32 gives an engine that may load KV only
 blocks that no step under way still touches (`Scheduler.defer_block_free`).
@@ -27,6 +27,7 @@ blocks that no step under way still touches (`Scheduler.defer_block_free`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -38,6 +39,9 @@ from pdtasks.kv.marks import Mark, Marks, Part
 
 #: Numbers of blocks, each with its bytes in host memory.
 Blocks = Sequence[tuple[int, memoryview]]
+
+#: Numbers of blocks, each with an address for its bytes.
+Addresses = Sequence[tuple[int, int]]
 
 #: Of streams whose kernels run before vLLM's.
 _FIRST = -1
@@ -114,22 +118,46 @@ class Copier:
         if pages.device.type == "cuda":
             self._stream = torch.cuda.Stream(pages.device, priority=_FIRST)
 
-    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool) -> None:
+    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool, beside: Addresses = ()) -> bool:
         """Copy blocks into their payloads, all regions, one by one; parts when they are complete.
 
-        `pinned`: CUDA knows the payloads' memory.
+        Args:
+        pinned: CUDA knows the payloads' memory.
+        beside: copy these blocks within the GPU, too.
+
+        Returns False when CUDA did not copy them there.
         """
+        are_beside = True
         for part, mark in after:
             if mark is not None:
                 mark.synchronize()
+            if beside and are_beside:
+                are_beside = self._copy_beside(beside, part)
             at_once = max(1, _CALL_BYTES // (part.end - part.begin))
             for begin in range(0, len(blocks), at_once):
                 self._copy(blocks[begin : begin + at_once], part, pinned, out_of_cache=True)
+        return are_beside
+
+    def _copy_beside(self, blocks: Addresses, part: Part) -> bool:
+        assert self._many is not None
+        with suppress(RuntimeError), torch.cuda.stream(self._stream):
+            # No wait: what follows on the stream is waited for.
+            self._many.copy_in_device(blocks, part, out_of_cache=True)
+            return True
+        return False
 
     def scatter(self, blocks: Blocks, *, pinned: bool) -> None:
         """Copy payloads over their blocks, which nobody uses."""
         whole = Part(0, self._pages.block_bytes)
         self._copy(blocks, whole, pinned, out_of_cache=False)
+
+    def scatter_from_device(self, blocks: Addresses) -> None:
+        """`scatter` from GPU memory, of whatever GPU."""
+        assert self._many is not None
+        with torch.cuda.stream(self._stream):
+            whole = Part(0, self._pages.block_bytes)
+            self._many.copy_in_device(blocks, whole, out_of_cache=False)
+        self._wait()
 
     def _copy(self, blocks: Blocks, part: Part, pinned: bool, *, out_of_cache: bool) -> None:
         with torch.cuda.stream(self._stream):  # does nothing where there is none
@@ -138,11 +166,14 @@ class Copier:
             else:
                 for block_id, payload in blocks:
                     self._copy_one(block_id, payload, part, out_of_cache=out_of_cache)
-            if self._stream is not None:
-                # Sleeps, and lets others run.
-                event = torch.cuda.Event(blocking=True)
-                event.record(self._stream)
-                event.synchronize()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            # Sleeps, and lets others run.
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._stream)
+            event.synchronize()
 
     def _copy_one(
         self, block_id: int, payload: memoryview, part: Part, *, out_of_cache: bool
@@ -171,11 +202,21 @@ class ManyCopies:
         self._pieces = {
             (part.begin, part.end): pieces_of(pages.regions, part) for part in (whole, *pages.parts)
         }
+        # The copy engine takes a piece of any size.
+        self._rows = {
+            (part.begin, part.end): pieces_of(pages.regions, part, pages.block_bytes)
+            for part in (whole, *pages.parts)
+        }
+
+    @staticmethod
+    def can_copy(pages: BlockPages) -> bool:
+        """Are these blocks, and this device, for vLLM's functions?"""
+        return pages.device.type == "cuda" and not any(r.shape[1] % 8 for r in pages.regions)
 
     @classmethod
     def of_vllm(cls, pages: BlockPages) -> ManyCopies | None:
         """With vLLM's functions for CUDA; None: these blocks, or this device, are not for them."""
-        if pages.device.type != "cuda" or any(r.shape[1] % 8 for r in pages.regions):
+        if not cls.can_copy(pages):
             return None
         from vllm import _custom_ops
         from vllm.v1.kv_offload.cpu.swap_blocks_triton import swap_blocks_batch
@@ -190,15 +231,21 @@ class ManyCopies:
 
     def copy(self, blocks: Blocks, part: Part, *, out_of_cache: bool) -> None:
         """Have this part of `blocks` copied, on CUDA on the current stream."""
-        begin, stride, offset, size = self._pieces[part.begin, part.end]
-        ids = np.array([[block_id] for block_id, _ in blocks], dtype=np.int64)
-        payloads = np.array([[_address(payload)] for _, payload in blocks], dtype=np.int64)
-        cache, host = _table(begin + ids * stride), _table(payloads + offset)
-        sizes = _table(np.broadcast_to(size, (len(blocks), len(size))))
+        pieces = (self._rows if out_of_cache else self._pieces)[part.begin, part.end]
+        addresses = [(block_id, _address(payload)) for block_id, payload in blocks]
+        cache, host, sizes = _tables(addresses, pieces)
         if out_of_cache:
             self._out_of_cache(cache, host, sizes)
         else:
             self._into_cache(host, cache, sizes)
+
+    def copy_in_device(self, blocks: Addresses, part: Part, *, out_of_cache: bool) -> None:
+        """`copy` to and from GPU memory, by the copy engine in both directions."""
+        cache, there, sizes = _tables(blocks, self._rows[part.begin, part.end])
+        if out_of_cache:
+            self._out_of_cache(cache, there, sizes)
+        else:
+            self._out_of_cache(there, cache, sizes)
 
 
 def num_parts_on(device: torch.device) -> int:
@@ -236,18 +283,32 @@ def slices_of(
         offset += width
 
 
-def pieces_of(regions: Sequence[torch.Tensor], part: Part) -> NDArray[np.int64]:
-    """The pieces in which a block's `part` is copied.
+def pieces_of(
+    regions: Sequence[torch.Tensor], part: Part, piece_bytes: int | None = None
+) -> NDArray[np.int64]:
+    """The pieces, of at most `piece_bytes`, in which a block's `part` is copied.
 
     Returns int64 of shape (4, pieces): address in block 0, bytes from one block to the next, offset
     in the payload, bytes.
     """
     pieces = []
+    most = piece_bytes or _PIECE_BYTES
     for region, offset, first, last in slices_of(regions, part):
-        for begin in range(first, last, _PIECE_BYTES):
-            size = min(_PIECE_BYTES, last - begin)
+        for begin in range(first, last, most):
+            size = min(most, last - begin)
             pieces.append((region.data_ptr() + begin, region.stride(0), offset + begin, size))
     return np.array(pieces, dtype=np.int64).T
+
+
+def _tables(
+    blocks: Addresses, pieces: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Addresses in the cache and outside of it, and bytes, of all pieces of `blocks`."""
+    begin, stride, offset, size = pieces
+    ids = np.array([[block_id] for block_id, _ in blocks], dtype=np.int64)
+    outside = np.array([[address] for _, address in blocks], dtype=np.int64)
+    sizes = np.broadcast_to(size, (len(blocks), len(size)))
+    return _table(begin + ids * stride), _table(outside + offset), _table(sizes)
 
 
 def _table(values: NDArray[np.int64]) -> torch.Tensor:

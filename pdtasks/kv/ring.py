@@ -8,7 +8,9 @@ slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle n
 numbers, so nobody keeps a directory, and no lock is shared between processes::
 
     header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
-    table    a row of 64 bytes for each slot: word u64 | name u64 | read u64 | kept until u64
+             device handle 64s | device slots u64 | padding to 192
+    table    a row of 64 bytes for each slot:
+             word u64 | name u64 | read u64 | kept until u64 | device word u64
     payload  of each slot, rows of whole pages
 
 A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
@@ -25,6 +27,11 @@ A scheduler that lets a step depend on a block writes into `kept until` (nanosec
 monotonic clock) how long its slot must stay as it is, and then looks at the word again; the writer
 takes the word away and then looks there, and waits.  Whichever comes first, the other sees it
 (Dekker's algorithm; the locks between write and look are the fences that it needs).
+
+On CUDA the newest blocks are in the writer's GPU memory as well, block *n* in device slot *n* mod
+device slots, whose device word is *n* + 1 then.  Engines of the host that can map that memory copy
+from GPU to GPU: 2 ms instead of 19 for 663 MB between two H200.  A copy in which the device word
+has changed is made again from the slot; nothing is ever kept in a device slot.
 
 The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
 read by those who know its name, until another ring is made here: that removes files without a lock.
@@ -46,16 +53,20 @@ from pathlib import Path
 
 import torch
 
+from pdtasks.kv.device_memory import HANDLE_BYTES, DeviceMemory
+
 #: Where files are memory.
 FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
 _PREFIX = "pdtasks-kv-"
 _NAME = re.compile(re.escape(_PREFIX) + "[0-9A-Za-z_.-]{1,100}")
 _HEADER = struct.Struct("=4sHHQQ")
 _MAGIC = b"PDRB"
-_FORMAT = 1
-_TABLE = 64  # bytes before the table
+_FORMAT = 2
+_DEVICE = struct.Struct(f"={HANDLE_BYTES}sQ")
+_DEVICE_BEGIN = 64
+_TABLE = 192  # bytes before the table
 _ROW = 64  # bytes of a slot's row
-_NAME_WORD, _READ, _KEPT = 1, 2, 3  # of a row
+_NAME_WORD, _READ, _KEPT, _DEVICE_WORD = 1, 2, 3, 4  # of a row
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 #: Seconds between two looks at what others have read.
@@ -96,6 +107,7 @@ class _Mapped:
     """A ring's file in this process's memory."""
 
     pinned = False  #: does CUDA know it?
+    device: DeviceMemory | None = None  #: where the newest blocks are as well
 
     def __init__(self, fd: int, length: int) -> None:
         self._memory = mmap.mmap(fd, length)
@@ -132,6 +144,33 @@ class _Mapped:
         """Does a step depend on what is in `slot`?"""
         return int(self._words[slot * (_ROW // 8) + _KEPT]) > time.monotonic_ns()
 
+    @property
+    def device_handle(self) -> bytes | None:
+        """Of the memory where the newest blocks are as well; None: they are not."""
+        handle, num_slots = _DEVICE.unpack_from(self._view, _DEVICE_BEGIN)
+        return handle if num_slots else None
+
+    def device_slot(self, number: int) -> int | None:
+        """The device slot for block `number`; None: there are none."""
+        _, num_slots = _DEVICE.unpack_from(self._view, _DEVICE_BEGIN)
+        return number % num_slots if num_slots else None
+
+    def is_in_device(self, number: int) -> bool:
+        """Is block `number` in its device slot?"""
+        slot = self.device_slot(number)
+        return slot is not None and self._words[slot * (_ROW // 8) + _DEVICE_WORD] == number + 1
+
+    def without_device(self) -> None:
+        """Its memory cannot be written, or reached: no engine counts on it any more."""
+        handle = self.device_handle
+        if handle is not None:
+            _DEVICE.pack_into(self._view, _DEVICE_BEGIN, handle, 0)
+
+    def device_address(self, slot: int) -> int:
+        """Of a device slot, in this process."""
+        assert self.device is not None
+        return self.device.address + slot * device_stride(self.block_bytes)
+
     def presence(self, number: int) -> Presence:
         """Where block `number` is."""
         if number < 0:
@@ -145,12 +184,22 @@ class _Mapped:
 class RingWriter(_Mapped):
     """The ring of this rank. For several threads, each with slots of its own."""
 
-    def __init__(self, name: str, *, num_bytes: int, block_bytes: int, pin: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_bytes: int,
+        block_bytes: int,
+        pin: bool,
+        device: DeviceMemory | None = None,
+        num_device_slots: int = 0,
+    ) -> None:
         """Make it.
 
         Args:
         num_bytes: of memory for payloads.
         pin: let CUDA copy to and from it at full speed.
+        device: has room for `num_device_slots` blocks (`device_stride`); goes with the ring.
 
         Raises RingError, saying what to do, when there is no room for `num_bytes`.
         """
@@ -175,6 +224,11 @@ class RingWriter(_Mapped):
             os.posix_fallocate(self._fd, 0, length)
             header = _HEADER.pack(_MAGIC, _FORMAT, 0, num_slots, block_bytes)
             os.pwrite(self._fd, header, 0)
+            if device is not None:
+                # A device slot's word is in the row of a slot.
+                num_device_slots = min(num_device_slots, num_slots)
+                there = _DEVICE.pack(device.handle, num_device_slots)
+                os.pwrite(self._fd, there, _DEVICE_BEGIN)
             super().__init__(self._fd, length)
         except OSError as exc:
             self._path.unlink(missing_ok=True)
@@ -186,6 +240,8 @@ class RingWriter(_Mapped):
         with suppress(OSError, ValueError):  # where the host allows it for shared memory
             self._memory.madvise(_MADV_HUGEPAGE)
         self.pinned = pin and _pin(self._view)
+        self.device = device
+        self._filling: set[int] = set()  # device slots
         self._changed = threading.Condition()
         self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
 
@@ -227,6 +283,26 @@ class RingWriter(_Mapped):
         self._words[slot * (_ROW // 8) + _NAME_WORD] = name
         self._words[slot * (_ROW // 8)] = number + 1
 
+    def take_in_device(self, number: int) -> int | None:
+        """The device slot for block `number`, for `publish_in_device`.
+
+        None: there is none, or another block is being written there.
+        """
+        slot = self.device_slot(number)
+        with self._changed:
+            if slot is None or slot in self._filling:
+                return None
+            self._filling.add(slot)
+        self._words[slot * (_ROW // 8) + _DEVICE_WORD] = 0
+        return slot
+
+    def publish_in_device(self, slot: int, number: int | None) -> None:
+        """Block `number` is in the device slot now; None: there is none in it."""
+        if number is not None:
+            self._words[slot * (_ROW // 8) + _DEVICE_WORD] = number + 1
+        with self._changed:
+            self._filling.discard(slot)
+
     def release(self, slot: int) -> None:
         """Another block may take the place of what is in `slot`."""
         with self._changed:
@@ -238,6 +314,8 @@ class RingWriter(_Mapped):
         self._path.unlink(missing_ok=True)
         if self.pinned:
             _unpin(self._view)
+        if self.device is not None:
+            self.device.close()
         os.close(self._fd)
 
 
@@ -294,6 +372,8 @@ class RingReader(_Mapped):
 
     def close(self) -> None:
         """Let go of it."""
+        if self.device is not None:
+            self.device.close()
         if self.pinned:
             _unpin(self._view)
 
@@ -310,6 +390,11 @@ def sweep() -> None:
                     path.unlink()
             finally:
                 os.close(fd)
+
+
+def device_stride(block_bytes: int) -> int:
+    """Bytes from one device slot to the next."""
+    return -(-block_bytes // _ROW) * _ROW
 
 
 def _payload_begin(num_slots: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllm.logger import init_logger
 
+from pdtasks.kv.device_memory import DeviceMemory, DeviceMemoryError
 from pdtasks.kv.handle import KVHandle
 from pdtasks.kv.ring import Presence, RingError, RingReader, ring_name, ring_names
 
@@ -22,10 +23,24 @@ _KEEP_S = 30.0
 class Rings:
     """Opens each ring once. For any thread."""
 
-    def __init__(self, *, payloads: bool, pin: bool = False) -> None:
-        """See `RingReader`."""
+    def __init__(
+        self,
+        *,
+        payloads: bool,
+        pin: bool = False,
+        open_device: Callable[[bytes], DeviceMemory] | None = None,
+        own: str | None = None,
+    ) -> None:
+        """See `RingReader`.
+
+        Args:
+        open_device: maps the GPU memory of the engines whose rings they are.
+        own: the ring that this process writes: CUDA maps no memory twice in one process.
+        """
         self._payloads = payloads
         self._pin = pin
+        self._open_device = open_device
+        self._own = own
         self._lock = threading.Lock()
         self._closed = False
         self._readers: dict[str, RingReader] = {}
@@ -53,6 +68,17 @@ class Rings:
             reader = self.find(handle, rank)
             numbers = [handle.number(index) for index in range(first, handle.num_blocks)]
             if reader is None or not reader.keep((n for n in numbers if n is not None), seconds):
+                return False
+        return True
+
+    def are_in_device(self, handle: KVHandle, first: int) -> bool:
+        """Are the blocks of `handle` from index `first` on in GPU memory that can be reached?"""
+        for rank in range(handle.tp_size):
+            reader = self.find(handle, rank)
+            if reader is None or reader.device_handle is None:
+                return False
+            numbers = [handle.number(index) for index in range(first, handle.num_blocks)]
+            if not all(n is not None and reader.is_in_device(n) for n in numbers):
                 return False
         return True
 
@@ -102,8 +128,20 @@ class Rings:
                 self._unknown = {n: t for n, t in self._unknown.items() if now - t < _LOOK_S}
                 self._unknown[name] = now
                 return None
+            if name != self._own:
+                self._look_into_device(reader)
             self._readers[name] = reader
             return reader
+
+    def _look_into_device(self, reader: RingReader) -> None:
+        handle = reader.device_handle
+        if handle is None or self._open_device is None:
+            return
+        try:
+            reader.device = self._open_device(handle)
+        except DeviceMemoryError as exc:
+            logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
+            reader.without_device()
 
     def _close(self, names: Iterable[str]) -> None:
         with self._lock:

@@ -62,6 +62,27 @@ class _Question:
         return key in self._present
 
 
+def _copy_into_device_too(
+    ring: RingWriter, blocks: Sequence[Block], copy: Callable[..., bool]
+) -> None:
+    """Have `copy` bring those of `blocks` into GPU memory too that have a place there."""
+    taken: dict[int, Block] = {}
+    for block in blocks if ring.device is not None else ():
+        assert block.number is not None
+        if (slot := ring.take_in_device(block.number)) is not None:
+            taken[slot] = block
+    are_there = False
+    try:
+        beside = [(block.block_id, ring.device_address(slot)) for slot, block in taken.items()]
+        are_there = copy(beside=beside)
+    finally:
+        for slot, block in taken.items():
+            ring.publish_in_device(slot, block.number if are_there else None)
+    if taken and not are_there:
+        logger.warning("no copies from GPU to GPU any more: blocks cannot be copied within the GPU")
+        ring.without_device()
+
+
 class Saves:
     """The saves of one rank."""
 
@@ -226,7 +247,8 @@ class Saves:
             keep(first.deadline)
             assert self._copiers is not None
             copies = [(block.block_id, ring.payload(slot)) for slot, block in taken]
-            self._copiers.own.copier.gather(copies, first.after, pinned=ring.pinned)
+            copy = partial(self._copiers.own.copier.gather, copies, first.after, pinned=ring.pinned)
+            _copy_into_device_too(ring, [block for _, block in taken], copy)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1

@@ -25,17 +25,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
+from pdtasks.kv.device_memory import (
+    DeviceMemory,
+    DeviceMemoryError,
+    allocate,
+    free_bytes,
+    open_peer,
+)
 from pdtasks.kv.ledger import Ledger
 from pdtasks.kv.loading import Loads
 from pdtasks.kv.marks import StepMarks
 from pdtasks.kv.movers import Movers
-from pdtasks.kv.pages import BlockPages
+from pdtasks.kv.pages import BlockPages, ManyCopies
 from pdtasks.kv.plan import TransferPlan, TransferRecord, TransferStats
-from pdtasks.kv.ring import RingError, RingWriter, ring_name
+from pdtasks.kv.ring import RingError, RingWriter, device_stride, ring_name
 from pdtasks.kv.rings import Rings
 from pdtasks.kv.saving import Saves
 from pdtasks.kv.store import BlockStore
@@ -45,6 +53,8 @@ logger = init_logger(__name__)
 #: Threads that copy between cache and rings, in each direction: two fill a GPU's link, and each
 #: more costs the engine's thread.
 _COPIERS = 2
+#: Of the GPU's free memory the ring's newest blocks take one part of so many at most.
+_DEVICE_SHARE = 4
 #: Seconds between two looks for transfers that never end, and how old those are.
 _LOOK_S = 60.0
 _LEAKED_AFTER_S = 1800.0
@@ -64,6 +74,7 @@ class BlockTransfer:
         timeout_s: float,
         engine_id: str = "",
         ring_bytes: int = 0,
+        device_ring_bytes: int = 0,
         soon_bytes: int = 0,
         report: Callable[[TransferRecord], bool] | None = None,
     ) -> None:
@@ -73,6 +84,7 @@ class BlockTransfer:
         timeout_s: seconds that the blocks of one step may take.
         engine_id: names the ring.
         ring_bytes: of shared memory for the ring; 0: none.
+        device_ring_bytes: of GPU memory for its newest blocks, at most; 0: none.
         soon_bytes: what may be missing of a load that is said to be done soon (`Join.SOON`).
         report: see `Ledger`.
         """
@@ -83,6 +95,7 @@ class BlockTransfer:
         self._timeout_s = timeout_s
         self.engine_id = engine_id
         self._ring_bytes = ring_bytes
+        self._device_ring_bytes = device_ring_bytes
         self._soon_bytes = soon_bytes
         self._ledger = Ledger(rank, world, report)
         self._ring: RingWriter | None = None
@@ -98,7 +111,14 @@ class BlockTransfer:
         cuda = pages.device.type == "cuda"
         self._marks = StepMarks(pages)
         self._ring = self._make_ring(pages, pin=cuda)
-        self._rings = Rings(payloads=True, pin=cuda)
+        can_copy = ManyCopies.can_copy(pages)
+        open_device = partial(open_peer, device=pages.device) if can_copy else None
+        self._rings = Rings(
+            payloads=True,
+            pin=cuda,
+            open_device=open_device,
+            own=None if self._ring is None else self._ring.name,
+        )
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
         copiers, askers = None, loaders
         if self._ring is not None:
@@ -135,16 +155,37 @@ class BlockTransfer:
     def _make_ring(self, pages: BlockPages, *, pin: bool) -> RingWriter | None:
         if not self._ring_bytes:
             return None
+        device, num_device_slots = self._take_device_memory(pages)
         try:
             return RingWriter(
                 ring_name(self.engine_id, self._rank),
                 num_bytes=self._ring_bytes,
                 block_bytes=pages.block_bytes,
                 pin=pin,
+                device=device,
+                num_device_slots=num_device_slots,
             )
         except RingError as exc:
             logger.warning("hand-overs go through the store alone, which is slower: %s", exc)
+            if device is not None:
+                device.close()
             return None
+
+    def _take_device_memory(self, pages: BlockPages) -> tuple[DeviceMemory | None, int]:
+        """For the ring's newest blocks, and how many."""
+        if not self._device_ring_bytes or not ManyCopies.can_copy(pages):
+            return None, 0
+        # The engine has taken its own by now, but for its graphs.
+        most = min(self._device_ring_bytes, free_bytes(pages.device) // _DEVICE_SHARE)
+        stride = device_stride(pages.block_bytes)
+        num_slots = most // stride
+        if num_slots < 1:
+            return None, 0
+        try:
+            return allocate(num_slots * stride, pages.device), num_slots
+        except DeviceMemoryError as exc:
+            logger.warning("no GPU memory for hand-overs, they go through host memory: %s", exc)
+            return None, 0
 
     def _new_movers(
         self, name: str, pages: BlockPages, *, staging: bool, num_threads: int | None = None

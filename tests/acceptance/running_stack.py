@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def free_pair() -> int:
+    """The first of two ports that follow each other."""
+    for _ in range(100):
+        (port,) = free_ports(1)
+        with suppress(OSError, OverflowError), socket.socket() as next_one:
+            next_one.bind(("127.0.0.1", port + 1))
+            return port
+    raise LookupError("no two free ports beside each other")
+
+
 @dataclass
 class Stack:
     """A running `pdtasks up`."""
@@ -99,6 +109,12 @@ class Stack:
         urls: dict[str, str] = json.loads((self.home / "stack.json").read_text())["operator_urls"]
         return urls
 
+    @property
+    def other_api_url(self) -> str:
+        """Of the second API process."""
+        start, _, port = self.api_url.rpartition(":")
+        return f"{start}:{int(port) + 1}"
+
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.api_url, timeout=120)
 
@@ -114,14 +130,19 @@ class Stack:
         return [w["pid"] for w in self.status()["workers"] if w["role"] == role]
 
     def service_pids(self, role: str) -> list[int]:
-        """Processes that are no workers, as "api"."""
+        """Processes that are no workers, as "api", in the order of their start."""
         services = json.loads((self.home / "stack.json").read_text())["services"]
         return [s["pid"] for s in services if s["role"] == role]
 
     @contextmanager
     def paused(self, role: str) -> Iterator[None]:
-        """The processes of `role` stand still in between: its workers take no jobs."""
-        pids = self.worker_pids(role) or self.service_pids(role)
+        """The workers of `role` stand still in between: they take no jobs."""
+        with self.standing(self.worker_pids(role)):
+            yield
+
+    @contextmanager
+    def standing(self, pids: list[int]) -> Iterator[None]:
+        """These processes stand still in between."""
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -172,11 +193,13 @@ class Stack:
 
 @contextmanager
 def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Iterator[Stack]:
-    """`pdtasks up` with one worker for each stage, ready; stopped cleanly in the end.
+    """`pdtasks up` with one worker for each stage and two API processes, ready.
+
+    Stopped cleanly in the end.
 
     `changes`: to its environment.
     """
-    api_port, flower_port = free_ports(2)
+    api_port, flower_port = free_pair(), free_ports(1)[0]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
     # A small cache: touching it for the first time is a part of each engine's start.
     env |= {"PDTASKS_HOME": str(home), "PDTASKS_CPU_KV_CACHE_GIB": "1"} | dict(changes or {})
@@ -184,7 +207,7 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
     up = subprocess.Popen(
         [
             *(sys.executable, "-m", "pdtasks.cli", "up", "--prefill", "1", "--decode", "1"),
-            *("--port", str(api_port), "--flower-port", str(flower_port)),
+            *("--api", "2", "--port", str(api_port), "--flower-port", str(flower_port)),
         ],
         env=env,
         stdout=log,
@@ -203,6 +226,7 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
             try:
                 return (
                     httpx.get(running.api_url + "/ready").status_code == 200
+                    and httpx.get(running.other_api_url + "/ready").status_code == 200
                     and httpx.get(running.flower_url + "/healthcheck").status_code == 200
                 )
             except httpx.HTTPError:

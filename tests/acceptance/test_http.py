@@ -302,7 +302,7 @@ def test_without_a_worker_the_answer_is_503_with_the_reason(api_without_workers:
 
 
 def test_the_api_process_holds_no_engine(stack: Stack) -> None:
-    (api,) = [s for s in stack.status()["services"] if s["role"] == "api"]
+    api, _ = [s for s in stack.status()["services"] if s["role"] == "api"]
     files = Path(f"/proc/{api['pid']}/maps").read_text()
 
     assert "model.safetensors" not in files

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.acceptance.running_stack import MODEL, START_TIMEOUT_S, Stack, free_ports
+from tests.acceptance.running_stack import MODEL, START_TIMEOUT_S, Stack
 from tests.waiting import wait_until
 
 QUESTION = {
@@ -87,34 +87,6 @@ def answer_of(job: dict[str, Any]) -> str:
     assert job["state"] == "succeeded", job
     text: str = job["result"]["choices"][0]["message"]["content"]
     return text
-
-
-@contextmanager
-def another_api(stack: Stack, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A second API process beside the stack's."""
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "api.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-            env=stack.env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def it_answers() -> bool:
-        assert process.poll() is None, (folder / "api.log").read_text()[-3000:]
-        try:
-            return httpx.get(url + "/ready").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    try:
-        wait_until(it_answers, START_TIMEOUT_S)
-        yield process, url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def test_a_job_gives_what_the_request_would_give(client: httpx.Client) -> None:
@@ -283,12 +255,31 @@ def answered(client: httpx.Client, batch_id: str) -> list[str] | None:
     return sorted(json.loads(line)["custom_id"] for line in content.splitlines())
 
 
-def test_a_job_and_a_batch_outlive_the_api_process_that_took_them(
-    client: httpx.Client, stack: Stack, tmp_path: Path
+def test_any_api_process_answers_and_knows_the_jobs_of_the_others(
+    client: httpx.Client, stack: Stack
 ) -> None:
-    with another_api(stack, tmp_path) as (process, url):
-        # The job is run by the process that took it, for the stack's own stands still
-        with stack.paused("api"), httpx.Client(base_url=url, timeout=60) as other:
+    with httpx.Client(base_url=stack.other_api_url, timeout=60) as other:
+        # One caller, in turn
+        turns = itertools.cycle((client, other))
+        body = QUESTION | {"max_tokens": 8}
+        answers = [next(turns).post("/v1/chat/completions", json=body).json() for _ in range(4)]
+        jobs = [submit(next(turns), body) for _ in range(2)]
+        next(turns)  # from here on each is asked about what the other has taken
+        found = [ended(next(turns), job) for job in jobs]
+        events = [read_events(next(turns), job) for job in jobs]
+
+    (text,) = {answer["choices"][0]["message"]["content"] for answer in answers}
+    assert [answer_of(job) for job in found] == [text] * 2
+    assert [text_of(chunks) for chunks in events] == [text] * 2
+
+
+def test_a_job_and_a_batch_outlive_the_api_process_that_took_them(
+    client: httpx.Client, stack: Stack
+) -> None:
+    first, second = stack.service_pids("api")
+    with httpx.Client(base_url=stack.other_api_url, timeout=60) as other:
+        # A job is run by the process that took it, for the other one stands still
+        with stack.standing([first]):
             job = submit(other, STORY)
             before = read_events(other, job, at_most=20)
             batch = begin_batch(other, 10)
@@ -297,13 +288,22 @@ def test_a_job_and_a_batch_outlive_the_api_process_that_took_them(
             )
 
             # When it is killed
-            process.send_signal(signal.SIGKILL)
-            process.wait(timeout=10)
+            os.kill(second, signal.SIGKILL)
 
         # Then the other one goes on with it
         whole = read_events(client, job)
         found = ended(client, job)
         assert wait_until(lambda: answered(client, batch), 60) == sorted(map(str, range(10)))
+
+        # and the one that takes its place knows it as well
+        def it_answers() -> bool:
+            with suppress(httpx.HTTPError):
+                return other.get("/ready").status_code == 200
+            return False
+
+        wait_until(it_answers, START_TIMEOUT_S)
+        assert look(other, job) == found
+        assert read_events(other, job) == whole
 
     assert whole[:20] == before
     restarts = [n for n, (_, chunk) in enumerate(whole) if chunk["object"] == "job.restart"]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 import msgspec
+import valkey
 
 from pdtasks.bus.connection import connect_async
-from pdtasks.bus.presence import read_workers, read_workers_async, worker_key
+from pdtasks.bus.keys import WORKERS
+from pdtasks.bus.presence import (
+    leave_status,
+    read_workers,
+    read_workers_async,
+    remove_status,
+    worker_key,
+)
 from pdtasks.messages import WIRE_VERSION, WorkerStatus
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services, StartWorker
@@ -20,11 +29,19 @@ def a_status(name: str, role: str = "decode", **fields: int) -> WorkerStatus:
     return msgspec.structs.replace(status, **fields)
 
 
+def leave(bus: valkey.Valkey, name: str | bytes, wire: bytes | None) -> None:
+    """Somebody is seen under that name; None: with something else."""
+    member = name.encode() if isinstance(name, str) else name
+    if wire is not None:
+        bus.set(worker_key("").encode() + member, wire)
+    bus.zadd(WORKERS, {member: time.time()})
+
+
 def test_workers_are_found_by_role_and_name(services: Services) -> None:
     bus = services.bus
     bus.flushall()
     for status in (a_status("b"), a_status("a"), a_status("c", "prefill")):
-        bus.set(worker_key(status.name), status.to_wire())
+        leave(bus, status.name, status.to_wire())
 
     async def read_async() -> list[WorkerStatus]:
         client = connect_async(Settings(bus_url=services.bus_server.url))
@@ -40,9 +57,9 @@ def test_workers_are_found_by_role_and_name(services: Services) -> None:
 def test_other_releases_and_other_keys_do_not_count(services: Services) -> None:
     bus = services.bus
     bus.flushall()
-    bus.set(worker_key("a"), a_status("a").to_wire())
-    bus.set(worker_key("old"), a_status("old", version=WIRE_VERSION + 1).to_wire())
-    bus.set(worker_key("junk"), b"\xc1")
+    leave(bus, "a", a_status("a").to_wire())
+    leave(bus, "old", a_status("old", version=WIRE_VERSION + 1).to_wire())
+    leave(bus, "junk", b"\xc1")
     bus.set("pd:reply:x", "not a worker")
 
     assert [w.name for w in read_workers(bus)] == ["a"]
@@ -52,7 +69,7 @@ def test_whatever_lies_under_a_workers_name_the_others_are_seen(services: Servic
     bus = services.bus
     bus.flushall()
     status = a_status("a")
-    bus.set(worker_key("a"), status.to_wire())
+    leave(bus, "a", status.to_wire())
     for number, odd in enumerate(
         (
             b"",
@@ -67,12 +84,26 @@ def test_whatever_lies_under_a_workers_name_the_others_are_seen(services: Servic
             msgspec.structs.replace(status, role="king").to_wire(),
         )
     ):
-        bus.set(worker_key(f"odd{number}"), odd)
+        leave(bus, f"odd{number}", odd)
     bus.rpush(worker_key("list"), "x")
     bus.hset(worker_key("hash"), "x", "y")
-    bus.set(worker_key("").encode() + b"\xff\xfe", b"no name")
+    for name in ("list", "hash", "nobody"):
+        leave(bus, name, None)
+    leave(bus, b"\xff\xfe", b"no name")
 
     assert read_workers(bus) == [status]
+
+
+def test_names_that_nobody_uses_are_forgotten(services: Services) -> None:
+    bus = services.bus
+    bus.flushall()
+    bus.zadd(WORKERS, {"yesterday": time.time() - 100_000, "just now": time.time() - 100})
+
+    assert leave_status(bus, a_status("a"), 10_000, lambda _: False) is None
+    assert bus.zrange(WORKERS, 0, -1) == [b"just now", b"a"]
+    assert [w.name for w in read_workers(bus)] == ["a"]
+    remove_status(bus, a_status("a"))
+    assert bus.zrange(WORKERS, 0, -1) == [b"just now"]
 
 
 def test_an_empty_bus_has_no_workers(services: Services) -> None:

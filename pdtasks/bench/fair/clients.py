@@ -26,6 +26,7 @@ class Tenant:
 
     def __init__(self, urls: Sequence[str], model: str, secret: str) -> None:
         """`urls`: of the API processes, which are asked in turn."""
+        self.answers = 0  # that it has had
         self._urls = cycle(urls)
         self._model = model
         self._secret = secret
@@ -52,6 +53,7 @@ class Tenant:
         ) as answer:
             answer.raise_for_status()
             await answer.read()
+        self.answers += 1
         return time.monotonic() - began
 
     async def ask_for(self, seconds: float, pause_s: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,11 @@ def run_fair(
         console.good(_told("beside_jobs", found))
         beside = thread.call(greedy.keep(plan.at_once))
         call(asyncio.sleep(2.0))  # until all are in line
+        before, began = greedy.answers, time.monotonic()
         found["beside_requests"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
-        console.good(_told("beside_requests", found))
+        others = (greedy.answers - before) / (time.monotonic() - began)
+        found["beside_requests"]["others_per_s"] = round(others, 1)
+        console.good(f"{_told('beside_requests', found)}; the other had {others:.0f} a second")
         beside.cancel()
         for tenant in (modest, greedy):
             call(tenant.close())

@@ -1,4 +1,5 @@
--- Give the oldest job that nobody runs to the runner with this token. Returns its id, or nothing.
+-- Give the job that nobody runs and whose turn it is (`create`) to the runner with this token. Returns
+-- its id, or nothing.
 
 local running, waiting = KEYS[1], KEYS[2]
 local prefix, token, lease_s, most_attempts = unpack(ARGV)

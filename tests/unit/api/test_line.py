@@ -90,6 +90,30 @@ def test_short_prompts_go_in_great_numbers() -> None:
     assert len(traffic.gone) == 20
 
 
+@pytest.mark.parametrize(
+    ("places", "gone"), [(8, 10), (1, 2), (100, 20), (0, 20)], ids=["few", "one", "many", "unknown"]
+)
+def test_no_more_short_prompts_go_than_prefill_workers_have_places_for(
+    places: int, gone: int
+) -> None:
+    traffic = Traffic(prefill_slots=places)
+    for n in range(50):
+        traffic.enter(f"r{n}", tokens=10)
+    assert len(traffic.gone) == gone
+
+    # Each that is computed lets the next one go
+    traffic.line.has_first_token("r0")
+    assert len(traffic.gone) == gone + 1
+
+
+def test_answers_to_one_prompt_have_one_place() -> None:
+    traffic = Traffic(prefill_slots=4)
+    for n in range(5):
+        traffic.enter(f"a{n}", f"b{n}", tokens=10)
+
+    assert len(traffic.gone) == 2 * 5
+
+
 def test_no_more_go_than_decode_workers_take() -> None:
     # Given decode workers who begin with none
     traffic = Traffic()

@@ -68,6 +68,29 @@ def test_only_a_worker_that_is_ready_gets_new_requests_and_who_is_not_is_named(
     with_bench(test)
 
 
+@pytest.mark.parametrize(
+    ("slots", "places"), [((16, 8), 24), ((16, 0), 0)], ids=["all say", "one does not"]
+)
+def test_workers_that_take_jobs_say_how_many(slots: tuple[int, int], places: int) -> None:
+    def with_slots(worker: WorkerStatus, number: int) -> list[WorkerStatus]:
+        """That, and one that takes no jobs."""
+        away = msgspec.structs.replace(worker, slots=100, state="draining")
+        return [msgspec.structs.replace(worker, slots=number), away]
+
+    async def test(bench: Bench) -> None:
+        prefill, decode = READY
+        bench.core.workers.known = [
+            *(w for number in slots for w in with_slots(prefill, number)),
+            *with_slots(decode, 32),
+        ]
+
+        room = bench.core.workers.room()
+
+        assert (room.prefill_workers, room.prefill_slots, room.decode_slots) == (2, places, 32)
+
+    with_bench(test)
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_worker_that_has_come_this_moment_is_seen(
     monkeypatch: pytest.MonkeyPatch, stage: str

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,33 @@ def test_a_service_that_answers_is_ready_and_another_that_runs_is_starting(
         Row("valkey bus", "bus", os.getpid(), "ready"),
         Row("api", "api", os.getpid(), "starting"),
     )
+
+
+def test_each_api_process_is_asked_for_itself(
+    tmp_path: Path, answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, members = _own(), [_member(f"api{number}", "api", _own()) for number in (1, 2, 3)]
+    write_stack(
+        tmp_path,
+        Stack(
+            pid=own.pid,
+            pid_started=own.started,
+            urls={"api": "http://127.0.0.1:1,http://127.0.0.1:2,http://127.0.0.1:3"},
+            services=(*members[:2], replace(members[2], pid=_DEAD)),
+        ),
+    )
+    answering()
+    monkeypatch.setattr(
+        module, "http_status", lambda url: 200 if url.endswith(":2/health") else None
+    )
+
+    services = read_status(_settings(tmp_path)).services
+
+    assert [(row.name, row.state) for row in services] == [
+        ("api1", "starting"),
+        ("api2", "ready"),
+        ("api3", "dead"),
+    ]
 
 
 def test_a_service_whose_process_is_gone_is_dead(tmp_path: Path, answering: Answering) -> None:

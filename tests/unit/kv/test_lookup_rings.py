@@ -25,6 +25,10 @@ class FakeRings:
         self.says = Presence.HERE
         self.asked: list[tuple[KVHandle, int]] = []
         self.keeps = True
+        self.in_device = False
+
+    def are_in_device(self, handle: KVHandle, first: int) -> bool:
+        return self.in_device
 
     def keep(self, handle: KVHandle, first: int, seconds: float) -> bool:
         return self.keeps
@@ -197,6 +201,23 @@ def test_others_are_not_kept_waiting_for_a_long_load(
         lookup.num_loadable_tokens(request, num_computed)
         beside.append(lookup.loads_beside(request))
     assert beside == [False, True, False]
+
+
+def test_a_load_from_gpu_to_gpu_is_short(
+    make_lookup: Callable[..., BlockLookup], rings: FakeRings
+) -> None:
+    lookup = make_lookup(
+        ring="engine-a", rings=rings, block_bytes=100, short_bytes=200, sync_bytes=300
+    )
+    handle = a_handed_over_prompt(make_lookup)
+    rings.in_device = True
+    beside = []
+    for name in ("alone", "long"):
+        request = a_resumed_request(handle, name=name)
+        lookup.on_new_request(request)
+        lookup.num_loadable_tokens(request, 0)
+        beside.append(lookup.loads_beside(request))
+    assert beside == [False, False]
 
 
 def test_the_first_step_that_may_read_a_load_is_told(

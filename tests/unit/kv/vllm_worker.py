@@ -47,9 +47,11 @@ class Side:
         timeout_s: float = 10.0,
         ring_slots: int = 0,
         soon_blocks: int = 8,
+        device_slots: int = 0,
     ) -> None:
         """Args:
         ring_slots: blocks for which its ring has room; 0: it has none.
+        device_slots: the same of GPU memory, where a test has made some.
         soon_blocks: see `Loads`.
         """
         tensor = KVCacheTensor(
@@ -70,6 +72,7 @@ class Side:
             timeout_s=timeout_s,
             engine_id=f"test-{uuid.uuid4().hex}",
             ring_bytes=ring_slots * SLOT_BYTES,
+            device_ring_bytes=device_slots * BLOCK_BYTES,
             soon_bytes=soon_blocks * BLOCK_BYTES,
         )
         self.ring = self.transfer.engine_id if ring_slots else None

@@ -1,0 +1,50 @@
+"""What do the benches of a running stack find?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pdtasks.cli import main
+from tests.acceptance.running_stack import Stack
+
+
+@pytest.fixture
+def bench(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[CliRunner, list[str]]:
+    """A command line that knows the stack by its home alone, and options for the figures."""
+    monkeypatch.setenv("PDTASKS_HOME", str(stack.home))
+    return CliRunner(), ["--json", str(tmp_path / "found.json")]
+
+
+def test_the_gap_is_measured_beside_a_normal_one(
+    bench: tuple[CliRunner, list[str]], tmp_path: Path
+) -> None:
+    runner, json_file = bench
+    done = runner.invoke(main, ["bench", "gap", "--tokens", "40", "--requests", "2", *json_file])
+    assert done.exit_code == 0, done.output
+
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["prompt_tokens"] == 40
+    assert 0 < row["itl_ms"] < row["gap_ms"] <= row["worst_gap_ms"]
+    assert row["recomputed_blocks"] == 0
+
+
+def test_many_answers_to_a_prompt_are_measured_beside_many_prompts(
+    bench: tuple[CliRunner, list[str]], tmp_path: Path
+) -> None:
+    runner, json_file = bench
+    options = ["--answers", "3", "--tokens", "300", "--rounds", "1"]
+    done = runner.invoke(main, ["bench", "answers", *options, *json_file])
+    assert done.exit_code == 0, done.output
+
+    one, siblings, apart = json.loads((tmp_path / "found.json").read_text())
+    assert one["computed_tokens"] == 300
+    assert apart["computed_tokens"] == 3 * 300
+    # Behind the first two whole blocks each computes its own end.
+    assert siblings["computed_tokens"] < 2 * 300
+    assert siblings["way"] in done.output
