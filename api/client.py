@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -52,18 +53,34 @@ class _TextOutput(OutputProcessor):
     def process_outputs(
         self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **options: Any
     ) -> OutputProcessorOutput:
-        """One by one: what vLLM raises for one output would end its loop, and all answers."""
+        """What vLLM raises for one output would end its loop, and all answers: it ends that one.
+
+        The others are processed in one call nevertheless: one for each output costs more.
+        """
+        left = iter(engine_core_outputs)
         done = OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
-        for output in engine_core_outputs:
+        while True:
+            begun: list[EngineCoreOutput] = []
             try:
-                one = super().process_outputs([output], *args, **options)
-            except Exception as exc:  # noqa: BLE001
-                logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
+                # (vLLM goes through them once, whatever its types say.)
+                each: Any = _noting(left, begun)
+                some = super().process_outputs(each, *args, **options)
+            except Exception as exc:
+                if not begun:
+                    raise
+                spoilt = begun[-1]
+                logger.error("output of %s: %s", spoilt.request_id, where(exc))  # noqa: TRY400
+                # What the call would have returned: those that their text has ended.
+                done.reqs_to_abort += [
+                    output.request_id
+                    for output in begun
+                    if output.finish_reason is None and output.request_id not in self.request_states
+                ]
                 error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
-                done.reqs_to_abort += self.fail(output.request_id, error)
+                done.reqs_to_abort += self.fail(spoilt.request_id, error)
             else:
-                done.reqs_to_abort += one.reqs_to_abort
-        return done
+                done.reqs_to_abort += some.reqs_to_abort
+                return done
 
     def fail(self, request_id: str, error: PdtasksError) -> list[str]:
         """End a request with `error`; returns those that the engine core is to drop."""
@@ -74,6 +91,14 @@ class _TextOutput(OutputProcessor):
         # With n > 1 the siblings share the queue and end with it.
         parent = state.parent_req
         return self.abort_requests([parent.request_id if parent else request_id], internal=True)
+
+
+def _noting(
+    outputs: Iterator[EngineCoreOutput], begun: list[EngineCoreOutput]
+) -> Iterator[EngineCoreOutput]:
+    for output in outputs:
+        begun.append(output)
+        yield output
 
 
 class _Statistics(StatLoggerManager):

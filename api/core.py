@@ -477,25 +477,27 @@ class PipelineCore(EngineCoreClient):
     ) -> bool:
         """`_merge`, if the attempt counts; what is raised fails this request and no other."""
         try:
-            if not all(0 <= token_id < self._vocabulary for token_id in output.new_token_ids):
+            new = output.new_token_ids
+            if new and not 0 <= min(new) <= max(new) < self._vocabulary:
                 raise IncompatibleWorker("tokens that the model does not have")  # noqa: TRY301
-            if stage == STAGES[-1]:
-                fits = _fits(entry.token_ids, position, output.new_token_ids)
-                if not entry.attempts.counts(attempt, fits=fits):
-                    return False
-            return await self._merge(entry, position, output)
+            fits = _fits(entry.token_ids, position, new)
+            if stage == STAGES[-1] and not entry.attempts.counts(attempt, fits=fits):
+                return False
+            return await self._merge(entry, position, output, fits=fits)
         except Exception as exc:  # noqa: BLE001
             logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
             error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
             await self._drop(output.request_id, error)
             return False
 
-    async def _merge(self, entry: _Open, position: int, output: EngineCoreOutput) -> bool:
+    async def _merge(
+        self, entry: _Open, position: int, output: EngineCoreOutput, *, fits: bool
+    ) -> bool:
         """Add `output` to the answer; False when there is nothing new in it.
 
         A stage whose worker died is run again by another and repeats what we have.
         """
-        if not _fits(entry.token_ids, position, output.new_token_ids):
+        if not fits:
             await self._give_up(
                 output.request_id,
                 WorkerLost("a worker was lost and its successor's answer differs: ask again"),

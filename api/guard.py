@@ -111,10 +111,10 @@ class Guard:
         """Starlette would answer what nobody handles as well, and log its text: a prompt, maybe."""
         begun = False
 
-        async def noted(message: Message) -> None:
+        def noted(message: Message) -> Awaitable[None]:  # (no coroutine more for each token)
             nonlocal begun
             begun = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, noted)

@@ -211,10 +211,13 @@ def serve(settings: Settings, host: str, port: int) -> None:
 
     Raises ConfigurationError when it would be open to other hosts without a key.
     """
+    from vllm.envs import enable_envs_cache
+
     from api.connections import WatchedConnection
 
     require_keys(settings, host)
     app = create_app(settings)
+    enable_envs_cache()  # vLLM looks into its environment for each token
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -324,32 +324,29 @@ def fair(*, jobs: int, at_once: int, seconds: float, json_file: Path | None) -> 
 
 
 @bench.command()
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--streams", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--streams", type=click.IntRange(min=1, max=10_000), default=256, show_default=True)
 @click.option(
-    "--tokens", type=click.IntRange(min=3), default=50, show_default=True, help="Of each stream."
-)
-@click.option(
-    "--step-ms",
-    type=click.IntRange(min=0),
-    default=100,
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=20,
     show_default=True,
-    help="Between two steps of the engine, where all sides keep up.",
+    help="Of each stream in a round.",
 )
 @_JSON
-def stream(*, rounds: int, streams: int, tokens: int, step_ms: int, json_file: Path | None) -> None:
+def stream(*, rounds: int, streams: int, tokens: int, json_file: Path | None) -> None:
     """Measure the relaying of tokens from a stub engine, beside vLLM's own front end.
 
     One decode worker and one API process on services of their own; `vllm serve`'s server on the
     same stub; and ours without telling attempts apart, which is what going on after a lost worker
-    costs. One side after the other, in short rounds: medians, and ratios of the same round. Nothing
-    else should run.
+    costs. A stream gets its next token when the client has read the one before. One side after the
+    other, in short rounds: medians, and ratios of the same round. Nothing else should run.
     """
     _keep_vllm_quiet()
     from pdtasks.bench.stream.command import run_command
     from pdtasks.bench.stream.run import Plan
 
-    run_command(Plan(rounds, streams, tokens, step_ms), json_file)
+    run_command(Plan(rounds, streams, tokens), json_file)
 
 
 @bench.command()

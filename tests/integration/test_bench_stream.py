@@ -19,7 +19,7 @@ def test_both_sides_relay_every_token_and_their_figures_are_told_together(
     # As the queues of these services are declared.
     monkeypatch.setenv("PDTASKS_DELIVERY_LIMIT", str(DELIVERY_LIMIT))
     theirs = BenchServices(services.rabbit, services.bus_server, services.kv_server)
-    plan = Plan(rounds=1, streams=4, tokens=4, step_ms=500)
+    plan = Plan(rounds=2, streams=5, tokens=3)
     told: list[str] = []
 
     rounds = run_stream(
@@ -33,11 +33,9 @@ def test_both_sides_relay_every_token_and_their_figures_are_told_together(
 
     figures = to_json(rounds)
     assert list(figures) == ["pdtasks", "vllm", "ratios", "rounds"]
+    assert len(figures["rounds"]) == 2
     for side in ("pdtasks", "vllm"):
-        found = figures[side]
-        assert set(found) == set(FIGURES)
-        # As the stub makes them, and not sooner: no token was there before its step.
-        assert 0 < found["paced_tokens_per_s"] <= 1.1 * 4 * 1000 / 500
-        assert found["tokens_per_event"] >= 1
-    assert len(told) == 1
+        assert set(figures[side]) == set(FIGURES)
+        assert figures[side]["tokens_per_s"] > 0
+    assert len([line for line in told if line.startswith("round ")]) == 2 * 2
     assert len(format_report(figures).splitlines()) == 1 + len(FIGURES)

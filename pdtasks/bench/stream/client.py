@@ -3,89 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Final, Self
 
-from pdtasks.bench.stream.stub import prompt_of
+from pdtasks.bench.stream.group import Group, StreamsFailed
 
-_EVENT: Final = b"data: "
-_READ_BYTES: Final = 1 << 16
-
-
-@dataclass(frozen=True)
-class Order:
-    """`streams` at once, of so many tokens each, the engine's steps `step_ms` apart at least."""
-
-    streams: int
-    tokens: int
-    step_ms: int
+#: Groups of streams, each a step of the engine: one is computed while the other is relayed.
+_GROUPS: Final = 2
+#: Seconds in which all streams begin, get the tokens of a round, or end.
+_PATIENCE_S: Final = 60.0
 
 
-@dataclass(frozen=True)
-class Relayed:
-    """What came of an order, from when all streams had begun."""
+class Crowd:
+    """Streams that a server has open, and that go on when they are told to.
 
-    seconds: float  #: until the last stream's end
-    tokens: int
-    events: int  #: that carried them; a side that is late puts several tokens into one
-    cpu_s: float  #: of what was watched meanwhile
-
-
-async def relay(url: str, model: str, order: Order, cpu_s: Callable[[], float]) -> Relayed:
-    """Have `order` done by the server at `url`, whose processes have used `cpu_s()`.
-
-    Raises RuntimeError when a stream does not bring all its tokens.
+    As a context: all have their first token when it begins, and have to have all when it ends.
     """
-    begun: asyncio.Queue[float] = asyncio.Queue()
-    host, port = url.removeprefix("http://").split(":")
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": prompt_of(order.streams, order.step_ms),
-            "max_tokens": order.tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode()
 
-    async def one() -> tuple[int, float]:
-        reader, writer = await asyncio.open_connection(host, int(port), limit=_READ_BYTES)
-        writer.write(head + body)
-        events, last, is_new = 0, b"", True
+    def __init__(self, url: str, model: str, *, streams: int, tokens: int) -> None:
+        """`tokens`: of each stream."""
+        sizes = [len(range(number, streams, _GROUPS)) for number in range(_GROUPS)]
+        self._groups = [Group(url, model, size, tokens) for size in sizes if size]
+
+    async def __aenter__(self) -> Self:
         try:
-            while got := await reader.read(_READ_BYTES):
-                # (An event's beginning may be torn in two: the part before is looked at as well.)
-                events += (last[-len(_EVENT) + 1 :] + got).count(_EVENT)
-                last = (last + got)[-_READ_BYTES:]
-                if is_new and events:
-                    is_new = False
-                    begun.put_nowait(time.monotonic())
-        finally:
-            writer.close()
-        ended = time.monotonic()
-        if f'"completion_tokens":{order.tokens}'.encode() not in last.replace(b": ", b":"):
-            raise RuntimeError(f"a stream has ended early: {last[-300:].decode(errors='replace')}")
-        return events, ended
+            await _all("begun", *(group.begin() for group in self._groups))
+        except BaseException:
+            self._close()
+            raise
+        return self
 
-    async with asyncio.TaskGroup() as group:
-        streams = [group.create_task(one()) for _ in range(order.streams)]
-        start = [await begun.get() for _ in streams][-1]
-        before = cpu_s()
-    after = cpu_s()
-    done = [stream.result() for stream in streams]
-    return Relayed(
-        seconds=max(ended for _, ended in done) - start,
-        tokens=order.streams * (order.tokens - 1),
-        # But for the first one, the usage and the end.
-        events=sum(events - 3 for events, _ in done),
-        cpu_s=after - before,
-    )
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                await _all("ended", *(group.end() for group in self._groups))
+        finally:
+            self._close()
+
+    async def relay(self, tokens: int) -> float:
+        """Have each stream get so many more; the seconds until the last of them was read.
+
+        Raises StreamsFailed.
+        """
+        start = time.monotonic()
+        await _all("got their tokens", *(group.go_on(tokens) for group in self._groups))
+        return time.monotonic() - start
+
+    def _close(self) -> None:
+        for group in self._groups:
+            group.close()
+
+
+async def _all(what: str, *work: Coroutine[Any, Any, None]) -> None:
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await asyncio.gather(*work)
+    except TimeoutError:
+        raise StreamsFailed(
+            f"not all streams have {what} within {_PATIENCE_S:.0f} s: ask for fewer with --streams"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import click
 from pdtasks.bench.stream.report import format_report, to_json
 from pdtasks.bench.stream.run import Plan, run_stream
 from pdtasks.cluster.console import Console
+from pdtasks.errors import PdtasksError
 
 
 def run_command(plan: Plan, json_file: Path | None) -> None:
@@ -20,8 +22,18 @@ def run_command(plan: Plan, json_file: Path | None) -> None:
     # As with Ctrl-C, what was started is ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     console = Console(sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="pdtasks-stream-") as home:
-        figures = to_json(run_stream(plan, Path(home), console.line))
+    console.line("a stub engine: it computes nothing")
+    home = Path(tempfile.mkdtemp(prefix="pdtasks-stream-"))
+    failed = False
+    try:
+        figures = to_json(run_stream(plan, home, console.line))
+    except PdtasksError:
+        failed = True
+        console.line(f"the logs are kept in {home}")
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(home, ignore_errors=True)
     click.echo(format_report(figures))
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")

@@ -8,10 +8,8 @@ from typing import Any, Final
 
 #: By its name in the JSON: what it is, for people.
 FIGURES: Final[Mapping[str, str]] = {
-    "tokens_per_s": "tokens/s that are relayed one by one",
-    "cpu_us_per_token": "CPU of a token, paced, us",
-    "paced_tokens_per_s": "tokens/s, paced",
-    "tokens_per_event": "tokens of an event, paced",
+    "tokens_per_s": "tokens/s, read one by one",
+    "cpu_us_per_token": "CPU of a token, us",
 }
 
 #: Figures by side; ours comes first.

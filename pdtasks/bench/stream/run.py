@@ -1,17 +1,16 @@
-"""The order of a run: each side in turn, at a pace that all keep up with and at full speed."""
+"""The order of a run: all sides have their streams open, and in each round each goes on in turn."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.control.stack import Services
-from pdtasks.bench.stream.client import Order, Relayed, relay
+from pdtasks.bench.stream.client import Crowd
 from pdtasks.bench.stream.report import Round
 from pdtasks.bench.stream.stack import MODEL, Side, our_side, vllm_side
 
@@ -19,21 +18,13 @@ from pdtasks.bench.stream.stack import MODEL, Side, our_side, vllm_side
 OURS = {"pdtasks": "stub", "pdtasks_without_log": "without_log"}
 
 
-#: A side keeps up when so much of what the engine makes arrives in time, each token by itself.
-_KEEPS_UP = 0.9
-#: Halvings of the interval in which the pace is looked for that a side just keeps up with.
-_HALVINGS = 5
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one run is made of."""
 
-    rounds: int = 3
+    rounds: int = 12
     streams: int = 256
-    tokens: int = 50  #: of each stream
-    step_ms: int = 100  #: between two steps, where all keep up
-    fastest_ms: int = 4  #: where none does
+    tokens: int = 20  #: of each stream in a round
 
 
 def run_stream(
@@ -48,66 +39,63 @@ def run_stream(
     """Run `plan` under `home`.
 
     Args:
-        progress: gets a line for each round.
+        progress: gets a line for each part of it.
         ours: names of our sides, and their modules with the stub.
         nursery: where processes fork off; None: one of its own.
         services: of the first of our sides; None: its own, as the others'.
 
-    Raises StartFailed when a part does not start, RuntimeError when a stream is not whole.
+    Raises StartFailed when a part does not start, StreamsFailed when a stream is not whole.
     """
     with ExitStack() as ends:
         nursery = nursery or ends.enter_context(Nursery(home / "nursery.log"))
         sides = []
         for name, stub in ours.items():
-            where = home / name
+            progress(f"{name} starts")
             starting = our_side(
-                name, where, nursery, streams=plan.streams, stub=stub, services=services
+                name, home / name, nursery, streams=plan.streams, stub=stub, services=services
             )
             sides.append(ends.enter_context(starting))
             services = None
+        progress("vllm starts")
         sides.append(ends.enter_context(vllm_side(home / "vllm", nursery, plan.streams)))
         for side in sides:
-            # Connections come about, and code is run for the first time.
-            _relay(side, plan, plan.fastest_ms)
+            ends.callback(side.begin_to_stop)
+        for side in sides:
+            side.wait()
+        return asyncio.run(_rounds(plan, sides, progress))
+
+
+async def _rounds(
+    plan: Plan, sides: Sequence[Side], progress: Callable[[str], None]
+) -> list[Round]:
+    async with AsyncExitStack() as ends:
+        crowds: dict[str, Crowd] = {}
+        for side in sides:
+            progress(f"{side.name}: {plan.streams} streams begin")
+            # The first one, a round that does not count (code is run for the first time), and the
+            # last one: ends cost more.
+            tokens = 1 + (plan.rounds + 1) * plan.tokens + 1
+            crowd = Crowd(side.url, MODEL, streams=plan.streams, tokens=tokens)
+            crowds[side.name] = await ends.enter_async_context(crowd)
         rounds: list[Round] = []
-        for number in range(plan.rounds):
-            # Who comes second finds a warmer machine, or a busier one.
-            order = sides if number % 2 == 0 else sides[::-1]
-            found = {side.name: _paced(side, plan) for side in order}
-            for side in order:
-                found[side.name]["tokens_per_s"] = _pace_kept(side, plan)
+        for number in range(plan.rounds + 1):
+            found: dict[str, Mapping[str, float]] = {}
+            # Each comes first in turn, and none of three twice in a row: it would find warm caches.
+            first = number % len(sides)
+            for side in (*sides[first:], *sides[:first]):
+                figures = await _relay(side, crowds[side.name], plan)
+                found[side.name] = figures
+                shown = f"round {number} of {plan.rounds}" if number else "before the first round"
+                progress(
+                    f"{shown}: {side.name} {figures['tokens_per_s']:,.0f} tokens/s,"
+                    f" {figures['cpu_us_per_token']:.0f} us of CPU each"
+                )
             rounds.append({side.name: found[side.name] for side in sides})
-            told = (f"{s.name} {found[s.name]['tokens_per_s']:,.0f}/s" for s in sides)
-            progress(f"round {number + 1} of {plan.rounds}: {', '.join(told)}")
-    return rounds
+    return rounds[1:]
 
 
-def _relay(side: Side, plan: Plan, step_ms: int) -> Relayed:
-    order = Order(plan.streams, plan.tokens, step_ms)
-    return asyncio.run(relay(side.url, MODEL, order, side.cpu_s))
-
-
-def _paced(side: Side, plan: Plan) -> dict[str, float]:
-    done = _relay(side, plan, plan.step_ms)
-    return {
-        "cpu_us_per_token": 1e6 * done.cpu_s / done.tokens,
-        "paced_tokens_per_s": done.tokens / done.seconds,
-        "tokens_per_event": done.tokens / done.events,
-    }
-
-
-def _pace_kept(side: Side, plan: Plan) -> float:
-    """Tokens a second that `side` relays one by one, as the engine makes them.
-
-    Faster than that they arrive late, several in one event, and cost less.
-    """
-    kept, fast, slow = 0.0, float(plan.fastest_ms), 4.0 * plan.step_ms
-    for _ in range(_HALVINGS):
-        step_ms = round(math.sqrt(fast * slow))
-        done = _relay(side, plan, step_ms)
-        asked = 1000 * plan.streams / step_ms
-        if min(done.tokens / done.seconds / asked, done.events / done.tokens) >= _KEEPS_UP:
-            kept, slow = done.tokens / done.seconds, step_ms
-        else:
-            fast = step_ms
-    return kept
+async def _relay(side: Side, crowd: Crowd, plan: Plan) -> dict[str, float]:
+    before = side.cpu_s()
+    seconds = await crowd.relay(plan.tokens)
+    used, tokens = side.cpu_s() - before, plan.streams * plan.tokens
+    return {"tokens_per_s": tokens / seconds, "cpu_us_per_token": 1e6 * used / tokens}

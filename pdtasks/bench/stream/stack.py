@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Final
 
 import httpx
-import valkey
 
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.control.stack import Services, cpu_s, private_services, start_workers
-from pdtasks.bus.presence import read_workers
 from pdtasks.cluster import children
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.probes import free_ports, wait_until
@@ -29,6 +27,8 @@ from pdtasks.settings import Settings
 
 _PACKAGE: Final = "pdtasks.bench.stream"
 MODEL: Final = "stub-engine"
+#: A worker's places for each stream: a quarter of them is for those that have one token only.
+_PLACES: Final = 4
 _START_S = 120.0
 _STOP_S = 20.0
 
@@ -39,11 +39,34 @@ class Side:
 
     name: str
     url: str
-    pids: Sequence[int]  #: of all that is at work for it, but for the client
+    ready: str  #: path that answers when all of it is ready
+    processes: Sequence[Process]  #: the first one is the server at `url`
+    services: Sequence[int] = ()  #: pids
+
+    def wait(self) -> None:
+        """Return when it is ready. Raises StartFailed."""
+        server, *_ = self.processes
+
+        def answers() -> bool:
+            for process in self.processes:
+                if process.poll() is not None:
+                    raise process.failure("has ended")
+            try:
+                return httpx.get(self.url + self.ready, timeout=5, trust_env=False).is_success
+            except httpx.HTTPError:
+                return False
+
+        if not wait_until(answers, _START_S):
+            raise server.failure(f"was not ready within {_START_S:.0f} s")
+
+    def begin_to_stop(self) -> None:
+        """Its context's end waits for it: so sides stop side by side."""
+        for process in self.processes:
+            process.request_stop()
 
     def cpu_s(self) -> float:
-        """Seconds of CPU that it has used so far."""
-        return cpu_s(self.pids)
+        """Seconds of CPU that all at work for it, but for the client, have used so far."""
+        return cpu_s([*self.services, *(process.pid for process in self.processes)])
 
 
 @contextmanager
@@ -56,7 +79,7 @@ def our_side(
     stub: str,
     services: Services | None,
 ) -> Iterator[Side]:
-    """Workers, an API process and services under `home`, unless they are there.
+    """Workers, an API process and services under `home`, unless they are there; they are starting.
 
     Args:
         streams: at once.
@@ -73,28 +96,24 @@ def our_side(
         ends.callback(shutil.rmtree, temporary, ignore_errors=True)
         places = [Placement(stage, 1, "", {}) for stage in STAGES]
         workers = [
-            children.worker(settings, place, streams, temporary, make=make) for place in places
+            children.worker(settings, place, _PLACES * streams, temporary, make=make)
+            for place in places
         ]
         start_workers(workers, ends)
         api = children.api(settings, temporary, make=make)
         _start(api, ends)
-        with valkey.Valkey.from_url(services.bus.url) as bus:
-
-            def are_ready() -> bool:
-                ready = {status.pid for status in read_workers(bus) if status.state == "ready"}
-                return all(worker.pid in ready for worker in workers)
-
-            if not wait_until(are_ready, _START_S):
-                raise workers[0].failure(f"or the other was not ready within {_START_S:.0f} s")
-        url = children.api_url(settings)
-        _wait_for(api, f"{url}/ready")
-        of_services = [pid for pids in services.pids().values() for pid in pids]
-        yield Side(name, url, [api.pid, *(worker.pid for worker in workers), *of_services])
+        yield Side(
+            name,
+            children.api_url(settings),
+            "/ready",
+            [api, *workers],
+            [pid for pids in services.pids().values() for pid in pids],
+        )
 
 
 @contextmanager
 def vllm_side(home: Path, nursery: Nursery, streams: int) -> Iterator[Side]:
-    """vLLM's front end, which is its own process for all."""
+    """vLLM's front end, which is its own process for all; it is starting."""
     home.mkdir()
     settings = _settings(home, None, streams)
     children.rotate_logs(settings)
@@ -108,9 +127,7 @@ def vllm_side(home: Path, nursery: Nursery, streams: int) -> Iterator[Side]:
             cwd=home,
         )
         _start(front, ends)
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(front, f"{url}/health")
-        yield Side("vllm", url, [front.pid])
+        yield Side("vllm", f"http://127.0.0.1:{port}", "/health", [front])
 
 
 def _settings(home: Path, services: Services | None, streams: int) -> Settings:
@@ -123,7 +140,7 @@ def _settings(home: Path, services: Services | None, streams: int) -> Settings:
         served_model_name=MODEL,
         model=None,
         device="cpu",
-        max_num_seqs=streams,
+        max_num_seqs=_PLACES * streams,
         api_host="127.0.0.1",
         api_port=free_ports(1)[0],
     )
@@ -133,16 +150,3 @@ def _settings(home: Path, services: Services | None, streams: int) -> Settings:
 def _start(process: Process, ends: ExitStack) -> None:
     ends.callback(process.stop, _STOP_S)
     process.start()
-
-
-def _wait_for(process: Process, url: str) -> None:
-    def answers() -> bool:
-        if process.poll() is not None:
-            raise process.failure("has ended")
-        try:
-            return httpx.get(url, timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
-
-    if not wait_until(answers, _START_S):
-        raise process.failure(f"was not ready within {_START_S:.0f} s")

@@ -1,7 +1,7 @@
 """An engine core whose steps cost nothing, for many streams that run side by side.
 
-What a request says about the run is in its prompt (`prompt_of`).  All streams get their first token
-at once and the others when all are there: then it is known how many run while it is measured.
+What a request says about the run is in its prompt (`prompt_of`): how many make a group with it, and
+where the client says when that is to get its next step.  All get their first token at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _FIRST_ID: Final = 300
 _NUM_IDS: Final = 20_000
 
 
-def prompt_of(streams: int, step_ms: int) -> list[int]:
-    """A prompt for one of `streams` that run together, a step every `step_ms` at most."""
-    return [_FIRST_ID + streams, _FIRST_ID + step_ms]
+def prompt_of(size: int, port: int) -> list[int]:
+    """A prompt for one of `size` streams that share their steps, one for each byte at `port`."""
+    return [_FIRST_ID + size, _FIRST_ID + port // 256, _FIRST_ID + port % 256]
 
 
 class StreamCore(EngineCoreClient):
@@ -40,51 +40,41 @@ class StreamCore(EngineCoreClient):
     def __init__(self) -> None:
         self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
         self._requests: dict[str, EngineCoreRequest] = {}
+        self._made: dict[str, int] = {}  # tokens
         self._new: list[str] = []
-        self._gathering: list[str] = []
-        self._running: list[str] = []
-        self._left: dict[str, int] = {}  # tokens still to come
-        self._work = asyncio.Event()
-        self._step_at = 0.0
+        self._gathering: dict[int, list[str]] = {}  # by port
+        self._steps: asyncio.Queue[list[str]] = asyncio.Queue()  # whose turn it is
+        self._tempos: set[asyncio.Task[None]] = set()
         self._num_steps = 0
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Begin `request`."""
-        params = request.sampling_params
-        assert params is not None
-        there = len(transfer_of(request).get("resume") or ())
         self._requests[request.request_id] = request
-        self._left[request.request_id] = (params.max_tokens or 1) - there
-        (self._gathering if there else self._new).append(request.request_id)
-        self._work.set()
+        self._made[request.request_id] = len(transfer_of(request).get("resume") or ())
+        self._go_on(request.request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget them."""
         for request_id in request_ids:
-            if self._requests.pop(request_id, None) is not None:
-                for those in (self._new, self._gathering, self._running):
-                    if request_id in those:
-                        those.remove(request_id)
+            self._requests.pop(request_id, None)
+            self._made.pop(request_id, None)
+            for gathering in self._gathering.values():
+                if request_id in gathering:
+                    gathering.remove(request_id)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """First tokens for who has none; when all have one, the next of each stream."""
+        """A token for those who begin, or for each stream of a group that is to go on."""
         while True:
-            if self._new:
-                begun, self._new = self._new, []
-                self._gathering += [r for r in begun if self._left[r] > 1]
-                return self._step(begun)
-            if self._running:
-                pause_s = self._said(self._running[0], 1) / 1000
-                await asyncio.sleep(max(0.0, self._step_at + pause_s - time.monotonic()))
-                # What is late is not made up for.
-                self._step_at = max(self._step_at + pause_s, time.monotonic() - pause_s)
-                return self._step(self._running)
-            if self._gathering and len(self._gathering) >= self._said(self._gathering[0], 0):
-                self._running, self._gathering = self._gathering, []
-                self._step_at = time.monotonic()
-            else:
-                self._work.clear()
-                await self._work.wait()
+            turn = await self._steps.get()
+            begin = turn is self._new
+            if begin:
+                self._new = []
+            if running := [r for r in turn if r in self._requests]:
+                step = self._step(running)
+                if begin:
+                    for request_id in running:
+                        self._go_on(request_id)
+                return step
 
     async def get_supported_tasks_async(self) -> tuple[Any, ...]:
         return ("generate",)
@@ -95,8 +85,32 @@ class StreamCore(EngineCoreClient):
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to do."""
 
-    def _said(self, request_id: str, place: int) -> int:
-        return (self._requests[request_id].prompt_token_ids or [])[place] - _FIRST_ID
+    def _go_on(self, request_id: str) -> None:
+        """Have it get its first token, then those of its group once that is complete."""
+        if request_id not in self._requests:
+            return
+        if not self._made[request_id]:
+            self._new.append(request_id)
+            if len(self._new) == 1:
+                self._steps.put_nowait(self._new)
+            return
+        size, high, low = (i - _FIRST_ID for i in self._requests[request_id].prompt_token_ids or ())
+        port = 256 * high + low
+        group = self._gathering.setdefault(port, [])
+        group.append(request_id)
+        if len(group) == size:
+            del self._gathering[port]
+            tempo = asyncio.create_task(self._keep_tempo(port, group))
+            self._tempos.add(tempo)
+            tempo.add_done_callback(self._tempos.discard)
+
+    async def _keep_tempo(self, port: int, group: list[str]) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            while await reader.read(1):
+                self._steps.put_nowait(group)
+        finally:
+            writer.close()
 
     def _step(self, request_ids: list[str]) -> EngineCoreOutputs:
         records: list[dict[str, Any]] = []
@@ -105,15 +119,15 @@ class StreamCore(EngineCoreClient):
         outputs = []
         for request_id in request_ids:
             output = EngineCoreOutput(request_id=request_id, new_token_ids=[token])
-            self._left[request_id] -= 1
-            if self._left[request_id] == 0:
+            self._made[request_id] += 1
+            request = self._requests[request_id]
+            assert request.sampling_params is not None
+            if self._made[request_id] == request.sampling_params.max_tokens:
                 output.finish_reason = FinishReason.LENGTH
-                request = self._requests.pop(request_id)
-                del self._left[request_id]
+                del self._requests[request_id], self._made[request_id]
                 if transfer_of(request):
                     note_transfer(request, output, records)
             outputs.append(output)
-        self._running = [r for r in self._running if r in self._requests]
         step = EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
         if records:
             stats = SimpleNamespace(kv_cache_usage=0.0, kv_connector_stats={"records": records})

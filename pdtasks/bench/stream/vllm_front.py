@@ -6,10 +6,10 @@ what it makes over a socket; here, as in our worker, the stub is in the same pro
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Any
 
+import uvloop
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.v1.engine.core_client import EngineCoreClient
 
@@ -36,7 +36,7 @@ def main(port: int) -> None:
     # As our API: a line for each request is not what is measured.
     arguments.disable_uvicorn_access_log = True
     EngineCoreClient.make_async_mp_client = staticmethod(_stub)  # type: ignore[method-assign]
-    asyncio.run(run_server(arguments))
+    uvloop.run(run_server(arguments))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,23 @@ def test_an_output_that_vllm_cannot_use_ends_its_request_alone(
     assert "output of spoilt" in caplog.text
 
 
+def test_what_was_ended_by_its_text_before_a_spoilt_output_is_still_told_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor = _TextOutput(None, log_stats=False)
+    stopped, _ = asked(processor, "stopped"), asked(processor, "spoilt")
+    detokenizer = processor.request_states["stopped"].detokenizer
+    monkeypatch.setattr(detokenizer, "update", lambda *_: "its stop string")
+    spoilt = an_output([7], "spoilt")
+    spoilt.new_logprobs = LogprobsLists(np.zeros((1, 0)), np.zeros((1, 0)), np.zeros(1))
+
+    done = processor.process_outputs([an_output([8], "stopped"), spoilt])
+
+    answer: Any = stopped.get_nowait()
+    assert answer.outputs[0].stop_reason == "its stop string"
+    assert done.reqs_to_abort == ["stopped", "spoilt"]
+
+
 def test_figures_that_prometheus_does_not_take_end_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
