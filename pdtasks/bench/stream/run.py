@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.control.stack import Services
@@ -16,6 +17,9 @@ from pdtasks.bench.stream.stack import MODEL, Side, our_side, vllm_side
 
 #: By its name: its module with the stub.
 OURS = {"pdtasks": "stub", "pdtasks_without_log": "without_log"}
+
+#: The kernel counts CPU in these: a round of few tokens may seem to have used none.
+_TICK_S: Final = 0.01
 
 
 @dataclass(frozen=True)
@@ -97,5 +101,5 @@ async def _rounds(
 async def _relay(side: Side, crowd: Crowd, plan: Plan) -> dict[str, float]:
     before = side.cpu_s()
     seconds = await crowd.relay(plan.tokens)
-    used, tokens = side.cpu_s() - before, plan.streams * plan.tokens
+    used, tokens = max(side.cpu_s() - before, _TICK_S), plan.streams * plan.tokens
     return {"tokens_per_s": tokens / seconds, "cpu_us_per_token": 1e6 * used / tokens}
