@@ -199,8 +199,9 @@ class Runner:
                 )
 
         samples = asyncio.run(ask())
-        ends = [s.at[-1] for s in samples if s.at]
-        return samples, max(ends, default=1.0) - min(s.began for s in samples)
+        first, last = min(s.began for s in samples), max(s.began for s in samples)
+        end = max([last, *(s.at[-1] for s in samples if s.at)])
+        return samples, end - first or 1.0
 
     def _ask_with_vllm(
         self, run: Run, workload: Workload, running: Running
