@@ -63,6 +63,7 @@ def leave_status(
             pipe.set(key, status.to_wire(), px=ttl_ms)
             pipe.zadd(WORKERS, {status.name: now})
             pipe.zremrangebyscore(WORKERS, "-inf", now - _FORGET_S)
+            pipe.expire(WORKERS, _FORGET_S)
             try:
                 pipe.execute()
             except valkey.WatchError:

@@ -153,7 +153,8 @@ _SEE_WORKERS: Final = f"(%R~{keys.WORKER}* %R~{keys.WORKERS} +zrange +mget)"
 #: Compared before it is set: a name is one process's.
 _BE_SEEN: Final = (
     f"(~{keys.WORKER}* ~{keys.WORKERS} "
-    "+get +pttl +set +del +watch +zadd +zrem +zremrangebyscore) +unwatch +multi +exec +discard"
+    "+get +pttl +set +del +watch +zadd +zrem +zremrangebyscore +expire) "
+    "+unwatch +multi +exec +discard"
 )
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
 _READ_REPLIES: Final = f"(~{keys.REPLY}* +xgroup|create +expire +xread +xdel +del)"
