@@ -65,5 +65,6 @@ def test_vllms_own_load_client_finds_no_fault(stack: Stack, tmp_path: Path) -> N
     )
 
     assert [sample.failure for sample in samples] == [None] * 8
-    assert all(len(sample.at) == 6 for sample in samples)
+    # Random tokens need not be whole characters, and several may come at once.
+    assert all(1 <= len(sample.at) <= 6 for sample in samples)
     assert took_s > 0
