@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import random
 import statistics
 import time
 import uuid
@@ -19,18 +17,11 @@ from typing import Any
 
 import httpx
 
-from pdtasks.cluster.children import api_url
-from pdtasks.errors import NoWorker
+from pdtasks.bench.asking import ask_stack, format_table, new_prompt
 from pdtasks.settings import Settings
 
-#: Answers to a prompt, and tokens of it.
-ANSWERS, TOKENS = 8, 1500
-ROUNDS = 3
 #: Tokens of each answer.
 _ANSWER = 8
-_TIMEOUT_S = 300.0
-#: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
-_VOCABULARY = range(300, 2300)
 
 Progress = Callable[[str], None]
 
@@ -46,22 +37,27 @@ class Row:
 
 
 def run_answers(
-    settings: Settings,
-    answers: int,
-    tokens: int,
-    rounds: int,
-    progress: Progress,
-    *,
-    transport: httpx.AsyncBaseTransport | None = None,
+    settings: Settings, answers: int, tokens: int, rounds: int, progress: Progress
 ) -> list[Row]:
-    """Ask the stack that `settings` know.
+    """Ask the stack that `settings` know. Raises NoWorker, saying what to do."""
+    # Requests, and answers to each.
+    ways = {
+        "one answer": (1, 1),
+        f"{answers} answers to one prompt": (1, answers),
+        f"{answers} prompts, one answer each": (answers, 1),
+    }
 
-    Raises NoWorker, saying what to do, when no stack answers, or not as one of pdtasks.
-    """
-    # httpx logs each request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    asking = _run(api_url(settings), answers, tokens, rounds, progress, transport=transport)
-    return asyncio.run(asking)
+    async def ask(client: httpx.AsyncClient, model: str) -> list[Row]:
+        found: dict[str, list[_Sample]] = {way: [] for way in ways}
+        await _ask(client, model, tokens, 1, answers)  # warms up
+        for number in range(rounds):
+            for way, (requests, n) in ways.items():
+                sample = await _ask(client, model, tokens, requests, n)
+                found[way].append(sample)
+                progress(f"round {number + 1}, {way}: {sample.end_to_end:.2f} s")
+        return [_row(way, samples) for way, samples in found.items()]
+
+    return ask_stack(settings, ask)
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -71,65 +67,13 @@ def to_json(rows: Sequence[Row]) -> str:
 
 def format_answers(rows: Sequence[Row]) -> str:
     """A table, a line for each way."""
-    head = ("way", "first tokens ms", "end to end ms", "prompt tokens computed")
-    width = max(len(row.way) for row in rows)
     lines = [
         (r.way, f"{r.first_tokens_ms:.0f}", f"{r.end_to_end_ms:.0f}", str(r.computed_tokens))
         for r in rows
     ]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(width),
-                *(c.rjust(len(h)) for h, c in zip(head[1:], line[1:], strict=True)),
-            ]
-        )
-        for line in (head, *lines)
+    return format_table(
+        ("way", "first tokens ms", "end to end ms", "prompt tokens computed"), lines
     )
-
-
-async def _run(
-    url: str,
-    answers: int,
-    tokens: int,
-    rounds: int,
-    progress: Progress,
-    *,
-    transport: httpx.AsyncBaseTransport | None,
-) -> list[Row]:
-    # Requests, and answers to each.
-    ways = {
-        "one answer": (1, 1),
-        f"{answers} answers to one prompt": (1, answers),
-        f"{answers} prompts, one answer each": (answers, 1),
-    }
-    found: dict[str, list[_Sample]] = {way: [] for way in ways}
-    async with httpx.AsyncClient(
-        base_url=url, timeout=_TIMEOUT_S, transport=transport, trust_env=False
-    ) as client:
-        try:
-            models = await client.get("/v1/models")
-            model = str(models.json()["data"][0]["id"])
-            await _ask(client, model, tokens, 1, answers)  # warms up
-            for number in range(rounds):
-                for way, (requests, n) in ways.items():
-                    sample = await _ask(client, model, tokens, requests, n)
-                    found[way].append(sample)
-                    progress(f"round {number + 1}, {way}: {sample.end_to_end:.2f} s")
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
-            raise NoWorker(
-                f"no stack of pdtasks answers at {url} ({type(exc).__name__}): start one with "
-                "`pdtasks up`, or say with PDTASKS_HOME which one is meant"
-            ) from exc
-    return [
-        Row(
-            way=way,
-            first_tokens_ms=round(1000 * statistics.median(s.first_tokens for s in samples), 1),
-            end_to_end_ms=round(1000 * statistics.median(s.end_to_end for s in samples), 1),
-            computed_tokens=round(statistics.median(s.computed for s in samples)),
-        )
-        for way, samples in found.items()
-    ]
 
 
 @dataclass(frozen=True)
@@ -158,7 +102,7 @@ async def _ask_one(
     name = uuid.uuid4().hex
     body: dict[str, Any] = {
         "model": model,
-        "prompt": random.choices(_VOCABULARY, k=tokens),  # noqa: S311 - not a secret
+        "prompt": new_prompt(tokens),
         "n": n,
         "seed": 1,
         "max_tokens": _ANSWER,
@@ -183,3 +127,12 @@ async def _ask_one(
     stages = [one["prefill"] for one in report.raise_for_status().json()["sequences"]]
     computed = sum(stage["prompt_tokens"] - stage["cached_tokens"] for stage in stages)
     return max(firsts.values()), end, computed
+
+
+def _row(way: str, samples: Sequence[_Sample]) -> Row:
+    return Row(
+        way=way,
+        first_tokens_ms=round(1000 * statistics.median(s.first_tokens for s in samples), 1),
+        end_to_end_ms=round(1000 * statistics.median(s.end_to_end for s in samples), 1),
+        computed_tokens=round(statistics.median(s.computed for s in samples)),
+    )

@@ -7,11 +7,8 @@ nothing is shared; what the stages say of each is in the row too.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-import logging
-import random
 import statistics
 import time
 import uuid
@@ -21,19 +18,11 @@ from typing import Any
 
 import httpx
 
-from pdtasks.cluster.children import api_url
-from pdtasks.errors import NoWorker
+from pdtasks.bench.asking import ask_stack, format_table, new_prompt
 from pdtasks.settings import Settings
 
-#: Tokens of the prompts.
-LENGTHS = (100, 500, 1500)
-#: Requests of each length; the row has their medians.
-REQUESTS = 8
 #: Tokens of each answer.
 _ANSWER = 24
-_TIMEOUT_S = 120.0
-#: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
-_TOKENS = range(300, 2300)
 
 Progress = Callable[[str], None]
 
@@ -65,20 +54,20 @@ class _Sample:
 
 
 def run_gap(
-    settings: Settings,
-    lengths: Sequence[int],
-    requests: int,
-    progress: Progress,
-    *,
-    transport: httpx.AsyncBaseTransport | None = None,
+    settings: Settings, lengths: Sequence[int], requests: int, progress: Progress
 ) -> list[Row]:
-    """Ask the stack that `settings` know.
+    """Ask the stack that `settings` know. Raises NoWorker, saying what to do."""
 
-    Raises NoWorker, saying what to do, when no stack answers, or not as one of pdtasks.
-    """
-    # httpx logs each request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    return asyncio.run(_run(api_url(settings), lengths, requests, progress, transport))
+    async def ask(client: httpx.AsyncClient, model: str) -> list[Row]:
+        rows = []
+        for length in lengths:
+            await _ask(client, model, length)  # the first of its kind warms up
+            samples = [await _ask(client, model, length) for _ in range(requests)]
+            rows.append(_row(length, samples))
+            progress(f"{length} tokens: gap {rows[-1].gap_ms:.1f} ms")
+        return rows
+
+    return ask_stack(settings, ask)
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -100,44 +89,14 @@ def format_gap(rows: Sequence[Row]) -> str:
         )
         for r in rows
     ]  # fmt: skip
-    return "\n".join(
-        "  ".join(cell.rjust(len(name)) for name, cell in zip(head, line, strict=True))
-        for line in (head, *lines)
-    )
-
-
-async def _run(
-    url: str,
-    lengths: Sequence[int],
-    requests: int,
-    progress: Progress,
-    transport: httpx.AsyncBaseTransport | None,
-) -> list[Row]:
-    async with httpx.AsyncClient(
-        base_url=url, timeout=_TIMEOUT_S, transport=transport, trust_env=False
-    ) as client:
-        rows = []
-        try:
-            models = await client.get("/v1/models")
-            model = str(models.json()["data"][0]["id"])
-            for length in lengths:
-                await _ask(client, model, length)  # the first of its kind warms up
-                samples = [await _ask(client, model, length) for _ in range(requests)]
-                rows.append(_row(length, samples))
-                progress(f"{length} tokens: gap {rows[-1].gap_ms:.1f} ms")
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
-            raise NoWorker(
-                f"no stack of pdtasks answers at {url} ({type(exc).__name__}): start one with "
-                "`pdtasks up`, or say with PDTASKS_HOME which one is meant"
-            ) from exc
-        return rows
+    return format_table(head, lines)
 
 
 async def _ask(client: httpx.AsyncClient, model: str, length: int) -> _Sample:
     name = uuid.uuid4().hex
     body = {
         "model": model,
-        "prompt": random.choices(_TOKENS, k=length),  # noqa: S311 - not a secret
+        "prompt": new_prompt(length),
         "max_tokens": _ANSWER,
         "ignore_eos": True,
         "temperature": 0,

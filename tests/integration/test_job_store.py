@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import httpx
@@ -15,54 +12,24 @@ from fastapi import FastAPI
 from api.jobs import Jobs, router
 from api.runner import JobRunner
 from pdtasks.bus import jobs
-from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import NEXT, Job, JobStore, KeyReused, State, UnreadableJob
-from pdtasks.cluster.rights import User
 from pdtasks.errors import NoRoomForJobs
-from pdtasks.settings import Settings
 from tests.integration.conftest import Services
-
-PATH = "/v1/completions"
-BODY = {"model": "m", "prompt": "hello", "seed": 1}
-MOST_WAITING = 20
+from tests.integration.job_bench import (
+    BODY,
+    MOST_WAITING,
+    Run,
+    claimed,
+    on_an_empty_bus,
+    seen,
+    submit,
+)
 
 
 @pytest.fixture
-def with_store(services: Services) -> Callable[[Callable[[JobStore], Awaitable[None]]], None]:
+def with_store(services: Services) -> Run:
     """Run a test on an empty bus."""
-    services.bus.flushall()
-
-    def run(test: Callable[[JobStore], Awaitable[None]]) -> None:
-        async def main() -> None:
-            bus = connect_async(Settings(bus_url=services.bus_server.url_for(User.API)))
-            try:
-                async with asyncio.timeout(20):
-                    await test(JobStore(bus, ttl_s=60, most_waiting=MOST_WAITING))
-            finally:
-                await bus.aclose()
-
-        asyncio.run(main())
-
-    return run
-
-
-Run = Callable[[Callable[[JobStore], Awaitable[None]]], None]
-
-
-async def submit(store: JobStore, body: dict[str, Any] | None = None, **options: Any) -> Job:
-    return await store.create(PATH, BODY if body is None else body, timeout_s=60, **options)
-
-
-async def claimed(store: JobStore, token: str) -> Job:
-    job = await store.claim(token)
-    assert job is not None
-    return job
-
-
-async def seen(store: JobStore, job: Job) -> Job:
-    found = await store.get(job.id)
-    assert found is not None
-    return found
+    return on_an_empty_bus(services)
 
 
 def test_a_job_is_run_to_its_result(with_store: Run) -> None:
@@ -98,97 +65,6 @@ def test_jobs_are_run_oldest_first_each_by_one(with_store: Run) -> None:
         found = await asyncio.gather(*(store.claim(str(n)) for n in range(25)))
 
         assert sorted(job.id for job in found if job) == sorted(job.id for job in made)
-
-    with_store(test)
-
-
-async def owners_of(store: JobStore, count: int) -> list[str]:
-    """Claim so many, and return whose they are."""
-    return [(await claimed(store, uuid.uuid4().hex)).owner for _ in range(count)]
-
-
-def test_owners_have_turns_however_many_jobs_each_has(with_store: Run) -> None:
-    async def test(store: JobStore) -> None:
-        many = [await submit(store, owner="greedy") for _ in range(12)]
-        await owners_of(store, 3)
-        few = [await submit(store, owner="modest") for _ in range(3)]
-
-        found = [await claimed(store, str(n)) for n in range(9)]
-
-        assert sorted(job.owner for job in found[:6]) == ["greedy"] * 3 + ["modest"] * 3
-        assert [job.owner for job in found[6:]] == ["greedy"] * 3
-        assert "modest" in {job.owner for job in found[:2]}
-        # Of one owner the oldest is the next
-        ours = [job.id for job in found if job.owner == "modest"]
-        assert ours == [job.id for job in few]
-        theirs = [job.id for job in found if job.owner == "greedy"]
-        assert theirs == [job.id for job in many[3:9]]
-
-    with_store(test)
-
-
-def test_who_had_many_turns_while_nobody_else_asked_waits_for_none_of_them(with_store: Run) -> None:
-    async def test(store: JobStore) -> None:
-        for _ in range(10):
-            await submit(store, owner="a")
-        await owners_of(store, 10)
-
-        # All have had their turns: both begin anew
-        for owner in ("b", "b", "b", "b", "a", "a"):
-            await submit(store, owner=owner)
-
-        assert sorted(await owners_of(store, 4)) == ["a", "a", "b", "b"]
-
-    with_store(test)
-
-
-def test_cancelled_jobs_have_no_turns(with_store: Run) -> None:
-    async def test(store: JobStore) -> None:
-        for _ in range(8):
-            await submit(store, owner="other")
-        for job in [await submit(store, owner="undecided") for _ in range(8)]:
-            assert await store.cancel(job.id)
-        await submit(store, owner="undecided")
-
-        assert "undecided" in await owners_of(store, 2)
-
-    with_store(test)
-
-
-def test_jobs_of_an_older_release_have_their_turns_among_new_ones(
-    with_store: Run, services: Services
-) -> None:
-    async def test(store: JobStore) -> None:
-        # Given jobs that wait by time, one in a second, and no turns
-        old = [await submit(store, owner="a") for _ in range(6)]
-        begin = time.time() - 60
-        services.bus.zadd("pd:jobs:waiting", {job.id: begin + n for n, job in enumerate(old)})
-        services.bus.delete("pd:jobs:turns")
-
-        for _ in range(3):
-            await submit(store, owner="b")
-
-        assert sorted(await owners_of(store, 6)) == ["a"] * 3 + ["b"] * 3
-        assert await owners_of(store, 3) == ["a"] * 3
-
-    with_store(test)
-
-
-@pytest.mark.parametrize("spoilt", [None, "nan", "inf", "no number"])
-def test_spoilt_turns_stop_nobody(with_store: Run, services: Services, spoilt: str | None) -> None:
-    async def test(store: JobStore) -> None:
-        if spoilt is None:
-            services.bus.set("pd:jobs:turns", "no map")
-        await submit(store, owner="a")
-        if spoilt is not None:
-            services.bus.hset("pd:jobs:turns", "a", spoilt)
-        gone = await submit(store, owner="a")
-
-        assert await store.cancel(gone.id)
-        await submit(store, owner="a")
-
-        assert await owners_of(store, 2) == ["a", "a"]
-        assert await store.claim("t") is None
 
     with_store(test)
 

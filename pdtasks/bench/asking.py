@@ -1,0 +1,59 @@
+"""How do benches ask the stack that runs?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import httpx
+
+from pdtasks.cluster.children import api_url
+from pdtasks.errors import NoWorker
+from pdtasks.settings import Settings
+
+T = TypeVar("T")
+
+#: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
+_VOCABULARY = range(300, 2300)
+_TIMEOUT_S = 300.0
+
+
+def new_prompt(length: int) -> list[int]:
+    """So many tokens that no other prompt has."""
+    return random.choices(_VOCABULARY, k=length)  # noqa: S311 - not a secret
+
+
+def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaitable[T]]) -> T:
+    """`ask` the stack that `settings` know, with a client of it and its model's name.
+
+    Raises NoWorker, saying what to do, when no stack answers, or not as one of pdtasks.
+    """
+    # httpx logs each request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    url = api_url(settings)
+
+    async def run() -> T:
+        async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
+            try:
+                models = await client.get("/v1/models")
+                return await ask(client, str(models.json()["data"][0]["id"]))
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
+                raise NoWorker(
+                    f"no stack of pdtasks answers at {url} ({type(exc).__name__}): start one with "
+                    "`pdtasks up`, or say with PDTASKS_HOME which one is meant"
+                ) from exc
+
+    return asyncio.run(run())
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A line for each row, columns to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
