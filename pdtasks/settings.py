@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     kv_ring_mib: int | None = Field(default=None, ge=0)  #: None: 256; on CUDA 4096
     #: MiB of GPU memory of each engine rank for the newest of it, which engines of the same host
     #: copy from GPU to GPU; at most a quarter of what is free. 0: through host memory alone.
-    kv_device_ring_mib: int = Field(default=0, ge=0)
+    kv_device_ring_mib: int | None = Field(default=None, ge=0)  #: None: 2048
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     #: Lines of batches that one API process runs at once: each shares the engines' steps with

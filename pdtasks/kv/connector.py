@@ -41,7 +41,7 @@ min_prefix_tokens   a shared prefix that is shorter is computed, not loaded (128
 ring_mib            shared memory of each rank for blocks that engines of this host read at once
                     (256; on CUDA 4096; 0: hand-overs wait for the store)
 device_ring_mib     GPU memory of each rank for the newest of these blocks, which engines of the
-                    host copy from GPU to GPU; at most a quarter of what is free (0: none)
+                    host copy from GPU to GPU; at most a quarter of what is free (2048; 0: none)
 reports_to          unix datagram socket that hears at once of each transfer that has ended
 exit_with_pid       the engine's processes end when this process is gone
 ==================  ============================================================================
@@ -92,7 +92,7 @@ CONNECTIONS = {"cpu": 4, "cuda": 8}
 TIMEOUT_S = 10.0
 MIN_PREFIX_TOKENS = {"cpu": 128, "cuda": 512}
 RING_MIB = {"cpu": 256, "cuda": 4096}
-DEVICE_RING_MIB = 0
+DEVICE_RING_MIB = 2048
 #: What may still be on its way from a ring when a request joins a step, and what the only request
 #: of an engine waits for in its step: about 15 ms of copying.
 SYNC_MIB = {"cpu": 64, "cuda": 768}
