@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.acceptance import exact_cases, parameter_cases
 from tests.acceptance.parameter_cases import ENGINE_ARGS, FLAGS
+from tests.acceptance.reference import Reference, answering
 from tests.acceptance.running_stack import Stack, started_stack, wedge_by_signal
 
 
@@ -29,3 +31,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def client(stack: Stack) -> Iterator[httpx.Client]:
     with stack.client() as c:
         yield c
+
+
+@pytest.fixture(scope="package")
+def reference(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    """A single engine, which answers beside the tests."""
+    cases = exact_cases.CASES | parameter_cases.CASES
+    with answering(cases, stack.env, tmp_path_factory.mktemp("reference")) as answers:
+        yield answers
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _begins_early(request: pytest.FixtureRequest) -> None:
+    """The single engine has its answers when they are asked for, if any test will ask."""
+    if any("reference" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("reference")

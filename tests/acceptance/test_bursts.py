@@ -13,7 +13,7 @@ import httpx
 from tests.acceptance.running_stack import Stack, ask
 from tests.waiting import wait_until
 
-ROUNDS = 2
+ROUNDS = 1
 #: Of 300 at once; then twice "n": 512 and a plain one.
 REQUESTS = ROUNDS * 300 + 3
 #: The API's and the prefill worker's publishers, and the API's aborts, connect with the first use.

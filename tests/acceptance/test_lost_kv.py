@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import httpx
+import psutil
 import pytest
 
 from pdtasks.kv.ring import RingReader, ring_names
@@ -18,13 +19,22 @@ from tests.waiting import wait_until
 SURE = "Now, what is the capital of France?"
 
 
-def lose_rings() -> None:
-    """No block of any ring on this host is there any more."""
-    for name in ring_names():
+def lose_rings(stack: Stack) -> None:
+    """No block of any ring of the stack is there any more."""
+    names = ring_names() & _files_of(stack)
+    assert names
+    for name in names:
         reader = RingReader(name)
         for slot in range(reader.num_slots):
             reader._words[slot * 8] = 1 << 62
         reader.close()
+
+
+def _files_of(stack: Stack) -> set[str]:
+    """Names of what the prefill workers' processes have mapped."""
+    workers = [psutil.Process(pid) for pid in stack.worker_pids("prefill")]
+    processes = workers + [child for w in workers for child in w.children(recursive=True)]
+    return {Path(mapped.path).name for p in processes for mapped in p.memory_maps()}
 
 
 @pytest.mark.parametrize("lost", ["store", "ring"])
@@ -43,7 +53,7 @@ def test_either_of_ring_and_store_is_enough(stack: Stack, client: httpx.Client, 
             if lost == "store":
                 stack.kv.flushall()
             else:
-                lose_rings()
+                lose_rings(stack)
         stages = answer.result(timeout=60)["stages"]
 
     assert stages["prefill"]["kv_blocks_written"] > 1
@@ -69,7 +79,7 @@ def test_flushed_kv_gives_the_same_answer_by_recompute(stack: Stack, client: htt
 
             wait_until(prefill_has_written_every_block)
             stack.kv.flushall()
-            lose_rings()
+            lose_rings(stack)
         lost = answer.result(timeout=60)
 
     # Then decode computed the prompt again, said so, and the answer is that of a whole hand-over
@@ -99,7 +109,7 @@ def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.
                 value = bytearray(cast("bytes", stack.kv.get(key)))
                 value[len(value) // 2] ^= 0x10
                 stack.kv.set(key, bytes(value), keepttl=True)
-            lose_rings()
+            lose_rings(stack)
         damaged = answer.result(timeout=60)
 
     # Then the prompt was recomputed and the damaged blocks are gone, so the next one is whole again

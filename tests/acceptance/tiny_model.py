@@ -1,10 +1,11 @@
-"""One vLLM engine of a tiny model with random weights hands a prompt over to itself.
+"""vLLM engines of tiny models with random weights hand a prompt over to themselves.
 
-Run as a program: it reads from standard input `{"config": {…}, "ranks": 1}` (a Hugging Face
-configuration, the size of the tensor-parallel group), computes a prompt alone, then with a save,
-forgets everything, loads it and goes on.  It writes `{"alone", "handed_over", "loaded_tokens"}`
-(lists of token id and logprob, and how much of the prompt was loaded) to the file named on the
-command line.  The kv servers come from PDTASKS_KV_URLS.
+Run as a program: it reads from standard input `{"configs": {name: {…}}, "ranks": 1}` (Hugging Face
+configurations, the size of the tensor-parallel group).  An engine of each, one after the other,
+computes a prompt alone, then with a save, forgets everything, loads it and goes on.  To the file
+named on the command line it writes for each name `{"alone", "handed_over", "loaded_tokens"}` (lists
+of token id and logprob, and how much of the prompt was loaded), or `{"refused"}` with what the
+engine said.  The kv servers come from PDTASKS_KV_URLS.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ OUTPUT_TOKENS = 6
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
-def hand_over(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def hand_over(config: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.config import KVTransferConfig
 
     from pdtasks.kv import params
 
-    (folder / "config.json").write_text(json.dumps(case["config"]))
+    (folder / "config.json").write_text(json.dumps(config))
     engine = LLM(
         model=str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
-        distributed_executor_backend=None if case["ranks"] > 1 else _ONE_PROCESS,
+        distributed_executor_backend=None if ranks > 1 else _ONE_PROCESS,
         max_model_len=512,
         max_num_batched_tokens=1024,
         enable_chunked_prefill=False,
@@ -44,7 +45,7 @@ def hand_over(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
         ),
-        tensor_parallel_size=case["ranks"],
+        tensor_parallel_size=ranks,
     )
     prompt = TokensPrompt(prompt_token_ids=[(7 * n) % 90 + 5 for n in range(PROMPT_TOKENS)])
 
@@ -90,5 +91,12 @@ if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
     # In this process: another one would import everything once more.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with tempfile.TemporaryDirectory() as made:
-        Path(sys.argv[1]).write_text(json.dumps(hand_over(json.load(sys.stdin), Path(made))))
+    case = json.load(sys.stdin)
+    found: dict[str, Any] = {}
+    for name, config in case["configs"].items():
+        with tempfile.TemporaryDirectory() as made:
+            try:
+                found[name] = hand_over(config, case["ranks"], Path(made))
+            except ValueError as refusal:
+                found[name] = {"refused": str(refusal)}
+    Path(sys.argv[1]).write_text(json.dumps(found))

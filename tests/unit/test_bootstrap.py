@@ -322,7 +322,7 @@ def test_a_cuda_host_gets_the_cuda_build(checkout: Checkout) -> None:
     assert installed[0].endswith(f"-e {checkout.folder}[cuda,model,dev,bench]")
 
 
-def test_linters_come_first_and_real_engines_last(checkout: Checkout) -> None:
+def test_linters_come_first_and_all_else_runs_beside_real_engines(checkout: Checkout) -> None:
     status, output = checkout.run("test")
 
     assert status == 0
@@ -333,13 +333,14 @@ def test_linters_come_first_and_real_engines_last(checkout: Checkout) -> None:
         "ruff",
         "lint-imports",
     ]
-    assert sorted(after_set_up[4:-1]) == [
-        "-m pytest tests/integration",
-        "-m pytest tests/unit",
+    beside = [note for note in after_set_up[4:] if note != "-m pytest tests/acceptance"]
+    assert beside == [
         "mypy pdtasks api configs tests",
+        "-m pytest tests/unit",
+        "-m pytest tests/integration",
     ]
-    assert after_set_up[-1] == "-m pytest tests/acceptance"
-    assert output.splitlines()[-1] == "pd: acceptance tests"
+    assert len(after_set_up) == 4 + len(beside) + 1
+    assert output.splitlines()[-1] == "pd: all tests have passed"
 
 
 def test_with_arguments_one_thing_comes_after_the_other(checkout: Checkout) -> None:
@@ -353,26 +354,30 @@ def test_with_arguments_one_thing_comes_after_the_other(checkout: Checkout) -> N
 
 
 @pytest.mark.parametrize(
-    ("tool", "told", "last"),
+    ("tool", "told", "not_begun"),
     [
-        ("lint-imports", "lint-imports", "lint-imports"),
-        ("mypy", "types and unit tests", "-m pytest tests/integration"),
-        ("tests/unit", "types and unit tests", None),
+        ("lint-imports", "lint-imports", "tests/acceptance"),
+        ("mypy", "mypy", "tests/unit"),
+        ("tests/unit", "unit tests", "tests/integration"),
         ("tests/integration", "integration tests", None),
-        ("tests/acceptance", "acceptance tests", "-m pytest tests/acceptance"),
+        ("tests/acceptance", "acceptance tests", None),
     ],
 )
 def test_a_tool_that_fails_ends_the_tests_with_its_status(
-    checkout: Checkout, tool: str, told: str, last: str | None
+    checkout: Checkout, tool: str, told: str, not_begun: str | None
 ) -> None:
     status, output = checkout.run("test", FAKE_TOOL_FAILS=tool)
 
     assert status == 7
     assert output.splitlines()[-1] == f"pd: {told} failed with exit status 7"
-    if last is not None:
-        assert last in [note.strip() for note in checkout.notes()]
-    if told != "acceptance tests":
-        assert "-m pytest tests/acceptance" not in checkout.notes()
+    assert f"-m pytest {not_begun}" not in checkout.notes()
+
+
+def test_what_fails_beside_real_engines_is_said_at_once(checkout: Checkout) -> None:
+    _, output = checkout.run("test", FAKE_TOOL_FAILS="mypy")
+
+    # and again with all that was said before
+    assert output.count("pd: mypy failed with exit status 7") == 2
 
 
 # --- the lock -------------------------------------------------------------------------------------
