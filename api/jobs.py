@@ -243,7 +243,7 @@ def _shown(job: Job) -> dict[str, Any]:
         "id": job.id,
         "object": "job",
         "endpoint": job.path,
-        "model": job.body.get("model"),
+        "model": job.model,
         "state": job.state,
         "stage": last.stage if last else None,
         "worker": last.worker if last else None,

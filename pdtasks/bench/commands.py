@@ -309,10 +309,20 @@ def control(
 @bench.command()
 @click.option("--jobs", type=click.IntRange(min=0), default=10_000, show_default=True)
 @click.option("--at-once", type=click.IntRange(min=0), default=500, show_default=True)
+@click.option(
+    "--answers",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Of one request, and prompts of one.",
+)
 @click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
 @_JSON
-def fair(*, jobs: int, at_once: int, seconds: float, json_file: Path | None) -> None:
-    """Measure one tenant's answers alone, beside another's jobs, and beside another's requests.
+def fair(*, jobs: int, at_once: int, answers: int, seconds: float, json_file: Path | None) -> None:
+    """Measure one tenant's answers alone, and beside all that another may ask for.
+
+    Many requests at once; one request for many answers, or with many prompts, after the other;
+    many jobs.
 
     On services, workers and API processes of its own, with stub engines.
     """
@@ -320,7 +330,7 @@ def fair(*, jobs: int, at_once: int, seconds: float, json_file: Path | None) -> 
     from pdtasks.bench.fair.command import run_command
     from pdtasks.bench.fair.run import Plan
 
-    run_command(Plan(jobs, at_once, seconds), json_file)
+    run_command(Plan(jobs, at_once, answers, seconds), json_file)
 
 
 @bench.command()
@@ -397,6 +407,28 @@ def answers(*, answers: int, tokens: int, rounds: int, json_file: Path | None) -
         load_settings(), answers, tokens, rounds, lambda line: click.echo(line, err=True)
     )
     click.echo(format_answers(rows))
+    if json_file is not None:
+        json_file.write_text(to_json(rows) + "\n")
+
+
+@bench.command()
+@click.option("--prompts", type=click.IntRange(min=2), default=16, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--answer", type=click.IntRange(min=1), default=64, show_default=True)
+@_JSON
+def exact(*, prompts: int, tokens: int, answer: int, json_file: Path | None) -> None:
+    """Count greedy answers that are others when all are asked for at once.
+
+    Prompts of random tokens, of which no next one is likely: the most sensitive there are. Needs a
+    stack: `pdtasks up`.
+    """
+    from pdtasks.bench.exact import format_exact, run_exact, to_json
+    from pdtasks.settings import load_settings
+
+    rows = run_exact(
+        load_settings(), prompts, tokens, answer, lambda line: click.echo(line, err=True)
+    )
+    click.echo(format_exact(rows))
     if json_file is not None:
         json_file.write_text(to_json(rows) + "\n")
 

@@ -21,14 +21,14 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Final, Literal
 
 import valkey.asyncio
 
 from pdtasks.bus import keys
-from pdtasks.bus.records import Unreadable, of_a_kind, page_of, read_record
+from pdtasks.bus.records import Records, Unreadable, of_a_kind
 from pdtasks.bus.scripts import MOST_MEMORY, flat, script
 from pdtasks.errors import NoRoomForBatches
 from pdtasks.messages import Count
@@ -105,6 +105,9 @@ class Batch:
         return keys.BATCH + self.id
 
 
+_FIELDS: Final = tuple(one.name for one in fields(Batch) if one.name != "id")
+
+
 @dataclass(frozen=True)
 class Place:
     """One line of an input file."""
@@ -149,6 +152,14 @@ class BatchStore:
         self._bus = bus
         self._ttl_s = ttl_s
         self._window_s = window_s
+        self._records = Records(
+            bus,
+            Batch,
+            key=lambda batch_id: keys.BATCH + batch_id,
+            is_id=is_batch_id,
+            json_fields=_JSON,
+            more=lambda batch_id, _: {"id": batch_id},
+        )
         self._create = script(bus, "batch_create")
         self._tend = script(bus, "batch_tend")
         self._write = script(bus, "batch_write")
@@ -215,22 +226,14 @@ class BatchStore:
 
     async def get(self, batch_id: str) -> Batch | None:
         """The batch, or None when there is none (any more). Raises Unreadable."""
-        if not is_batch_id(batch_id):
-            return None
-        return await read_record(
-            self._bus,
-            keys.BATCH + batch_id,
-            Batch,
-            json_fields=_JSON,
-            more=lambda _: {"id": batch_id},
-        )
+        return await self._records.get(batch_id)
 
     async def newest(
         self, *, limit: int, after: str | None, owner: str = ""
     ) -> tuple[list[Batch], bool] | None:
         """Batches, newest first, and whether there are more; None: there is no batch `after`."""
-        return await page_of(
-            self._bus, keys.BATCHES, self.get, limit=limit, after=after, owner=owner
+        return await self._records.page(
+            keys.BATCHES, limit=limit, after=after, owner=owner, listed=_FIELDS
         )
 
     async def cancel(self, batch_id: str) -> None:

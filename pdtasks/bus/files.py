@@ -11,13 +11,13 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, Self
 
 import valkey.asyncio
 
 from pdtasks.bus import keys
-from pdtasks.bus.records import Unreadable, of_a_kind, page_of, read_record
+from pdtasks.bus.records import Records, Unreadable, of_a_kind
 from pdtasks.bus.scripts import flat, script
 from pdtasks.errors import NoRoomForFiles
 from pdtasks.messages import Count
@@ -45,6 +45,9 @@ class File:
     owner: str = ""  #: the name of the API key that it came with
 
 
+_FIELDS: Final = tuple(one.name for one in fields(File) if one.name != "id")
+
+
 class FileInUse(Exception):
     """A batch reads it."""
 
@@ -60,6 +63,14 @@ class FileStore:
         """`ttl_s`: seconds that a file is kept, at most."""
         self.ttl_s = ttl_s
         self._bus = bus
+        self._records = Records(
+            bus,
+            File,
+            key=lambda file_id: keys.FILE + file_id,
+            is_id=is_file_id,
+            json_fields=_JSON,
+            more=lambda file_id, _: {"id": file_id},
+        )
         self._keep = script(bus, "file_keep")
         self._delete = script(bus, "file_delete")
         self._put = script(bus, "file_put")
@@ -81,15 +92,7 @@ class FileStore:
 
     async def get(self, file_id: str) -> File | None:
         """The file, or None when there is none (any more). Raises Unreadable."""
-        if not is_file_id(file_id):
-            return None
-        return await read_record(
-            self._bus,
-            keys.FILE + file_id,
-            File,
-            json_fields=_JSON,
-            more=lambda _: {"id": file_id},
-        )
+        return await self._records.get(file_id)
 
     async def newest(
         self,
@@ -101,13 +104,12 @@ class FileStore:
         oldest_first: bool = False,
     ) -> tuple[list[File], bool] | None:
         """Files, and whether there are more; None when there is no file `after`."""
-        return await page_of(
-            self._bus,
+        return await self._records.page(
             keys.FILES,
-            self.get,
             limit=limit,
             after=after,
             owner=owner,
+            listed=_FIELDS,
             oldest_first=oldest_first,
             wanted=lambda file: purpose in (None, file.purpose),
         )

@@ -21,7 +21,7 @@ import valkey.asyncio
 
 from pdtasks.bus import keys
 from pdtasks.bus.job_scripts import JobScripts, events_key, record_key
-from pdtasks.bus.records import Unreadable, of_a_kind, page_of, read_record
+from pdtasks.bus.records import Records, Unreadable, of_a_kind
 from pdtasks.messages import Count, UnixTime
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,11 @@ class State(StrEnum):
 _JSON: Final = frozenset(
     {"body", "attempts", "created_at", "deadline", "first_token_at", "finished_at"}
     | {"stages", "result", "error"}
+)
+#: What a list is made of: neither bodies nor results, which may be long.
+_LISTED: Final = (
+    *("path", "state", "attempts", "created_at", "deadline", "first_token_at", "finished_at"),
+    *("stages", "error", "model", "owner", "given_up", "cancel"),
 )
 _ENDS: Final = {State.SUCCEEDED, State.FAILED, State.CANCELLED}
 #: What may follow.  A run that was lost begins again, and an answer may end in any stage.
@@ -99,6 +104,7 @@ class Job:
     is_unwanted: bool = False  #: somebody has cancelled it
     token: str = field(default="", repr=False)
     owner: str = ""  #: the name of the API key that it came with
+    model: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -128,6 +134,21 @@ class JobStore:
         self._ttl_s = ttl_s
         self._most_waiting = most_waiting
         self._scripts = JobScripts(bus)
+        self._records = Records(
+            bus,
+            Job,
+            key=record_key,
+            is_id=is_job_id,
+            json_fields=_JSON,
+            more=lambda job_id, found: {
+                "id": job_id,
+                "ttl_s": ttl_s,
+                "is_given_up": "given_up" in found,
+                "is_unwanted": "cancel" in found,
+            },
+            error=UnreadableJob,
+            unlisted={"body": {}},
+        )
 
     # -- callers ---------------------------------------------------------------------------------
 
@@ -169,6 +190,8 @@ class JobStore:
             "deadline": now + timeout_s,
             "owner": owner,
         }
+        if isinstance(model := body.get("model"), str):
+            fields["model"] = model
         key = None
         if idempotency_key is not None:
             own = f"{owner}:{idempotency_key}" if owner else idempotency_key
@@ -199,27 +222,12 @@ class JobStore:
 
     async def get(self, job_id: str) -> Job | None:
         """The job, or None when there is none (any more). Raises UnreadableJob."""
-        return await read_record(
-            self._bus,
-            record_key(job_id),
-            Job,
-            json_fields=_JSON,
-            error=UnreadableJob,
-            more=lambda found: {
-                "id": job_id,
-                "ttl_s": self._ttl_s,
-                "is_given_up": "given_up" in found,
-                "is_unwanted": "cancel" in found,
-            },
-        )
-
-    async def _named(self, name: str) -> Job | None:
-        return await self.get(name) if is_job_id(name) else None
+        return await self._records.get(job_id)
 
     async def newest(
         self, *, limit: int, after: str | None, owner: str = ""
     ) -> tuple[list[Job], bool] | None:
-        """Jobs, newest first, and whether there are more.
+        """Jobs without body and result, newest first, and whether there are more.
 
         Args:
             after: begin behind this job.
@@ -227,8 +235,8 @@ class JobStore:
 
         Returns None when there is no job `after` (any more).
         """
-        return await page_of(
-            self._bus, keys.JOBS, self._named, limit=limit, after=after, owner=owner
+        return await self._records.page(
+            keys.JOBS, limit=limit, after=after, owner=owner, listed=_LISTED
         )
 
     async def events(

@@ -163,7 +163,7 @@ _TELL_PROGRESS: Final = f"(%W~{keys.PROGRESS}* +rpush +expire)"
 #: From TIME on: what the scripts do (`pdtasks/bus/lua`).
 _RUN_JOBS: Final = (
     f"(~{keys.JOB}* ~{keys.JOBS} ~{keys.JOBS}:* "
-    "+evalsha +script|load +hgetall +zrevrank +zrevrange +zrem +xread "
+    "+evalsha +script|load +hgetall +hmget +zrevrank +zrevrange +zrem +xread "
     "+time +info +exists +get +set +ttl +pttl +expire +pexpire +hget +hset +hexists +hincrby "
     "+zadd +zcard +zrange +zpopmin +xadd)"
 )

@@ -20,6 +20,8 @@ import httpx
 import psutil
 import valkey
 
+from pdtasks.bus.presence import read_workers
+from pdtasks.messages import WorkerStatus
 from tests.waiting import wait_until
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -126,8 +128,12 @@ class Stack:
     def kv(self) -> valkey.Valkey:
         return valkey.Valkey.from_url(self.operator_url("kv"))
 
+    def workers(self) -> list[WorkerStatus]:
+        """What the workers say of themselves; unlike `status` for a test that waits for it."""
+        return read_workers(self.bus)
+
     def worker_pids(self, role: str) -> list[int]:
-        return [w["pid"] for w in self.status()["workers"] if w["role"] == role]
+        return [w.pid for w in self.workers() if w.role == role]
 
     def service_pids(self, role: str) -> list[int]:
         """Processes that are no workers, as "api", in the order of their start."""
@@ -173,8 +179,7 @@ class Stack:
 
             def it_has_joined() -> bool:
                 assert worker.poll() is None, (folder / "worker.log").read_text()[-3000:]
-                workers = self.status()["workers"]
-                return any(w["pid"] == worker.pid and w["state"] == "ready" for w in workers)
+                return any(w.pid == worker.pid and w.state == "ready" for w in self.workers())
 
             wait_until(it_has_joined, 120)
             yield worker
@@ -219,8 +224,11 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
 
         def workers_are_ready() -> bool:
             assert up.poll() is None, running.said()
-            workers = running.status()["workers"]
-            return len(workers) == 2 and all(w["state"] == "ready" for w in workers)
+            try:
+                workers = running.workers()
+            except (OSError, LookupError, valkey.ValkeyError):  # no stack or no bus yet
+                return False
+            return len(workers) == 2 and all(w.state == "ready" for w in workers)
 
         def api_and_flower_answer() -> bool:
             try:

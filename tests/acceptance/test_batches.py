@@ -128,7 +128,7 @@ def test_a_response_in_the_background_is_a_job(official: openai.OpenAI, stack: S
     )
     assert official.responses.cancel(long.id).status == "cancelled"
     assert official.responses.retrieve(long.id).status == "cancelled"
-    wait_until(lambda: all(w["kv_usage"] == 0 for w in stack.status()["workers"]))
+    wait_until(lambda: all(w.kv_usage == 0 for w in stack.workers()))
 
     for response_id in ("resp_" + "0" * 32, "resp_x", direct.id):
         with pytest.raises(openai.NotFoundError):

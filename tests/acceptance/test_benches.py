@@ -48,3 +48,19 @@ def test_many_answers_to_a_prompt_are_measured_beside_many_prompts(
     # Behind the first two whole blocks each computes its own end.
     assert siblings["computed_tokens"] < 2 * 300
     assert siblings["way"] in done.output
+
+
+def test_answers_alone_are_compared_with_those_in_company(
+    bench: tuple[CliRunner, list[str]], tmp_path: Path
+) -> None:
+    runner, json_file = bench
+    options = ["--prompts", "3", "--tokens", "40", "--answer", "4"]
+    done = runner.invoke(main, ["bench", "exact", *options, *json_file])
+    assert done.exit_code == 0, done.output
+
+    again, together = json.loads((tmp_path / "found.json").read_text())
+    # Alone an answer is the same to the last bit
+    assert again["same_tokens"] == again["same_bits"] == again["answers"] == 3
+    assert again["largest_difference"] == 0
+    assert 0 <= together["same_bits"] <= together["same_tokens"] <= 3
+    assert together["way"] in done.output

@@ -52,7 +52,6 @@ def test_bursts_are_answered_without_reconnects_and_a_plain_request_right_after(
     assert body["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
     def both_are_ready() -> bool:
-        workers = stack.status()["workers"]
-        return [w["state"] for w in workers] == ["ready", "ready"]
+        return [w.state for w in stack.workers()] == ["ready", "ready"]
 
     wait_until(both_are_ready)

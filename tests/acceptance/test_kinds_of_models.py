@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,10 @@ TWO_RANKS = {"tensor parallelism 2": LLAMA}
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the engines have found, by kind."""
     folder = tmp_path_factory.mktemp("kinds")
-    with ValkeyServer(folder, "kv") as server:
-        return {
-            **_hand_over(ONE_RANK, 1, server, folder / "one.json"),
-            **_hand_over(TWO_RANKS, 2, server, folder / "two.json"),
-        }
+    with ValkeyServer(folder, "kv") as server, ThreadPoolExecutor(2) as both:
+        one = both.submit(_hand_over, ONE_RANK, 1, server, folder / "one.json")
+        two = both.submit(_hand_over, TWO_RANKS, 2, server, folder / "two.json")
+        return one.result() | two.result()
 
 
 def _hand_over(

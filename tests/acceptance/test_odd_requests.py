@@ -97,7 +97,7 @@ def test_what_no_message_can_carry_is_refused_by_name_and_nothing_stays(
     # Nothing is stored, and the list goes on
     assert client.get("/v1/jobs").json()["data"] == jobs
     # and nobody works for nobody
-    wait_until(lambda: not any(w["active"] for w in stack.status()["workers"]))
+    wait_until(lambda: not any(w.active for w in stack.workers()))
     assert "pdtasks_api_leaks_total 0.0" in client.get("/metrics").text
 
 

@@ -241,6 +241,47 @@ def test_jobs_are_listed_newest_first_page_by_page(with_store: Run, services: Se
     with_store(test)
 
 
+def test_a_list_has_neither_bodies_nor_results_and_reads_none(
+    with_store: Run, services: Services
+) -> None:
+    async def test(store: JobStore) -> None:
+        job = await submit(store)
+        own = await claimed(store, "t")
+        assert await store.finish(own, State.SUCCEEDED, result={"text": "é"})
+        services.bus.config_resetstat()
+
+        listed = await store.newest(limit=10, after=None)
+
+        assert listed is not None
+        (found,) = listed[0]
+        assert (found.id, found.state, found.model) == (job.id, "succeeded", BODY["model"])
+        assert (found.body, found.result) == ({}, None)
+        assert "cmdstat_hgetall" not in cast("dict[str, Any]", services.bus.info("commandstats"))
+
+    with_store(test)
+
+
+def test_ones_own_few_are_listed_behind_thousands_of_others(
+    with_store: Run, services: Services
+) -> None:
+    async def test(store: JobStore) -> None:
+        mine = [(await submit(store, owner="modest")).id for _ in range(3)]
+        others = await submit(store, owner="greedy")
+        copy_record(services, others, 1200)
+        mine.append((await submit(store, owner="modest")).id)
+        services.bus.delete(f"pd:job:{mine[1]}")  # has expired
+        left = [mine[3], mine[2], mine[0]]
+
+        first = await store.newest(limit=2, after=None, owner="modest")
+        assert first is not None
+        assert ([job.id for job in first[0]], first[1]) == (left[:2], True)
+        second = await store.newest(limit=2, after=left[1], owner="modest")
+        assert second is not None
+        assert ([job.id for job in second[0]], second[1]) == (left[2:], False)
+
+    with_store(test)
+
+
 def test_the_names_of_expired_jobs_are_forgotten(with_store: Run, services: Services) -> None:
     async def test(store: JobStore) -> None:
         made = [await submit(store) for _ in range(15)]
@@ -398,6 +439,19 @@ def spoil(services: Services, job: Job, how: str) -> None:
             bus.hset(record, name, value)
 
 
+def copy_record(services: Services, job: Job, times: int) -> None:
+    """As many more records as `job`'s, behind it in the index."""
+    record = cast("dict[Any, Any]", services.bus.hgetall(f"pd:job:{job.id}"))
+    score = cast("float", services.bus.zscore("pd:jobs", job.id))
+    pipe = services.bus.pipeline()
+    for number in range(times):
+        name = f"job-{number:032x}"
+        pipe.hset(f"pd:job:{name}", mapping=record)
+        pipe.expire(f"pd:job:{name}", 600)
+        pipe.zadd("pd:jobs", {name: score})
+    pipe.execute()
+
+
 SPOILT = [
     *("type: string", "type: list", "type: other fields", "bytes"),
     *("attempts=canary", "attempts=-9", "attempts=1e999", "state=canary", "body=[]"),
@@ -418,7 +472,9 @@ def test_a_spoilt_record_is_an_error_of_its_own_and_hides_no_other(
             await store.get(odd.id)
         listed = await store.newest(limit=10, after=None)
         assert listed is not None
-        assert [job.id for job in listed[0]] == [good.id]
+        # (A list has no bodies and no results.)
+        shown = [good.id, odd.id] if how.startswith(("body", "result")) else [good.id]
+        assert [job.id for job in listed[0]] == shown
 
         # It is no runner's, and the other one is
         assert (await claimed(store, "t")).id == good.id

@@ -45,15 +45,18 @@ class Tenant:
         """Behind everything else."""
         await self._session.close()
 
-    async def ask(self) -> float:
-        """Seconds of one answer. Raises aiohttp.ClientError when there is none."""
+    async def ask(self, answers: int = 1, prompts: int = 1) -> float:
+        """Seconds of one request, for so many answers to each of its prompts.
+
+        Raises aiohttp.ClientError when it has none.
+        """
         began = time.monotonic()
         async with self._session.post(
-            f"{next(self._urls)}/v1/completions", json=self._body()
+            f"{next(self._urls)}/v1/completions", json=self._body(answers, prompts)
         ) as answer:
             answer.raise_for_status()
             await answer.read()
-        self.answers += 1
+        self.answers += answers * prompts
         return time.monotonic() - began
 
     async def ask_for(self, seconds: float, pause_s: float) -> list[float]:
@@ -79,23 +82,24 @@ class Tenant:
             for _ in range(_AT_ONCE):
                 group.create_task(some())
 
-    async def keep(self, count: int) -> None:
-        """So many questions at once, until cancelled."""
+    async def keep(self, count: int, answers: int = 1, prompts: int = 1) -> None:
+        """So many requests at once, each as `ask` makes it, until cancelled."""
 
         async def again() -> None:
             while True:
                 with suppress(aiohttp.ClientError, TimeoutError):
-                    await self.ask()
+                    await self.ask(answers, prompts)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(count):
                 group.create_task(again())
 
-    def _body(self) -> dict[str, Any]:
+    def _body(self, answers: int = 1, prompts: int = 1) -> dict[str, Any]:
         return {
             "model": self._model,
-            "prompt": self._rng.choices(TOKENS, k=_PROMPT),
+            "prompt": [self._rng.choices(TOKENS, k=_PROMPT) for _ in range(prompts)],
+            "n": answers,
             "max_tokens": _ANSWER,
-            "temperature": 0,
+            "temperature": 1,  # vLLM takes no n without it
             "ignore_eos": True,
         }

@@ -1,4 +1,4 @@
-"""The order of a run: a tenant alone, beside another's jobs, beside another's requests."""
+"""The order of a run: a tenant alone, beside each kind of another's pile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,9 @@ class Plan:
 
     jobs: int = 10_000
     at_once: int = 500  #: requests of the other tenant
+    answers: int = 500  #: to one request of it, and prompts of one request
     seconds: float = 30.0  #: of each phase
+    in_line_s: float = 2.0  #: until a pile is in line, or gone
 
 
 def run_fair(
@@ -70,20 +73,28 @@ def run_fair(
         found = {}
         for tenant in (modest, greedy):
             call(tenant.open())
-        call(modest.ask_for(2.0, _PAUSE_S))  # code is run for the first time
+        call(modest.ask_for(plan.in_line_s, _PAUSE_S))  # code is run for the first time
         found["alone"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
         console.good(_told("alone", found))
+        piles = {
+            "beside_requests": partial(greedy.keep, plan.at_once),
+            "beside_many_answers": partial(greedy.keep, 1, answers=plan.answers),
+            "beside_many_prompts": partial(greedy.keep, 1, prompts=plan.answers),
+        }
+        for name, pile in piles.items():
+            beside = thread.call(pile())
+            call(asyncio.sleep(plan.in_line_s))
+            before, began = greedy.answers, time.monotonic()
+            found[name] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
+            others = (greedy.answers - before) / (time.monotonic() - began)
+            found[name]["others_per_s"] = round(others, 1)
+            console.good(f"{_told(name, found)}; the other had {others:.0f} a second")
+            beside.cancel()
+            call(asyncio.sleep(plan.in_line_s))
+        # Last: they go on for longer than anybody waits.
         call(greedy.submit(plan.jobs))
         found["beside_jobs"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
         console.good(_told("beside_jobs", found))
-        beside = thread.call(greedy.keep(plan.at_once))
-        call(asyncio.sleep(2.0))  # until all are in line
-        before, began = greedy.answers, time.monotonic()
-        found["beside_requests"] = _figures(call(modest.ask_for(plan.seconds, _PAUSE_S)))
-        others = (greedy.answers - before) / (time.monotonic() - began)
-        found["beside_requests"]["others_per_s"] = round(others, 1)
-        console.good(f"{_told('beside_requests', found)}; the other had {others:.0f} a second")
-        beside.cancel()
         for tenant in (modest, greedy):
             call(tenant.close())
     return found
