@@ -14,7 +14,7 @@ from valkey.exceptions import ResponseError
 
 logger = logging.getLogger(__name__)
 
-#: Records whose owner is looked at in one round trip: a part of a millisecond of the bus each.
+#: Records whose owner is looked at in one round trip: the bus answers nobody else meanwhile.
 _AT_ONCE = 500
 
 
