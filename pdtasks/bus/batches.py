@@ -21,7 +21,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Literal
 
@@ -105,9 +105,6 @@ class Batch:
         return keys.BATCH + self.id
 
 
-_FIELDS: Final = tuple(one.name for one in fields(Batch) if one.name != "id")
-
-
 @dataclass(frozen=True)
 class Place:
     """One line of an input file."""
@@ -158,7 +155,6 @@ class BatchStore:
             key=lambda batch_id: keys.BATCH + batch_id,
             is_id=is_batch_id,
             json_fields=_JSON,
-            more=lambda batch_id, _: {"id": batch_id},
         )
         self._create = script(bus, "batch_create")
         self._tend = script(bus, "batch_tend")
@@ -232,9 +228,7 @@ class BatchStore:
         self, *, limit: int, after: str | None, owner: str = ""
     ) -> tuple[list[Batch], bool] | None:
         """Batches, newest first, and whether there are more; None: there is no batch `after`."""
-        return await self._records.page(
-            keys.BATCHES, limit=limit, after=after, owner=owner, listed=_FIELDS
-        )
+        return await self._records.page(keys.BATCHES, limit=limit, after=after, owner=owner)
 
     async def cancel(self, batch_id: str) -> None:
         """Have a batch ended; one that has ended stays as it is."""

@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import valkey.asyncio
@@ -45,9 +45,6 @@ class File:
     owner: str = ""  #: the name of the API key that it came with
 
 
-_FIELDS: Final = tuple(one.name for one in fields(File) if one.name != "id")
-
-
 class FileInUse(Exception):
     """A batch reads it."""
 
@@ -69,7 +66,6 @@ class FileStore:
             key=lambda file_id: keys.FILE + file_id,
             is_id=is_file_id,
             json_fields=_JSON,
-            more=lambda file_id, _: {"id": file_id},
         )
         self._keep = script(bus, "file_keep")
         self._delete = script(bus, "file_delete")
@@ -109,7 +105,6 @@ class FileStore:
             limit=limit,
             after=after,
             owner=owner,
-            listed=_FIELDS,
             oldest_first=oldest_first,
             wanted=lambda file: purpose in (None, file.purpose),
         )

@@ -140,13 +140,13 @@ class JobStore:
             key=record_key,
             is_id=is_job_id,
             json_fields=_JSON,
-            more=lambda job_id, found: {
-                "id": job_id,
+            more=lambda found: {
                 "ttl_s": ttl_s,
                 "is_given_up": "given_up" in found,
                 "is_unwanted": "cancel" in found,
             },
             error=UnreadableJob,
+            listed=_LISTED,
             unlisted={"body": {}},
         )
 
@@ -235,9 +235,7 @@ class JobStore:
 
         Returns None when there is no job `after` (any more).
         """
-        return await self._records.page(
-            keys.JOBS, limit=limit, after=after, owner=owner, listed=_LISTED
-        )
+        return await self._records.page(keys.JOBS, limit=limit, after=after, owner=owner)
 
     async def events(
         self, job_id: str, *, after: str, block_s: float, limit: int = 256

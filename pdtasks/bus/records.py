@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -52,16 +53,18 @@ class Records(Generic[T]):
         key: Callable[[str], str],
         is_id: Callable[[str], bool],
         json_fields: Collection[str],
-        more: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+        more: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {},
         error: type[Unreadable] = Unreadable,
+        listed: Sequence[str] | None = None,
         unlisted: Mapping[str, Any] | None = None,
     ) -> None:
         """Args:
         key: of a record, by its id.
         json_fields: those that are no words.
-        more: from id and fields, what `kind` has beside them.
+        more: from the fields, what `kind` has beside them and the id.
         error: raised for what cannot be read.
-        unlisted: what a record in a list has instead of its large fields.
+        listed: the fields that are read for a list; None: all of `kind`.
+        unlisted: what a record in a list has instead of others.
         """
         self._bus = bus
         self._kind = kind
@@ -70,6 +73,8 @@ class Records(Generic[T]):
         self._json_fields = json_fields
         self._more = more
         self._error = error
+        named = dataclasses.fields(cast("Any", kind))
+        self._listed = listed or [one.name for one in named if one.name != "id"]
         self._unlisted = unlisted or {}
 
     async def get(self, record_id: str) -> T | None:
@@ -89,7 +94,6 @@ class Records(Generic[T]):
         limit: int,
         after: str | None,
         owner: str,
-        listed: Sequence[str],
         oldest_first: bool = False,
         wanted: Callable[[T], bool] = lambda _: True,
     ) -> tuple[list[T], bool] | None:
@@ -100,7 +104,6 @@ class Records(Generic[T]):
         Args:
             after: begin behind this id.
             owner: leave out what is others'; empty: all.
-            listed: the fields that are read.
             wanted: leave out the others.
 
         Returns None when there is no record `after` (any more).
@@ -127,7 +130,7 @@ class Records(Generic[T]):
             # No more than the caller can take: records are larger than their owners' names.
             while own and len(found) <= limit:
                 some, own = own[: limit + 1], own[limit + 1 :]
-                records, not_there = await self._listed(some, listed)
+                records, not_there = await self._read_all(some)
                 gone += not_there
                 found += [r for r in records if (not owner or r.owner == owner) and wanted(r)]
             if gone:
@@ -142,19 +145,19 @@ class Records(Generic[T]):
         mine = (None, owner.encode())
         return [name for name, whose in zip(names, theirs, strict=True) if whose in mine]
 
-    async def _listed(
-        self, names: Sequence[bytes], listed: Sequence[str]
-    ) -> tuple[list[T], list[bytes]]:
+    async def _read_all(self, names: Sequence[bytes]) -> tuple[list[T], list[bytes]]:
         """Records, and the names of those that are gone."""
         found, gone = [], []
-        for name, answer in zip(names, await self._ask(names, listed), strict=True):
+        for name, answer in zip(names, await self._ask(names, self._listed), strict=True):
             record_id = name.decode(errors="replace")
             try:
                 with of_a_kind(self._error):
                     if isinstance(answer, ResponseError):
                         raise answer
                 fields = {
-                    n.encode(): v for n, v in zip(listed, answer, strict=True) if v is not None
+                    n.encode(): v
+                    for n, v in zip(self._listed, answer, strict=True)
+                    if v is not None
                 }
                 if fields and self._is_id(record_id):
                     found.append(self._read(record_id, fields))
@@ -183,7 +186,7 @@ class Records(Generic[T]):
             for name in self._json_fields & found.keys():
                 found[name] = json.loads(found[name])
             return msgspec.convert(
-                {**self._unlisted, **found, **self._more(record_id, found)}, self._kind
+                {**self._unlisted, **found, **self._more(found), "id": record_id}, self._kind
             )
         except (RecursionError, ValueError) as exc:  # msgspec's, too, is a ValueError
             raise self._error(f"its record: {type(exc).__name__}") from None
