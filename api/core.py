@@ -64,8 +64,6 @@ from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Answers to one prompt that one message asks for: a worker computes it once for them.
-_MOST_SIBLINGS = 64
 #: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
 _MAX_ID_BYTES = 200
 #: Seconds without a further try after RabbitMQ could not be reached.
@@ -153,9 +151,12 @@ class _Open:
 class _Family:
     """Requests that one message carries: one, or several answers to the same prompt."""
 
-    def __init__(self, request: EngineCoreRequest, flow: Flow, submitted_at: float) -> None:
+    def __init__(
+        self, request: EngineCoreRequest, flow: Flow, submitted_at: float, most: int
+    ) -> None:
         self.requests = [request]
         self.flow = flow
+        self.most = most  # requests that it takes
         self.submitted_at = submitted_at  # UNIX seconds
 
     @property
@@ -169,7 +170,7 @@ class _Family:
         """
         first = self.requests[0]
         return (
-            len(self.requests) < _MOST_SIBLINGS
+            len(self.requests) < self.most
             and request.prompt_token_ids is first.prompt_token_ids
             and request.external_req_id == first.external_req_id
         )
@@ -290,7 +291,8 @@ class PipelineCore(EngineCoreClient):
         if self._family is not None and self._family.takes(request):
             self._family.requests.append(request)
         else:
-            self._family = _Family(request, Flow(service_class(), owner), now)
+            flow, most = Flow(service_class(), owner), self.workers.room().together
+            self._family = _Family(request, flow, now, most)
             self._in_background(self._line_up(self._family))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -30,6 +30,10 @@ _STEPS: Final = 2
 _STEP_TOKENS: Final = 2048
 #: Requests that a prefill worker has at least, however long their prompts.
 _LEAST_PROMPTS: Final = 2
+#: Answers to one prompt that a message carries at most, and as a part of a prefill worker's places:
+#: they take one each, all at once, and whoever comes next waits for them.
+_MOST_TOGETHER: Final = 64
+_TOGETHER: Final = 0.25
 #: Prompts beyond the prefill workers' places, as a part of those: a place is taken again when the
 #: next prompt has come through API and RabbitMQ, about 10 ms and thus a fraction of a step.
 _BEYOND_PLACES: Final = 0.25
@@ -57,6 +61,14 @@ class Room:
     prefill_slots: int = 0  #: prompts that the prefill workers take at once; 0: not known
     step_tokens: int = 0  #: tokens that a prefill engine computes at once; 0: not known
     decode_slots: int = 0  #: requests that the decode workers run at once; 0: not known
+
+    @property
+    def together(self) -> int:
+        """Answers to one prompt that one message may carry."""
+        if not self.prefill_slots:
+            return _MOST_TOGETHER
+        part = int(_TOGETHER * self.prefill_slots / max(1, self.prefill_workers))
+        return min(_MOST_TOGETHER, max(1, part))
 
 
 @dataclass(eq=False)
@@ -87,7 +99,8 @@ class Line:
         self._items: dict[str, _Waiting] = {}  # of those that wait
         self._now = 0.0  # the turn of who went last
         self._numbers = itertools.count()
-        self._prefilling: dict[str, int] = {}  # with the tokens of their prompts
+        # With the tokens of their prompts; none for those that find theirs computed.
+        self._prefilling: dict[str, int] = {}
         self._on_their_way: set[str] = set()  # between first token and second
         self._not_interactive: set[str] = set()  # that went and have not ended
 
@@ -167,12 +180,14 @@ class Line:
         on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
         if len(self._on_their_way) >= on_their_way:
             return False
+        # Each answer takes a place, also where its prompt is computed for another one.  What finds none
+        # waits in RabbitMQ, where nobody gives turns, however short it is.
+        places = (1 + _BEYOND_PLACES) * room.prefill_slots
+        if room.prefill_slots and len(self._prefilling) >= places:
+            return False
         prompts = sum(1 for tokens in self._prefilling.values() if tokens)
         if prompts < _LEAST_PROMPTS * workers:
             return True
-        # However short they are: what finds no place waits in RabbitMQ, where nobody gives turns.
-        if room.prefill_slots and prompts >= (1 + _BEYOND_PLACES) * room.prefill_slots:
-            return False
         most = _STEPS * (room.step_tokens or _STEP_TOKENS) * workers
         return sum(self._prefilling.values()) + one.tokens <= most
 

@@ -149,12 +149,13 @@ def test_answers_to_one_prompt_are_asked_for_with_one_message() -> None:
 
 def test_very_many_answers_to_one_prompt_are_several_messages() -> None:
     async def test(bench: Bench) -> None:
-        for request in siblings(core._MOST_SIBLINGS + 3):
+        most = bench.core.workers.room().together
+        for request in siblings(most + 3):
             await bench.core.add_request_async(request)
         await bench.published()
 
         told = [len(job.request_ids) for job in bench.broker.published]
-        assert told == [core._MOST_SIBLINGS, 3]
+        assert told == [most, 3]
         await bench.core.abort_requests_async(list(bench.core._open))
 
     with_bench(test)

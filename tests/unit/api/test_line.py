@@ -106,12 +106,19 @@ def test_no_more_short_prompts_go_than_prefill_workers_have_places_for(
     assert len(traffic.gone) == gone + 1
 
 
-def test_answers_to_one_prompt_have_one_place() -> None:
-    traffic = Traffic(prefill_slots=4)
-    for n in range(5):
+def test_answers_to_one_prompt_have_a_place_each() -> None:
+    traffic = Traffic(prefill_slots=8)
+    for n in range(20):
         traffic.enter(f"a{n}", f"b{n}", tokens=10)
 
-    assert len(traffic.gone) == 2 * 5
+    assert len(traffic.gone) == 10
+
+
+def test_answers_to_one_prompt_that_come_together_leave_places_to_others() -> None:
+    assert Room(prefill_workers=2, prefill_slots=32).together == 4
+    assert Room(prefill_workers=1, prefill_slots=2).together == 1
+    # A limit also where there is very much, or nobody has said
+    assert Room(prefill_slots=1024).together == Room().together == 64
 
 
 def test_no_more_go_than_decode_workers_take() -> None:
