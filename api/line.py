@@ -180,8 +180,8 @@ class Line:
         on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
         if len(self._on_their_way) >= on_their_way:
             return False
-        # Each answer takes a place, also where its prompt is computed for another one.  What finds none
-        # waits in RabbitMQ, where nobody gives turns, however short it is.
+        # Each answer takes a place, also where its prompt is computed for another one.  What finds
+        # none waits in RabbitMQ, where nobody gives turns, however short it is.
         places = (1 + _BEYOND_PLACES) * room.prefill_slots
         if room.prefill_slots and len(self._prefilling) >= places:
             return False

@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.middleware import Middleware
 
+from pdtasks import collecting
 from pdtasks.background import Background
 from pdtasks.bus.batches import BatchStore
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
@@ -211,12 +212,13 @@ def serve(settings: Settings, host: str, port: int) -> None:
 
     Raises ConfigurationError when it would be open to other hosts without a key.
     """
-    from vllm.envs import enable_envs_cache
-
-    from api.connections import WatchedConnection
-
     require_keys(settings, host)
-    app = create_app(settings)
+    with collecting.rarely():
+        from vllm.envs import enable_envs_cache
+
+        from api.connections import WatchedConnection
+
+        app = create_app(settings)
     enable_envs_cache()  # vLLM looks into its environment for each token
     server = uvicorn.Server(
         uvicorn.Config(

@@ -7,6 +7,8 @@ from typing import Any
 from celery import Celery
 from kombu.utils.objects import cached_property
 
+from pdtasks import collecting
+
 
 class StagesApp(Celery):  # type: ignore[misc]  # Celery has no types
     """An app whose workers are ours."""
@@ -17,7 +19,10 @@ class StagesApp(Celery):  # type: ignore[misc]  # Celery has no types
 
         Imported by workers alone, and the stages with it: publishers and Flower need no vLLM.
         """
-        return self.subclass_with_self("pdtasks.worker.celery_worker:StageWorker", name="Worker")
+        with collecting.rarely():
+            return self.subclass_with_self(
+                "pdtasks.worker.celery_worker:StageWorker", name="Worker"
+            )
 
 
 # Not the process's current app: whoever imports this to publish may have one of their own.

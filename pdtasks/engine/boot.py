@@ -10,6 +10,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
+from pdtasks import collecting
 from pdtasks.engine.arguments import engine_arguments
 from pdtasks.settings import Settings
 
@@ -52,6 +53,7 @@ async def start_core(
     config = AsyncEngineArgs(**arguments, kv_transfer_config=transfer).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
+    collecting.rarely_in_children()
     core = EngineCoreClient.make_async_mp_client(
         config,
         Executor.get_class(config),

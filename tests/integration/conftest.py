@@ -23,6 +23,7 @@ import psutil
 import pytest
 import valkey
 
+from pdtasks import collecting
 from pdtasks.bench.chaos.nursery import Nursery as BenchNursery
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.rabbitmq import RabbitNode
@@ -42,7 +43,7 @@ DELIVERY_LIMIT = 1
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
     """As in tests/unit: vLLM's import warns of things that are no business of ours."""
     if "vllm" in module_path.read_text():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), collecting.rarely():
             warnings.simplefilter("ignore")
             importlib.import_module("api.client")
 

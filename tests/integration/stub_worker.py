@@ -246,12 +246,15 @@ def _stand() -> None:
 
 
 def _nursery() -> None:
-    from celery.bin import celery, worker  # noqa: F401  # imported once, for all
+    from pdtasks import collecting
 
-    import pdtasks.decode
-    import pdtasks.prefill
-    import pdtasks.worker.celery_worker
-    import pdtasks.worker.service
+    with collecting.rarely():
+        from celery.bin import celery, worker  # noqa: F401  # imported once, for all
+
+        import pdtasks.decode
+        import pdtasks.prefill
+        import pdtasks.worker.celery_worker
+        import pdtasks.worker.service
 
     # The only seams: names that `pdtasks.worker.service` has imported.
     start_stub_core, stub_text = make_stubs()

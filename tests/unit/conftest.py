@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pdtasks import collecting
+
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
     """Import vLLM, where a test module uses it, before pytest makes its warnings errors.
@@ -15,6 +17,6 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     It takes seconds and warns of things that are no business of ours.
     """
     if "vllm" in module_path.read_text():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), collecting.rarely():
             warnings.simplefilter("ignore")
             importlib.import_module("api.client")

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pdtasks
+from pdtasks import collecting
 from pdtasks.cluster.process import Child, Process, StartFailed
 
 _SERVICE = "pdtasks.worker.service"
@@ -147,7 +148,8 @@ class _Orphan:
 
 def _serve(parent: int) -> None:
     _die_with(parent)
-    _import_everything()
+    with collecting.rarely():
+        _import_everything()
     _say("ready")
     for line in sys.stdin:
         order = json.loads(line)

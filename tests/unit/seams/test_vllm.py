@@ -23,9 +23,11 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.utils import gc_utils
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -204,3 +206,9 @@ def test_one_call_copies_between_the_cache_and_host_memory() -> None:
 def test_an_engine_of_ours_has_the_limits_of_vllm_serve() -> None:
     source = inspect.getsource(EngineArgs.get_batch_defaults)
     assert "UsageContext.OPENAI_API_SERVER: 8192" in source
+
+
+def test_an_engine_that_has_started_looks_through_all_objects_once() -> None:
+    # pdtasks/collecting.py: from then on garbage is looked for as ever.
+    assert "freeze_gc_heap()" in inspect.getsource(EngineCore.__init__)
+    assert "gc.collect(2)" in inspect.getsource(gc_utils.freeze_gc_heap)
