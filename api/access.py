@@ -12,12 +12,13 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.dashboard import OPEN_PATHS
 from api.guard import error_response, response_of
 from pdtasks.errors import PdtasksError, TooManyRequests
 from pdtasks.keys import Key, Keys, asker
 
-#: For load balancers and Prometheus.
-_OPEN: Final = frozenset({"/health", "/ping", "/ready", "/metrics"})
+#: For load balancers and Prometheus, and the page, which is empty without a key.
+_OPEN: Final = frozenset({"/health", "/ping", "/ready", "/metrics"}) | OPEN_PATHS
 
 
 class Access:

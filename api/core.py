@@ -34,7 +34,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from api.admission import Admission
 from api.attempts import Attempts
 from api.line import Flow, Line
-from api.reports import Reports
+from api.reports import Record, Reports
 from api.service_class import service_class
 from api.usage import Usage
 from api.workers import Workers
@@ -135,6 +135,7 @@ class _Open:
 
     request: EngineCoreRequest
     deadline: float  # UNIX seconds
+    record: Record
     stage_watch: StageWatch | None = None
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
@@ -285,9 +286,9 @@ class PipelineCore(EngineCoreClient):
         owner = asker_name()
         if self._settings.salt_by_key and owner:
             request.cache_salt = f"{owner}:{request.cache_salt or ''}"
-        self._open[request.request_id] = _Open(request, deadline, watch, owner=owner)
+        record = self.reports.expect(request, owner)
+        self._open[request.request_id] = _Open(request, deadline, record, watch, owner=owner)
         self._admission.enter(request.request_id)
-        self.reports.expect(request)
         if self._family is not None and self._family.takes(request):
             self._family.requests.append(request)
         else:
@@ -341,6 +342,7 @@ class PipelineCore(EngineCoreClient):
             raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
         try:
             entry.sent = self._publisher.send(job, self._stream.name)
+            self._note_published(job.request_ids)
             async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
                 await asyncio.wrap_future(entry.sent)
         except asyncio.CancelledError:
@@ -353,6 +355,11 @@ class PipelineCore(EngineCoreClient):
         except TimeoutError:
             self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
             raise BrokerUnavailable("RabbitMQ did not confirm the request in time") from None
+
+    def _note_published(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if entry := self._open.get(request_id):
+                entry.record.published()
 
     def _job_of(self, family: _Family, entry: _Open) -> PrefillJob:
         """Raises InvalidRequest."""
@@ -398,6 +405,12 @@ class PipelineCore(EngineCoreClient):
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         return ("generate",)
+
+    # -- for people --------------------------------------------------------------------------------
+
+    def records(self) -> list[Record]:
+        """The requests whose answers are not finished."""
+        return [entry.record for entry in self._open.values()]
 
     # -- replies -----------------------------------------------------------------------------------
 
@@ -466,7 +479,7 @@ class PipelineCore(EngineCoreClient):
                 continue
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
             _leave_what_can_be(entry.request, output, shift=now - step.timestamp)
-            if await self._takes(entry, position, output, reply.stage, attempt):
+            if await self._takes(entry, position, output, reply.stage, attempt, now=now):
                 wanted.append(output)
         if wanted:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
@@ -475,7 +488,14 @@ class PipelineCore(EngineCoreClient):
             self._tell_workers_to_drop(unknown)
 
     async def _takes(
-        self, entry: _Open, position: int, output: EngineCoreOutput, stage: str, attempt: int
+        self,
+        entry: _Open,
+        position: int,
+        output: EngineCoreOutput,
+        stage: str,
+        attempt: int,
+        *,
+        now: float,
     ) -> bool:
         """`_merge`, if the attempt counts; what is raised fails this request and no other."""
         try:
@@ -485,7 +505,7 @@ class PipelineCore(EngineCoreClient):
             fits = _fits(entry.token_ids, position, new)
             if stage == STAGES[-1] and not entry.attempts.counts(attempt, fits=fits):
                 return False
-            return await self._merge(entry, position, output, fits=fits)
+            return await self._merge(entry, position, output, now=now, fits=fits)
         except Exception as exc:  # noqa: BLE001
             logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
             error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
@@ -493,9 +513,11 @@ class PipelineCore(EngineCoreClient):
             return False
 
     async def _merge(
-        self, entry: _Open, position: int, output: EngineCoreOutput, *, fits: bool
+        self, entry: _Open, position: int, output: EngineCoreOutput, *, now: float, fits: bool
     ) -> bool:
         """Add `output` to the answer; False when there is nothing new in it.
+
+        `now`: monotonic seconds.
 
         A stage whose worker died is run again by another and repeats what we have.
         """
@@ -514,6 +536,8 @@ class PipelineCore(EngineCoreClient):
                     len(repeated), len(output.new_token_ids)
                 )
         entry.token_ids.extend(output.new_token_ids)
+        if output.new_token_ids:
+            entry.record.take_tokens(len(output.new_token_ids), now)
         entry.stage_waited_for = STAGES[1]
         self._line.has_first_token(output.request_id)
         if len(entry.token_ids) > 1 or output.finish_reason is not None:
@@ -522,11 +546,14 @@ class PipelineCore(EngineCoreClient):
         if output.finish_reason is not None:
             self.usage.charge(entry.owner, entry.num_tokens)
             del self._open[output.request_id]
+            entry.record.end("done", now)
             self._line.leave(output.request_id)
         return True
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
-        if self._forget(request_id):
+        entry = self._open.get(request_id)
+        if entry is not None and self._forget(request_id):
+            entry.record.end(error.code, time.monotonic())
             logger.warning("%s failed: %s", request_id, error.code)
             await self._fail(request_id, error)
 
@@ -582,6 +609,7 @@ class PipelineCore(EngineCoreClient):
             _LEAKS.inc()
             logger.warning("%s has ended without our hearing of it: please report this", request_id)
             self._tell_workers_to_drop([request_id])
+            self._open[request_id].record.end("stopped", time.monotonic())
             self._forget(request_id)
         self._unknown_before = unknown - self._unknown_before
 

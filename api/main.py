@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.middleware import Middleware
@@ -50,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.app import build_app
 
-    from api import batches, errors, files, jobs, responses
+    from api import batches, dashboard, errors, files, jobs, overview, responses
     from api.flags import check_flags, front_end_arguments
     from api.parameters import Parameters
     from pdtasks.engine.arguments import engine_arguments
@@ -66,8 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = build_app(arguments, ("generate",), config.model_config)
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _CLOSED]
     app.include_router(router)
-    for routes in (jobs.router, files.router, batches.router):
-        app.include_router(routes)
+    for routes in (jobs, files, batches, overview, dashboard):
+        app.include_router(routes.router)
     responses.install(app)
     errors.install(app)
 
@@ -134,11 +133,12 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
 async def _running_jobs(
     app: FastAPI, settings: Settings, background: Background, parameters: Parameters
 ) -> AsyncIterator[None]:
-    """Run jobs and batches in this process."""
+    """Run jobs and batches in this process, and show what goes on."""
     from api.batch_runner import BatchTender, LineRunner
     from api.batches import Batches
     from api.files import Files
     from api.jobs import Jobs
+    from api.overview import Overviews
     from api.runner import JobRunner
 
     bus = connect_async(settings)
@@ -165,6 +165,8 @@ async def _running_jobs(
     store = JobStore(bus, ttl_s=settings.result_ttl_s, most_waiting=settings.max_waiting_jobs)
     runner = JobRunner(app, store, concurrency=settings.job_concurrency, background=background)
     app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
+    overviews = Overviews(app.state.pdtasks_client.engine_core, store, settings)
+    app.state.pdtasks_overviews = overviews
     running = (runner, lines, tender)
     for claims in running:
         claims.start()
@@ -172,6 +174,7 @@ async def _running_jobs(
         yield
     finally:
         await asyncio.gather(*(claims.stop() for claims in running))
+        overviews.close()
         await bus.aclose()
 
 
@@ -190,21 +193,6 @@ async def ready(request: Request) -> dict[str, Any]:
         raise HTTPException(503, "; ".join(problems))
     failures = {name: count for name, count in core.background.failures().items() if count}
     return {"status": "ready"} | ({"background": failures} if failures else {})
-
-
-@router.get("/pdtasks/requests/{request_id}")
-async def request_report(request_id: str, request: Request) -> dict[str, Any]:
-    """What each stage did for a request that this process answered lately."""
-    sequences = await request.app.state.pdtasks_client.engine_core.reports.of(request_id)
-    if not sequences:
-        raise HTTPException(404, f"no request {request_id!r} has finished here lately")
-    return {
-        "id": request_id,
-        "sequences": [
-            {report.stage: msgspec.to_builtins(report) for report in reports}
-            for reports in sequences
-        ],
-    }
 
 
 def serve(settings: Settings, host: str, port: int) -> None:

@@ -1,18 +1,21 @@
-"""What did the stages do for a request that finished lately?"""
+"""What became of a request, and what did the stages do for it? Of those that came lately."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from itertools import islice
 
 from vllm.v1.engine import EngineCoreRequest
 
+from api.window import Recently
 from pdtasks.messages import StageReport
-from pdtasks.naming import STAGES
+from pdtasks.naming import PREFILL, STAGES
+from pdtasks.overview import RequestView, Way
 
 #: Requests whose reports can still be asked for.
 _REMEMBERED = 1000
@@ -20,61 +23,164 @@ _REMEMBERED = 1000
 _LATE_S = 2.0
 
 
-@dataclass
-class _Known:
-    """One sequence."""
+class Record:
+    """One answer: when its tokens came, and what the stages say."""
 
-    external_id: str
-    ended_here: bool = False  #: and no report has come since
-    by_stage: dict[str, StageReport] = field(default_factory=dict)
+    def __init__(
+        self, request: EngineCoreRequest, owner: str, now: float, recently: Recently
+    ) -> None:
+        """`now`: monotonic seconds."""
+        self.external_id = request.external_req_id or request.request_id
+        self.owner = owner
+        self.state = "line"
+        self.ended_here = False  # and no report has come since
+        self.by_stage: dict[str, StageReport] = {}
+        self._recently = recently
+        self._prompt_tokens = len(request.prompt_token_ids or ())
+        self._output_tokens = 0
+        self._began = now
+        self._submitted_at = time.time()
+        self._first_at = self._second_at = self._last_at = self._ended_at = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Will nothing more come?"""
+        return self._ended_at > 0
+
+    @property
+    def waits_since(self) -> float:
+        """Monotonic seconds: since when it waits for what makes it go on."""
+        return self._first_at or self._began
+
+    def published(self) -> None:
+        """It is on its way to prefill."""
+        if self.state == "line":
+            self.state = "prefill"
+
+    def take_tokens(self, count: int, now: float) -> None:
+        """`count` more have come. `now`: monotonic seconds."""
+        slot = self._recently.slot(now)
+        slot.tokens += count
+        if self._output_tokens > 1:
+            slot.itl.add((now - self._last_at) / count)
+        elif self._output_tokens:
+            slot.gap.add(now - self._last_at)
+            self._second_at = now
+            self.state = "decode"
+        else:
+            slot.ttft.add(now - self._began)
+            self._first_at = now
+            self.state = "handover" if count == 1 else "decode"
+        self._output_tokens += count
+        self._last_at = now
+
+    def end(self, state: str, now: float) -> None:
+        """It has ended as `state` says: "done", "stopped", or an error's code."""
+        if self.has_ended:
+            return
+        self._ended_at = now
+        self.state = state
+        slot = self._recently.slot(now)
+        if state in ("done", "stopped"):
+            slot.ended += 1
+            slot.end_to_end.add(now - self._began)
+        else:
+            slot.failed += 1
+
+    def reports(self) -> tuple[StageReport, ...]:
+        """In the order of the stages."""
+        return tuple(self.by_stage[stage] for stage in STAGES if stage in self.by_stage)
+
+    def shown(self, now: float) -> RequestView:
+        """For people."""
+        first, second = self._first_at, self._second_at
+        end = self._ended_at or now
+        return RequestView(
+            id=self.external_id,
+            key=self.owner,
+            state=self.state,
+            submitted_at=self._submitted_at,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            first_s=first - self._began if first else None,
+            second_s=second - self._began if second else None,
+            seconds=end - self._began,
+            way=self._way(first or end, second or end, end),
+            stages=self.reports(),
+        )
+
+    def _way(self, first: float, second: float, end: float) -> Way:
+        prefill = self.by_stage.get(PREFILL)
+        # (hosts' clocks compared: it may be longer than the whole, or negative)
+        queue_s = min(max(prefill.queue_s if prefill else 0.0, 0.0), first - self._began)
+        return Way(
+            queue_s=queue_s,
+            prefill_s=first - self._began - queue_s,
+            handover_s=second - first,
+            decode_s=end - second,
+        )
 
 
 class Reports:
-    """The reports of the last requests, by the name that the caller knows. For one event loop.
+    """The last requests, by the name that the caller knows. For one event loop.
 
     A stage may report twice of a request: prefill hands over before its blocks are saved, and a
     stage whose worker was lost is run again.  The later one counts, from its own worker.
     """
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.recently = Recently(clock)
+        self._clock = clock
+        self._known: OrderedDict[str, Record] = OrderedDict()
 
-    def expect(self, request: EngineCoreRequest) -> None:
-        """Reports of `request` will come."""
-        name = request.external_req_id or request.request_id
-        self._known[request.request_id] = _Known(name)
+    def expect(self, request: EngineCoreRequest, owner: str = "") -> Record:
+        """Reports of `request` will come. `owner`: the name of the key that asks."""
+        record = Record(request, owner, self._clock(), self.recently)
+        self._known[request.request_id] = record
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+        return record
 
     def ended_here(self, request_id: str) -> None:
         """This process has ended it itself, at a stop string perhaps."""
         if known := self._known.get(request_id):
             known.ended_here = True
+            known.end("stopped", self._clock())
 
     def take(self, request_id: str, reports: Iterable[StageReport], *, said_by: str) -> None:
         """A worker of stage `said_by` says what was done; of others' stages it knows less."""
         if known := self._known.get(request_id):
             known.ended_here = False
             for report in reports:
-                if report.stage == said_by:
+                before = known.by_stage.get(report.stage)
+                if report.stage == said_by or before is None:
                     known.by_stage[report.stage] = report
-                else:
-                    known.by_stage.setdefault(report.stage, report)
+                    self.recently.took(report, before)
 
-    async def of(self, external_id: str) -> list[tuple[StageReport, ...]]:
-        """The reports of `external_id`, one entry for each sequence.
+    def newest(self, limit: int, sees: Callable[[str], bool]) -> list[RequestView]:
+        """The last ones, the newest first. `sees`: those of which owner?"""
+        now = self._clock()
+        seen = (k for k in reversed(self._known.values()) if sees(k.owner))
+        return [known.shown(now) for known in islice(seen, limit)]
 
-        Waits a moment for those of a sequence that this process has ended itself.
+    async def of(
+        self, external_id: str, sees: Callable[[str], bool] = lambda _: True
+    ) -> list[Record]:
+        """Those called `external_id` that the stages have reported of, one for each sequence.
+
+        Waits a moment for what is to come of a sequence that this process has ended itself.
+
+        Args:
+            sees: may the asker know of requests of that owner?
         """
-        # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
-        numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
-        found = [k for k in self._known.values() if numbered.fullmatch(k.external_id)]
+        found = [known for known in self._called(external_id) if sees(known.owner)]
         with suppress(TimeoutError):
             async with asyncio.timeout(_LATE_S):
                 while any(known.ended_here for known in found):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
-        return [
-            tuple(known.by_stage[stage] for stage in STAGES if stage in known.by_stage)
-            for known in found
-            if known.by_stage
-        ]
+        return [known for known in found if known.by_stage]
+
+    def _called(self, external_id: str) -> Iterator[Record]:
+        # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
+        numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
+        return (k for k in self._known.values() if numbered.fullmatch(k.external_id))

@@ -12,6 +12,7 @@ import valkey.asyncio
 
 from api.line import Room
 from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.draining import ask_to_drain
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import NoWorker
@@ -45,6 +46,10 @@ class Workers:
             return
         with suppress(*BUS_ERRORS):  # then what was known last counts
             await self.look()
+
+    async def drain(self, worker: WorkerStatus) -> None:
+        """Ask a worker to drain. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
+        await ask_to_drain(self._bus, worker)
 
     def require(self) -> None:
         """Raises NoWorker when a stage has nobody who could begin it now."""

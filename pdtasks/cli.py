@@ -168,6 +168,44 @@ def status(as_json: bool) -> None:
     sys.exit(0 if found.anything else 1)
 
 
+_URL = click.option("--url", help="Of an API process. [default: of the stack on this host]")
+
+
+@main.command()
+@_URL
+@click.option("--every", "every_s", default=1.0, show_default=True, type=click.FloatRange(min=0.2))
+@click.option("--once", is_flag=True, help="Show it once, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Once, for programs.")
+def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
+    """Show workers, queues, requests and latencies of a running stack; Ctrl-C ends it.
+
+    Where the API asks for keys, PDTASKS_API_KEY has one; an admin's shows all requests.
+    """
+    from pdtasks.terminal.top import run_top
+
+    run_top(url, every_s=every_s, once=once, as_json=as_json)
+
+
+@main.command()
+@_URL
+@click.option("--system", help="What the model is told first.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Of each answer.")
+@click.option("--temperature", type=click.FloatRange(min=0.0))
+def chat(
+    *, url: str | None, system: str | None, max_tokens: int | None, temperature: float | None
+) -> None:
+    """Talk to the running stack; each answer says who computed it, and how fast.
+
+    Questions are lines of the standard input. Ctrl-C ends an answer, Ctrl-D the talk. Where the API
+    asks for keys, PDTASKS_API_KEY has one.
+    """
+    from pdtasks.settings import load_settings
+    from pdtasks.terminal.chat import Wishes, run_chat
+
+    wishes = Wishes(system, max_tokens, temperature)
+    sys.exit(run_chat(url, wishes, patience_s=load_settings().request_timeout_s + 10))
+
+
 @main.command()
 def doctor() -> None:
     """Say what is missing on this host and how to get it."""
@@ -227,14 +265,15 @@ _LIMIT = click.IntRange(min=1)
 @click.option("--requests-per-minute", type=_LIMIT, help="More get a 429.")
 @click.option("--tokens-per-minute", type=_LIMIT, help="Of prompts and answers.")
 @click.option("--at-once", type=_LIMIT, help="Requests under way, of each API process.")
-def new_key(name: str, **limits: int | None) -> None:
+@click.option("--admin", is_flag=True, help="May see the requests of all keys and drain workers.")
+def new_key(name: str, *, admin: bool, **limits: int | None) -> None:
     """Make a key for NAME and show it, once: only its hash is kept."""
     from pdtasks.keys import Key, add, digest_of, new_secret
     from pdtasks.settings import load_settings
 
     secret = new_secret()
     file = load_settings().keys_file
-    add(file, Key(name, digest_of(secret), **limits))
+    add(file, Key(name, digest_of(secret), **limits, admin=admin))
     click.echo(f"kept as {name} in {file}; the key, which is shown this once:", err=True)
     click.echo(secret)
 

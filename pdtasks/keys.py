@@ -3,6 +3,7 @@
 A file has one key a line, made by `pdtasks keys new NAME`; it is read again when it changes:
 
     alice sha256:<64 hex digits> requests_per_minute=60 tokens_per_minute=100000 at_once=8
+    olga sha256:<64 hex digits> admin
 
 A key is 32 random bytes, so that a plain hash of it tells nothing.
 """
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
+_ADMIN: Final = "admin"
 _LIMITS: Final = ("requests_per_minute", "tokens_per_minute", "at_once")
 #: How our keys begin, so that scanners for leaked secrets can tell them.
 _PREFIX: Final = "pdt-"
@@ -50,11 +52,13 @@ class Key:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  #: of prompts and answers
     at_once: int | None = None  #: requests, of each API process
+    admin: bool = False  #: sees the requests of all keys, and drains workers
 
     def line(self) -> str:
         """As in a file."""
         limits = [f"{n}={v}" for n in _LIMITS if (v := getattr(self, n)) is not None]
-        return " ".join((self.name, f"sha256:{self.digest.hex()}", *limits))
+        flags = [_ADMIN] if self.admin else []
+        return " ".join((self.name, f"sha256:{self.digest.hex()}", *flags, *limits))
 
 
 #: Whose request this is; None where no keys are asked for.
@@ -97,22 +101,24 @@ def parse(text: str, origin: str) -> list[Key]:
         key = _parsed(words)
         if key is None or key.name in found:
             raise ConfigurationError(
-                f"{origin}, line {number}: not `NAME sha256:HEX [{'=N] ['.join(_LIMITS)}=N]`, or a "
-                "name that came before"
+                f"{origin}, line {number}: not `NAME sha256:HEX [{_ADMIN}] "
+                f"[{'=N] ['.join(_LIMITS)}=N]`, or a name that came before"
             )
         found[key.name] = key
     return list(found.values())
 
 
 def _parsed(words: Sequence[str]) -> Key | None:
-    name, hashed, limits = words[0], words[1:2], [word.partition("=") for word in words[2:]]
+    name, hashed, rest = words[0], words[1:2], words[2:]
+    admin = rest[:1] == [_ADMIN]
+    limits = [word.partition("=") for word in rest[admin:]]
     digest = _DIGEST.fullmatch(hashed[0]) if hashed else None
     if not _NAME.fullmatch(name) or digest is None:
         return None
     values = {limit: int(value) for limit, _, value in limits if value.isdecimal()}
     if len(values) < len(limits) or not values.keys() <= set(_LIMITS) or 0 in values.values():
         return None
-    return Key(name, bytes.fromhex(digest[1]), **values)
+    return Key(name, bytes.fromhex(digest[1]), **values, admin=admin)
 
 
 class Keys:

@@ -33,3 +33,11 @@ def is_loopback(host: str) -> bool:
     except (OSError, UnicodeError):
         return False  # unknown: better one warning too many
     return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def is_loopback_address(address: str) -> bool:
+    """Is `address` one of this host's own, or `localhost`? Asks nobody."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -200,6 +200,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     step_tokens: Count = 0  #: most that its engine computes at once
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
+    device: Name = ""  #: what its engine computes on, for people: "cpu", "cuda:0,1"
     place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)
     pid_started: int = 0  #: clock ticks; with it a pid names one process for ever
 
@@ -207,6 +208,12 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     def process(self) -> tuple[str, str, int, int]:
         """The one process that says so, whatever its name."""
         return self.host, self.place, self.pid, self.pid_started
+
+
+class DrainOrder(Message, frozen=True, kw_only=True):
+    """A worker is to take nothing more, and to end."""
+
+    process: tuple[str, str, int, int]  #: `WorkerStatus.process`
 
 
 M = TypeVar("M", bound=Message)

@@ -237,6 +237,14 @@ class JobStore:
         """
         return await self._records.page(keys.JOBS, limit=limit, after=after, owner=owner)
 
+    async def counts(self) -> tuple[int, int]:
+        """How many wait, and how many run, of all owners."""
+        async with self._bus.pipeline(transaction=False) as pipe:
+            pipe.zcard(keys.JOBS_WAITING)
+            pipe.zcard(keys.JOBS_RUNNING)
+            waiting, running = await pipe.execute()
+        return int(waiting), int(running)
+
     async def events(
         self, job_id: str, *, after: str, block_s: float, limit: int = 256
     ) -> list[Event]:

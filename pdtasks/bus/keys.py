@@ -8,6 +8,8 @@ from typing import Final
 WORKER: Final = "pd:worker:"
 #: The names of workers by the time of their last sign of life.
 WORKERS: Final = "pd:workers"
+#: Of the order to one worker that it is to drain; its name follows.
+DRAIN: Final = "pd:drain:"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
 #: Of the answer to one question about a request; its id and the attempt's number follow.

@@ -156,6 +156,8 @@ _BE_SEEN: Final = (
     "+get +pttl +set +del +watch +zadd +zrem +zremrangebyscore +expire) "
     "+unwatch +multi +exec +discard"
 )
+_ORDER_DRAINS: Final = f"(%W~{keys.DRAIN}* +set)"
+_HEAR_DRAINS: Final = f"(%R~{keys.DRAIN}* +get)"
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
 _READ_REPLIES: Final = f"(~{keys.REPLY}* +xgroup|create +expire +xread +xdel +del)"
 _ASK_PROGRESS: Final = f"(~{keys.PROGRESS}* +blpop)"
@@ -183,9 +185,11 @@ _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
-    _STORE_RESULTS,
+    *(_STORE_RESULTS, _ORDER_DRAINS),
 )
-_WORKER_ON_BUS: Final = (_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS)
+_WORKER_ON_BUS: Final = (
+    *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_DRAINS),
+)
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
 _COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE)
 

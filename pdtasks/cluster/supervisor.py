@@ -28,7 +28,7 @@ from pdtasks.cluster.rights import User
 from pdtasks.cluster.services import Services
 from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
-from pdtasks.cluster.workers import Drained
+from pdtasks.drained import Drained
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
 from pdtasks.keys import require_keys

@@ -13,11 +13,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import wait_until
 from pdtasks.cluster.status import Status, read_status
+from pdtasks.drained import Drained
 from pdtasks.errors import PdtasksError
 from pdtasks.naming import STAGES
 from pdtasks.running_stack import Member, read_stack
@@ -30,31 +30,6 @@ _DEADLINE_S = 900.0
 _GRACE_S = 15.0
 
 Ask = Callable[[Settings], Status]
-
-
-class Drained:
-    """Which workers of a stack stay away? Asked by the supervisor, told by commands."""
-
-    def __init__(self, home: Path) -> None:
-        self._folder = home / "drained"
-
-    def add(self, name: str) -> None:
-        """`name` is not started again."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        (self._folder / name).touch()
-
-    def discard(self, name: str) -> None:
-        """`name` may be started again."""
-        (self._folder / name).unlink(missing_ok=True)
-
-    def __contains__(self, name: str) -> bool:
-        return (self._folder / name).exists()
-
-    def clear(self) -> None:
-        """For a stack that begins."""
-        if self._folder.is_dir():
-            for file in self._folder.iterdir():
-                file.unlink(missing_ok=True)
 
 
 def restart_workers(

@@ -16,6 +16,7 @@ from prometheus_client import Counter
 
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS, connect
+from pdtasks.bus.draining import is_asked_to_drain
 from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
@@ -64,8 +65,12 @@ class Presence:
         liveness: Liveness,
         background: Background,
         on_name_taken: Callable[[str], None],
+        on_drain: Callable[[], None],
     ) -> None:
-        """`on_name_taken` is told, once, who has this worker's name; then nothing more is said."""
+        """Args:
+        on_name_taken: is told, once, who has this worker's name; then nothing more is said.
+        on_drain: is called when somebody has asked this worker to drain.
+        """
         self._settings = settings
         self._name = name
         self._role = role
@@ -73,6 +78,8 @@ class Presence:
         self._liveness = liveness
         self._background = background
         self._on_name_taken = on_name_taken
+        self._on_drain = on_drain
+        self._is_asked = False
         self._claim = Name(settings.worker_ttl_s)
         self._since = time.time()
         self._place = place()
@@ -160,6 +167,7 @@ class Presence:
             step_tokens=figures.step_tokens,
             engine=ENGINE_VERSION,
             since=self._since,
+            device=_device(self._settings),
             place=self._place,
             pid_started=self._pid_started,
         )
@@ -171,6 +179,9 @@ class Presence:
             try:
                 if holder := self._claim.renew(bus, self.status()):
                     logger.warning("pid %d has this worker's name", holder.status.pid)
+                elif not self._is_asked and is_asked_to_drain(bus, self.status()):
+                    self._is_asked = True  # a second signal would be a demand to hurry
+                    self._on_drain()
             except NameTaken as exc:
                 self._on_name_taken(str(exc))
                 return
@@ -192,3 +203,9 @@ class Presence:
             self._leaks_told = leaked
             logger.warning("%d requests that have ended are still held: please report this", leaked)
         self._leaked_before = leaked
+
+
+def _device(settings: Settings) -> str:
+    """What the engine computes on, for people."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "") if settings.device == "cuda" else ""
+    return f"{settings.device}:{chosen}"[:255] if chosen else settings.device

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from celery import Celery
 
@@ -26,6 +27,7 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.progress import Progress, read_progress
 from pdtasks.bus.reply import ReplyWriter
+from pdtasks.drained import Drained
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.boot import start_core
 from pdtasks.engine.core import Engine
@@ -38,6 +40,7 @@ from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
 from pdtasks.messages import Ask
 from pdtasks.naming import DECODE, PREFILL
+from pdtasks.running_stack import read_stack
 from pdtasks.settings import Settings
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
@@ -91,6 +94,7 @@ class Worker:
             liveness=self.liveness,
             background=self.background,
             on_name_taken=_stop_without_name,
+            on_drain=partial(_drain, settings.home),
         )
         self.presence.claim()
         self.presence.start()
@@ -291,6 +295,16 @@ def _stop_without_name(why: str) -> None:
     It is not seen any more; what is to be handed on goes to others, that one among them.
     """
     logger.critical("%s. This one stops", why)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _drain(home: Path) -> None:
+    """End in order, and have the stack that runs this worker, if one does, not start it again."""
+    logger.warning("somebody has asked this worker to drain: it stops")
+    stack = read_stack(home)
+    for member in stack.services if stack is not None else ():
+        if member.pid == os.getpid():
+            Drained(home).add(member.name)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

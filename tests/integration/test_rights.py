@@ -16,6 +16,7 @@ from celery.events import EventReceiver
 
 from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import connect_async
+from pdtasks.bus.draining import ask_to_drain, is_asked_to_drain
 from pdtasks.bus.presence import read_workers, read_workers_async
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
@@ -132,6 +133,28 @@ def test_the_api_does_its_part_on_the_bus(
     assert refusals() == []
 
 
+def test_a_worker_drains_when_the_api_asks_and_its_successor_does_not(
+    services: Services, start_worker: StartWorker, refusals: Callable[[], list[str]]
+) -> None:
+    async def ask() -> None:
+        settings = Settings(bus_url=services.bus_server.url_for(User.API))
+        async with connect_async(settings) as bus:
+            (status,) = await read_workers_async(bus)
+            await ask_to_drain(bus, status)
+
+    worker = start_worker("prefill")
+    asyncio.run(ask())
+    assert worker.wait() == 0
+
+    start_worker("prefill")  # it is ready although the order is still there
+    (status,) = read_workers(services.bus)
+    assert services.bus.exists(f"pd:drain:{status.name}")
+    with valkey.Valkey.from_url(services.bus_server.url_for(User.WORKER)) as bus:
+        assert not is_asked_to_drain(bus, status)
+    services.bus.delete(f"pd:drain:{status.name}")
+    assert refusals() == []
+
+
 def test_no_control_message_takes_a_worker_from_its_work(
     start_worker: StartWorker, our_app: Any, services: Services
 ) -> None:
@@ -229,15 +252,18 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
         *("SET pd:worker:x y", "DEL pd:worker:x", "XADD pd:reply:x * m y", "GET pd:worker:x"),
         *("SUBSCRIBE celery-task-meta-x", "BLPOP pd:progress:r:1 1"),
         *("LRANGE pd:progress:r:1 0 -1", "DEL celery-task-meta-x", "SET pd:probe x"),
+        "GET pd:drain:x",
     ),
     User.WORKER: (
         *("XREAD STREAMS pd:reply:x 0", "XRANGE pd:reply:x - +", "DEL pd:reply:x"),
+        "SET pd:drain:x y",
         *("HGETALL pd:batch:x", "GET pd:file:x:0", "DEL pd:file:x", "LRANGE pd:batch:x:lines 0 -1"),
         *("HGETALL pd:job:x", "DEL pd:job:x", "ZRANGE pd:jobs 0 -1", "EVALSHA x 0"),
         *("SCRIPT LOAD return(1)", "RPUSH pd:progress:r:1 x", "SUBSCRIBE celery-task-meta-x"),
         *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "PERSIST pd:worker:x", "INFO"),
     ),
     User.CLIENT: (
+        *("SET pd:drain:x y", "GET pd:drain:x"),
         *("SCAN 0", "SETEX celery-task-meta-x 9 y", "PUBLISH celery-task-meta-x y"),
         *(
             "HGETALL pd:job:x",

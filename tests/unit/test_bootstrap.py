@@ -159,6 +159,23 @@ def test_the_first_run_sets_up_then_runs_the_verb(checkout: Checkout) -> None:
     assert sum("torch==2.13.0+cpu" in note for note in checkout.notes()) == 1
 
 
+def test_what_only_tests_need_is_installed_for_tests_alone(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    # Given a system without a browser, on which nothing can be installed
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name not in ("chromium", "apt-get"):
+            (tools / tool.name).symlink_to(tool)
+
+    assert checkout.run("status", PATH=str(tools))[0] == 0
+    status, output = checkout.run("test", PATH=str(tools))
+
+    assert status == 1
+    assert "failed while installing the system packages chromium" in output
+
+
 def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     checkout.run("status")
     installs = checkout.installs()

@@ -49,6 +49,15 @@ def test_a_key_is_found_by_its_secret_and_by_nothing_else(file: Path) -> None:
         assert known.find(wrong) is None
 
 
+def test_a_key_is_an_admins_only_where_its_line_says_so(file: Path) -> None:
+    add(file, Key("alice", digest_of("a")))
+    add(file, Key("olga", digest_of("o"), at_once=2, admin=True))
+    known = Keys(file, "from-env")
+
+    admins = {s for s in ("a", "o", "from-env") if (key := known.find(s)) and key.admin}
+    assert admins == {"o"}
+
+
 def test_a_file_that_changes_is_read_again(file: Path) -> None:
     known = Keys(file)
     assert not known
@@ -91,6 +100,8 @@ def test_a_file_that_is_lost_or_damaged_opens_no_door(
         "canary sha256:" + "0" * 64 + " at_once=0",
         "canary sha256:" + "0" * 64 + " at_once=many",
         "canary sha256:" + "0" * 64 + " color=1",
+        "canary sha256:" + "0" * 64 + " admin admin",
+        "canary sha256:" + "0" * 64 + " admins",
         "can/ary sha256:" + "0" * 64,
         "first sha256:" + "1" * 64,
     ],
@@ -142,8 +153,10 @@ def test_the_commands_show_a_key_once(file: Path, monkeypatch: pytest.MonkeyPatc
     assert found is not None
     assert found.requests_per_minute == 60
 
+    assert run(main, ["keys", "new", "olga", "--admin", "--at-once", "9"]).exit_code == 0
     shown = run(main, ["keys", "list"])
-    assert shown.stdout == "alice  requests_per_minute=60  at_once=8\n"
+    assert shown.stdout == "alice  requests_per_minute=60  at_once=8\nolga  admin  at_once=9\n"
+    assert run(main, ["keys", "revoke", "olga"]).exit_code == 0
     again = run(main, ["keys", "new", "alice"])
     assert (again.exit_code, "revoke it first" in again.output) == (1, True)
     assert run(main, ["keys", "new", "no/name"]).exit_code == 1

@@ -17,7 +17,8 @@ from pdtasks.cluster import workers
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.stack import write_stack
 from pdtasks.cluster.status import Row, Status
-from pdtasks.cluster.workers import Drained, drain_workers, restart_workers
+from pdtasks.cluster.workers import drain_workers, restart_workers
+from pdtasks.drained import Drained
 from pdtasks.errors import PdtasksError
 from pdtasks.running_stack import Member, Stack, identify
 from pdtasks.settings import Settings

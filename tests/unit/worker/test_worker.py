@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +15,13 @@ from vllm.v1.engine import FinishReason
 
 from pdtasks import background
 from pdtasks.background import Background
+from pdtasks.drained import Drained
 from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import RequestAborted
-from pdtasks.messages import StageReport, StepReply, WorkerStatus
+from pdtasks.messages import DrainOrder, StageReport, StepReply, WorkerStatus
+from pdtasks.running_stack import identify
 from pdtasks.settings import Settings
-from pdtasks.worker import aborted, announcing, liveness, name
+from pdtasks.worker import aborted, announcing, liveness, name, service
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
 from pdtasks.worker.answering import Answers
@@ -29,6 +35,13 @@ class StubBus:
 
     def __init__(self) -> None:
         self.told: list[bytes] = []
+        self.drained: list[bool] = []
+        self.order: bytes | None = None
+
+    def get(self, key: str) -> bytes | None:
+        """What is under the one key that is read."""
+        assert key == "pd:drain:w@h"
+        return self.order
 
     def leave(self, status: WorkerStatus, ttl_ms: int, is_gone: Any) -> None:
         self.told.append(status.to_wire())
@@ -65,11 +78,51 @@ def presence(bus: StubBus, beside: Background, alive: Liveness) -> Iterator[Pres
         liveness=alive,
         background=beside,
         on_name_taken=pytest.fail,
+        on_drain=lambda: bus.drained.append(True),
     )
     made.start()
     yield made
     made.enter("stopped")
     made.wait_until_silent()
+
+
+def test_a_worker_that_is_asked_to_drain_does_so_once(presence: Presence, bus: StubBus) -> None:
+    other = (*presence.status().process[:3], 1)
+    for order in (b"canary", DrainOrder(process=other).to_wire()):
+        bus.order = order
+        told = len(bus.told)
+        wait_until(lambda told=told: len(bus.told) > told + 2)
+        assert bus.drained == [], "meant for another process, or no order"
+
+    bus.order = DrainOrder(process=presence.status().process).to_wire()
+    wait_until(lambda: bus.drained)
+    told = len(bus.told)
+    wait_until(lambda: len(bus.told) > told + 2)
+    assert bus.drained == [True]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_worker_that_drains_stays_away_where_a_stack_runs_it(
+    is_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(service.os, "kill", lambda *told: signals.append(told))
+    identity = identify(os.getpid())
+    assert identity is not None
+    member = {
+        "name": "decode1",
+        "role": "decode",
+        "pid": os.getpid() if is_own else 1,
+        "pid_started": identity.started,
+        "log": "",
+    }
+    stack = {"version": 1, "pid": 1, "pid_started": 1, "services": [member], "helpers": []}
+    (tmp_path / "stack.json").write_text(json.dumps(stack | {"folders": []}))
+
+    service._drain(tmp_path)
+
+    assert ("decode1" in Drained(tmp_path)) is is_own
+    assert signals == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_presence_survives_a_surprise(
