@@ -6,12 +6,14 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import httpx
+import msgspec
 
 from pdtasks.cluster.children import api_url
-from pdtasks.errors import NoWorker
+from pdtasks.errors import InvalidRequest, NoWorker
 from pdtasks.settings import Settings
 
 T = TypeVar("T")
@@ -19,6 +21,8 @@ T = TypeVar("T")
 #: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
 _VOCABULARY = range(300, 2300)
 _TIMEOUT_S = 300.0
+#: Characters of a refusal that are shown.
+_MOST_TOLD = 300
 
 
 def new_prompt(length: int) -> list[int]:
@@ -29,7 +33,8 @@ def new_prompt(length: int) -> list[int]:
 def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaitable[T]]) -> T:
     """`ask` the stack that `settings` know, with a client of it and its model's name.
 
-    Raises NoWorker, saying what to do, when no stack answers, or not as one of pdtasks.
+    Raises NoWorker, saying what to do, when no stack answers, or not as one of pdtasks;
+    InvalidRequest, with the stack's own words, when it refuses a request.
     """
     # httpx logs each request.
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -40,6 +45,8 @@ def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaita
             try:
                 models = await client.get("/v1/models")
                 return await ask(client, str(models.json()["data"][0]["id"]))
+            except httpx.HTTPStatusError as exc:
+                raise InvalidRequest(await _refusal(url, exc.response)) from exc
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
                 raise NoWorker(
                     f"no stack of pdtasks answers at {url} ({type(exc).__name__}): start one with "
@@ -47,6 +54,14 @@ def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaita
                 ) from exc
 
     return asyncio.run(run())
+
+
+async def _refusal(url: str, response: httpx.Response) -> str:
+    told = response.reason_phrase
+    with suppress(httpx.StreamError, ValueError, LookupError, TypeError):  # closed, or other words
+        told = (await response.aread()).decode(errors="replace")
+        told = str(msgspec.json.decode(told)["error"]["message"])
+    return f"{url} answers {response.status_code}: {told[:_MOST_TOLD]}"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
