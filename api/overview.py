@@ -87,6 +87,7 @@ class Overviews:
             workers=tuple(map(_worker, sorted(core.workers.known, key=_place))),
             queues=_queues(depths, under_way, time.monotonic()),
             in_flight=_in_flight(under_way),
+            stores=next((w.stores for w in core.workers.known if w.stores), ()),
             window=core.reports.recently.window(),
             requests=tuple(core.reports.newest(limit, lambda owner: sees(viewer, owner))),
             jobs=jobs,

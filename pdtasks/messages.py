@@ -181,6 +181,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token_s: float  #: from submission
 
 
+class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How full a kv server is, and what came of it since its start."""
+
+    used_bytes: Count
+    max_bytes: Count  #: 0: without a limit
+    hits: Count  #: values that were asked for and there
+    misses: Count
+    evicted: Count  #: values that it gave up for want of memory
+
+
 class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker says of itself on the bus."""
 
@@ -201,6 +211,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
     device: Name = ""  #: what its engine computes on, for people: "cpu", "cuda:0,1"
+    stores: tuple[StoreFigures, ...] = ()  #: those of the kv servers that answered it lately
     place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)
     pid_started: int = 0  #: clock ticks; with it a pid names one process for ever
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pdtasks.messages import StageReport
+from pdtasks.messages import StageReport, StoreFigures
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,16 +119,6 @@ class Window(Part, frozen=True, kw_only=True):
     slots: tuple[Slot, ...]
 
 
-class StoreView(Part, frozen=True, kw_only=True):
-    """A kv server."""
-
-    used_bytes: int
-    max_bytes: int  #: 0: without a limit
-    hits: int
-    misses: int
-    evicted: int
-
-
 class Way(Part, frozen=True, kw_only=True):
     """Where an answer's time went, in seconds; one after the other."""
 
@@ -188,7 +178,7 @@ class Overview(Part, frozen=True, kw_only=True):
     queues: tuple[QueueView, ...]
     in_flight: InFlight
     window: Window
-    stores: tuple[StoreView, ...] = ()
+    stores: tuple[StoreFigures, ...] = ()  #: the kv servers
     requests: tuple[RequestView, ...]
     jobs: Jobs
     problems: tuple[str, ...] = ()  #: what could not be asked, and what is not well here

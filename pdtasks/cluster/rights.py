@@ -203,8 +203,9 @@ BUS_RIGHTS: Final[dict[User, str]] = {
         User.ALL: (*_API_ON_BUS, *_WORKER_ON_BUS, *_CLIENT_ON_BUS, *_COMMANDS_ON_BUS),
     }.items()
 }
-#: What `pdtasks.kv.store` does, on the names of `pdtasks.kv.keys`: engines alone use it.
-KV_RIGHTS: Final = f"~pd:kv:* resetchannels -@all +get +set +expire +unlink +del {_ANY}"
+#: What `pdtasks.kv.store` does, on the names of `pdtasks.kv.keys`, and figures of the server:
+#: workers alone use it.
+KV_RIGHTS: Final = f"~pd:kv:* resetchannels -@all +get +set +expire +unlink +del +info {_ANY}"
 ALL_RIGHTS: Final = "~* &* +@all"
 
 

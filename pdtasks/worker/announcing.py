@@ -20,7 +20,7 @@ from pdtasks.bus.draining import is_asked_to_drain
 from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
-from pdtasks.messages import WorkerStatus
+from pdtasks.messages import StoreFigures, WorkerStatus
 from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
 from pdtasks.worker.liveness import Liveness
@@ -47,6 +47,7 @@ class Figures:
     kv_usage: float = 0.0  #: share of the engine's KV blocks in use, 0 to 1
     max_model_len: int = 0  #: tokens
     step_tokens: int = 0  #: that the engine computes at once, at most
+    stores: tuple[StoreFigures, ...] = ()
 
 
 NOTHING: Final = Figures()
@@ -168,6 +169,7 @@ class Presence:
             engine=ENGINE_VERSION,
             since=self._since,
             device=_device(self._settings),
+            stores=figures.stores,
             place=self._place,
             pid_started=self._pid_started,
         )

@@ -49,6 +49,7 @@ from pdtasks.worker.discarding import Discarder
 from pdtasks.worker.liveness import EXIT_NO_ENGINE, Liveness, end_process, watch
 from pdtasks.worker.results import ResultStore
 from pdtasks.worker.stage_runner import StageRunner
+from pdtasks.worker.store_figures import StoreWatch
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Worker:
 
         store = BlockStore(settings.kv_urls, ttl_s=settings.kv_ttl_s, timeout_s=_DISCARD_S)
         self._discarder = Discarder(store, self.background)
+        self._store_watch = StoreWatch(settings.kv_urls, self.background)
         self.results = ResultStore(app)
         self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self.aborted = AbortMemory()
@@ -134,6 +136,7 @@ class Worker:
         self.presence.wait_until_silent()
         self.wait_for_replies()
         self._discarder.close()
+        self._store_watch.close()
         self.sender.close()
         self.results.close()
         self.engine.stop()
@@ -153,6 +156,7 @@ class Worker:
             kv_usage=engine.kv_usage,
             max_model_len=engine.config.model_config.max_model_len,
             step_tokens=engine.config.scheduler_config.max_num_batched_tokens,
+            stores=self._store_watch.found,
         )
 
     def _watch(self) -> None:

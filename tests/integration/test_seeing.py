@@ -92,6 +92,8 @@ def test_an_admin_sees_everything_and_others_their_own(url: str) -> None:
     assert seen.window.requests >= 2
     assert seen.window.ttft.count >= 2
     assert seen.window.kv.blocks_loaded >= 2
+    (store,) = wait_until(lambda: overview(url, OLGA).stores)
+    assert 0 < store.used_bytes < store.max_bytes
 
     own = overview(url, ALICE)
     assert not own.viewer.may_act
