@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO
@@ -21,6 +22,8 @@ _NEW: Final = "/new"
 _HELP: Final = (
     f"Ctrl-C ends an answer, Ctrl-D the talk; {_NEW} forgets what was said. Talking to {{model}}."
 )
+#: Seconds in which there is a report of an answer that was ended here.
+_REPORT_S: Final = 3.0
 #: A model may say anything; a terminal obeys control characters.
 _NO_CONTROLS: Final = dict.fromkeys(
     code for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
@@ -155,16 +158,25 @@ class Chat:
                     self.out.flush()
 
     def _about(self, answer: _Answer) -> str:
-        try:
-            report = self.client.report(f"chatcmpl-{answer.request_id}")
-        except KeyboardInterrupt:
-            report = None
+        report = self._report(
+            f"chatcmpl-{answer.request_id}", _REPORT_S if answer.ended_here else 0
+        )
         parts = [_told(report)] if report else ["the API knows no report of it"]
         if answer.ended_here:
             parts.append("ended here")
         elif answer.finish_reason == "length":
             parts.append("cut at its most tokens")
         return ", ".join(parts)
+
+    def _report(self, request_id: str, patience_s: float) -> RequestReport | None:
+        until = time.monotonic() + patience_s
+        try:
+            # Of what was ended here the API hears a moment later, and its workers after that.
+            while (report := self.client.report(request_id)) is None and time.monotonic() < until:
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            return None
+        return report
 
     def _remark(self, words: str) -> None:
         self.out.write(f"{self._colour(_DIM)}{words}{self._colour(_PLAIN)}\n")

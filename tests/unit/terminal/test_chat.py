@@ -65,11 +65,15 @@ class Api:
     def __init__(self, *answers: Pieces | httpx.Response | Exception) -> None:
         self._answers = iter(answers)
         self.asked: list[dict[str, Any]] = []
+        self.late_reports = 0  #: so often nothing is known of an answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "m"}]})
         if request.url.path.startswith("/pdtasks/requests/chatcmpl-chat-"):
+            if self.late_reports:
+                self.late_reports -= 1
+                return httpx.Response(404, json={"error": {"message": "none"}})
             return httpx.Response(200, content=msgspec.json.encode(REPORT))
         self.asked.append(json.loads(request.content))
         answer = next(self._answers)
@@ -125,6 +129,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk() -> None:
 
     ended = Pieces([chunk("Once upon")], interrupt)
     api = Api(ended, good("Yes."))
+    api.late_reports = 2
     code, out, _ = talk(api, "Tell me a tale.", "Enough?")
 
     assert code == 0
