@@ -534,3 +534,39 @@ def plot(*, rows: tuple[Path, ...], out: Path) -> None:
             click.echo(out / name)
         except ValueError as exc:
             click.echo(f"no {name}: {exc}", err=True)
+
+
+@bench.command()
+@click.option("--lines", type=click.IntRange(1, 50_000), default=10_000, show_default=True)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Lines that each API process runs at once.",
+)
+@click.option("--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True)
+@_JSON
+def batch(*, lines: int, concurrency: int, seconds: float, json_file: Path | None) -> None:
+    """Run a long batch to its end, while somebody waits for answers.
+
+    Shows its pace, what it does to who waits (`--seconds` alone before it), and the memory of each
+    part. On services, workers and API processes of its own, with stub engines.
+    """
+    _keep_vllm_quiet()
+    import tempfile
+
+    from pdtasks.bench.batch import Plan, format_batch, run_batch, to_json
+    from pdtasks.cluster.console import Console
+
+    # As with Ctrl-C, what was started is ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    console = Console(sys.stderr)
+    console.line("stub engines: they compute nothing")
+    with tempfile.TemporaryDirectory(prefix="pdtasks-batch-") as home:
+        found = run_batch(Plan(lines, concurrency, seconds), Path(home), console)
+    click.echo(format_batch(found))
+    if json_file is not None:
+        json_file.write_text(to_json(found) + "\n")
+    if found.answered != lines:
+        raise SystemExit(1)

@@ -114,6 +114,16 @@ class ChaosStack:
         """Of the API processes, by name."""
         return {part.name: part.where for part in self.apis}
 
+    def pids(self) -> dict[str, list[int]]:
+        """Of the processes, by group; they have children."""
+        return {
+            "workers": [part.process.pid for part in self.workers],
+            "API": [part.process.pid for part in self.apis],
+            "RabbitMQ": [process.pid for process in self.broker.processes],
+            "bus": [self.bus.process.pid],
+            "kv": [self.kv.process.pid],
+        }
+
     def __enter__(self) -> Self:
         try:
             self._start()

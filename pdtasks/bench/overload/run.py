@@ -91,7 +91,7 @@ class _Run:
         self._stack = stack
         self._thread = thread
         self._console = console
-        self._memory = Memory(self._pids)
+        self._memory = Memory(stack.pids)
         self._clients = Clients(
             list(stack.urls.values()),
             stack.settings.model_name,
@@ -166,13 +166,3 @@ class _Run:
             return bool(until())
 
         self._stack.wait(look)
-
-    def _pids(self) -> dict[str, list[int]]:
-        stack = self._stack
-        return {
-            "workers": [part.process.pid for part in stack.workers],
-            "API": [part.process.pid for part in stack.apis],
-            "RabbitMQ": [process.pid for process in stack.broker.processes],
-            "bus": [stack.bus.process.pid],
-            "kv": [stack.kv.process.pid],
-        }
