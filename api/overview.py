@@ -6,13 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
+import pdtasks
 from api.core import PipelineCore
 from api.reports import Record
 from api.stored import from_bus
@@ -57,7 +57,7 @@ class Overviews:
             host=socket.gethostname(),
             pid=os.getpid(),
             since=time.time(),
-            version=version("pdtasks"),
+            version=pdtasks.__version__,
             model=settings.model_name,
         )
 
