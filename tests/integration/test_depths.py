@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import kombu
@@ -27,8 +28,8 @@ def _always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def a_queue(services: Services) -> Iterator[kombu.Connection]:
     with kombu.Connection(services.rabbit.operator_url) as connection:
-        queue = kombu.Queue(QUEUE, durable=False)(connection.default_channel)
-        queue.declare()
+        queue = kombu.Queue(QUEUE)(connection.default_channel)
+        queue.queue_declare()
         yield connection
         queue.delete()
 
@@ -44,18 +45,18 @@ def asked(*queues: str) -> Any:
     return asyncio.run(ask())
 
 
+def connect_to(url: str, our_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(our_app, "connection_for_write", partial(kombu.Connection, url))
+
+
 def test_the_apis_user_is_told_lengths_and_consumers(
     services: Services, our_app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = services.rabbit.url_for(User.API)
-    monkeypatch.setattr(
-        depths_module,
-        "app",
-        type("App", (), {"connection_for_write": lambda *_, **o: kombu.Connection(url, **o)})(),
-    )
+    connect_to(services.rabbit.url_for(User.API), our_app, monkeypatch)
     with a_queue(services) as connection:
+        producer = kombu.Producer(connection.default_channel)
         for _ in range(3):
-            connection.SimpleQueue(QUEUE, no_ack=True, queue_opts={"durable": False}).put("x")
+            producer.publish("x", routing_key=QUEUE)
 
         found = asked(QUEUE, "there-is-none", QUEUE)
 
@@ -67,8 +68,7 @@ def test_a_connection_that_broke_meanwhile_is_made_again(services: Services, our
         depths = Depths([QUEUE])
         try:
             assert await depths.read() == {QUEUE: Depth(0, 0)}
-            depths._connection.transport_options  # noqa: B018 - it is there
-            depths._connection.collect()
+            depths._connection.connection.transport.close()
             assert await depths.read() == {QUEUE: Depth(0, 0)}
         finally:
             depths.close()
@@ -80,10 +80,7 @@ def test_a_connection_that_broke_meanwhile_is_made_again(services: Services, our
 def test_a_broker_that_is_away_is_told_in_time(
     our_app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nowhere = kombu.Connection("amqp://guest:guest@127.0.0.1:1//")
-    monkeypatch.setattr(
-        depths_module, "app", type("App", (), {"connection_for_write": lambda *_, **__: nowhere})()
-    )
+    connect_to("amqp://guest:guest@127.0.0.1:1//", our_app, monkeypatch)
 
     with pytest.raises(BrokerUnavailable, match="RabbitMQ does not tell its queues"):
         asked(QUEUE)
