@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.dashboard import OPEN_PATHS
 from api.guard import error_response, response_of
+from api.usage import limit_hit
 from pdtasks.errors import PdtasksError, TooManyRequests
 from pdtasks.keys import Key, Keys, asker
 
@@ -50,6 +51,7 @@ class Access:
             await _answer(response, scope, receive, send)
             return
         if key.at_once is not None and self._at_once[key.name] >= key.at_once:
+            limit_hit(key, "at_once")
             refusal = TooManyRequests(
                 f"this API key may have {key.at_once} requests at once", retry_after_s=1
             )

@@ -27,6 +27,7 @@ from vllm.v1.engine.output_processor import (
     RequestOutputCollector,
 )
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import SchedulerStats
 
 from api.core import PipelineCore
 from api.guard import retry_after
@@ -137,6 +138,7 @@ class PipelineLLM(AsyncLLM):
             settings,
             self._fail,
             is_known=self.output_processor.request_states.__contains__,
+            on_stats=self._record,
             vocabulary=config.model_config.get_vocab_size(),
         )
         self.logger_manager = _Statistics(
@@ -184,6 +186,10 @@ class PipelineLLM(AsyncLLM):
 
     async def check_health(self) -> None:
         """This process is well; workers come and go (see /ready)."""
+
+    def _record(self, stats: SchedulerStats) -> None:
+        if self.logger_manager is not None:  # vLLM's type allows that
+            self.logger_manager.record(scheduler_stats=stats, iteration_stats=None)
 
     async def _fail(self, request_id: str, error: PdtasksError) -> None:
         dropped = self.output_processor.fail(request_id, error)

@@ -26,16 +26,18 @@ from dataclasses import astuple, dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from api.admission import Admission
 from api.attempts import Attempts
+from api.engine_stats import EngineStats
 from api.line import Flow, Line
 from api.reports import Record, Reports
-from api.service_class import service_class
+from api.service_class import ServiceClass, service_class
 from api.usage import Usage
 from api.workers import Workers
 from pdtasks.background import Background
@@ -81,6 +83,17 @@ _LEAKS = Counter("pdtasks_api_leaks", "Requests that were kept although nobody w
 _OUTPUTS = Counter(
     "pdtasks_outputs", "Outputs in them; more than one each where requests share steps"
 )
+_ENDED = Counter(
+    "pdtasks_requests", "Requests of this process that have ended, by how", ["kind", "outcome"]
+)
+_GAP = Histogram(
+    "pdtasks_first_to_second_token_seconds",
+    "Between the first two tokens of an answer: the hand-over, as its reader sees it",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60),
+)
+#: Outcome of a request that this process has ended: its text reached a stop string, or its caller
+#: went away.
+_ENDED_HERE = "ended_here"
 
 
 #: Called with stage and worker when a worker begins a stage of a request made in this context.
@@ -142,6 +155,7 @@ class _Open:
     sent: Future[None] | None = None  #: when RabbitMQ has it
     attempts: Attempts = field(default_factory=Attempts)
     owner: str = ""  #: whose API key asked
+    kind: ServiceClass = ServiceClass.INTERACTIVE
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +202,7 @@ class PipelineCore(EngineCoreClient):
         fail: Callable[[str, PdtasksError], Awaitable[None]],
         *,
         is_known: Callable[[str], bool] = lambda _: True,
+        on_stats: Callable[[SchedulerStats], None] = lambda _: None,
         vocabulary: int = 1 << 40,
         publisher: SendsJobs | None = None,
         aborter: TellsAborts | None = None,
@@ -195,6 +210,7 @@ class PipelineCore(EngineCoreClient):
     ) -> None:
         """Args:
         is_known: tells of a request id whether whoever asked still waits for it.
+        on_stats: gets, about once a second, what an engine tells with its steps.
         vocabulary: token ids are below this.
         fail: `fail(request_id, error)` ends a request with an error that is not the model's.
         publisher, aborter, stream: None: of RabbitMQ and the bus that `settings` name.
@@ -205,6 +221,8 @@ class PipelineCore(EngineCoreClient):
         self._settings = settings
         self._fail = fail
         self._is_known = is_known
+        self._on_stats = on_stats
+        self._engine_stats = EngineStats()
         self._vocabulary = vocabulary
         self._unknown_before: set[str] = set()
         self._open: dict[str, _Open] = {}
@@ -287,12 +305,15 @@ class PipelineCore(EngineCoreClient):
         if self._settings.salt_by_key and owner:
             request.cache_salt = f"{owner}:{request.cache_salt or ''}"
         record = self.reports.expect(request, owner)
-        self._open[request.request_id] = _Open(request, deadline, record, watch, owner=owner)
+        kind = service_class()
+        self._open[request.request_id] = _Open(
+            request, deadline, record, watch, owner=owner, kind=kind
+        )
         self._admission.enter(request.request_id)
         if self._family is not None and self._family.takes(request):
             self._family.requests.append(request)
         else:
-            flow, most = Flow(service_class(), owner), self.workers.room().together
+            flow, most = Flow(kind, owner), self.workers.room().together
             self._family = _Family(request, flow, now, most)
             self._in_background(self._line_up(self._family))
 
@@ -390,7 +411,7 @@ class PipelineCore(EngineCoreClient):
         known = []
         for request_id in request_ids:
             entry = self._open.get(request_id)
-            if entry is not None and self._forget(request_id):
+            if entry is not None and self._forget(request_id, _ENDED_HERE):
                 known.append(request_id)
                 self.reports.ended_here(request_id)
         if known:
@@ -535,6 +556,8 @@ class PipelineCore(EngineCoreClient):
                 output.new_logprobs = output.new_logprobs.slice_request(
                     len(repeated), len(output.new_token_ids)
                 )
+        if len(entry.token_ids) == 1 and output.new_token_ids:
+            _GAP.observe(now - entry.record.waits_since)
         entry.token_ids.extend(output.new_token_ids)
         if output.new_token_ids:
             entry.record.take_tokens(len(output.new_token_ids), now)
@@ -545,6 +568,7 @@ class PipelineCore(EngineCoreClient):
             self._line.has_second_token(output.request_id)
         if output.finish_reason is not None:
             self.usage.charge(entry.owner, entry.num_tokens)
+            _ENDED.labels(entry.kind, str(output.finish_reason)).inc()
             del self._open[output.request_id]
             entry.record.end("done", now)
             self._line.leave(output.request_id)
@@ -552,18 +576,20 @@ class PipelineCore(EngineCoreClient):
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
         entry = self._open.get(request_id)
-        if entry is not None and self._forget(request_id):
+        if entry is not None and self._forget(request_id, error.code):
             entry.record.end(error.code, time.monotonic())
             logger.warning("%s failed: %s", request_id, error.code)
             await self._fail(request_id, error)
 
-    def _forget(self, request_id: str) -> bool:
-        """False when nobody waits for it anyhow."""
+    def _forget(self, request_id: str, outcome: str) -> bool:
+        """False when nobody waits for it anyhow. `outcome`: what is counted."""
         entry = self._open.pop(request_id, None)
         self._admission.leave(request_id)
         self._line.leave(request_id)
         if entry is not None and entry.token_ids:
             self.usage.charge(entry.owner, entry.num_tokens)
+        if entry is not None:
+            _ENDED.labels(entry.kind, outcome).inc()
         if entry is not None and entry.sent is not None:
             entry.sent.cancel()  # what has not left yet need not
         return entry is not None
@@ -580,6 +606,31 @@ class PipelineCore(EngineCoreClient):
                 logger.warning("bus is away: %s", type(exc).__name__)
                 self.workers.unknown()
             self._line.move()  # there may be more workers
+            self.tell_stats()
+
+    def under_way(self, now: float) -> dict[str, tuple[int, float]]:
+        """How many requests are where, and how long the oldest has waited there, in seconds.
+
+        In `decode`, after the second token, nothing waits.  `now`: monotonic.
+        """
+        found = dict.fromkeys(("line", "prefill", "handover", "decode"), (0, 0.0))
+        for entry in self._open.values():
+            record = entry.record
+            count, oldest = found.get(record.state, (0, 0.0))
+            wait = 0.0 if record.state == "decode" else now - record.waits_since
+            found[record.state] = count + 1, max(oldest, wait)
+        return found
+
+    def tell_stats(self) -> None:
+        """Tell how much is under way, and what the engines have told since the last time."""
+        self._on_stats(
+            self._engine_stats.look(
+                self.workers.ours(),
+                open_=len(self._open),
+                begun=sum(bool(entry.token_ids) for entry in self._open.values()),
+                in_line=len(self._line),
+            )
+        )
 
     async def _watch_deadlines(self) -> None:
         """Nothing waits for ever: not beyond its deadline, not for a stage without workers.
@@ -610,7 +661,7 @@ class PipelineCore(EngineCoreClient):
             logger.warning("%s has ended without our hearing of it: please report this", request_id)
             self._tell_workers_to_drop([request_id])
             self._open[request_id].record.end("stopped", time.monotonic())
-            self._forget(request_id)
+            self._forget(request_id, "leaked")
         self._unknown_before = unknown - self._unknown_before
 
     async def _replies_are_lost(self) -> None:

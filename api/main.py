@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.app import build_app
 
-    from api import batches, dashboard, errors, files, jobs, overview, responses
+    from api import batches, dashboard, errors, files, jobs, overview, responses, targets
     from api.flags import check_flags, front_end_arguments
     from api.parameters import Parameters
     from pdtasks.engine.arguments import engine_arguments
@@ -65,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = build_app(arguments, ("generate",), config.model_config)
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _CLOSED]
     app.include_router(router)
-    for routes in (jobs, files, batches, overview, dashboard):
+    for routes in (jobs, files, batches, overview, dashboard, targets):
         app.include_router(routes.router)
     responses.install(app)
     errors.install(app)
@@ -78,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
+        from api.metrics import observed
         from api.recording import RecordingLLM
 
         client = RecordingLLM(config, settings)
@@ -87,7 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
             await init_app_state(client, app.state, arguments, ("generate",))
             background = client.engine_core.background
             running_jobs = _running_jobs(app, settings, background, parameters)
-            async with vllm_lifespan(app), running_jobs:
+            figures = observed(app.state, client.engine_core, config.cache_config, settings)
+            async with vllm_lifespan(app), running_jobs, figures:
                 yield
         finally:
             await client.engine_core.close()
@@ -103,6 +105,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
     from api.access import Access
     from api.admission import Visits
     from api.guard import Guard
+    from api.metrics import Scrapes
     from pdtasks.keys import Key, Keys
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
@@ -125,6 +128,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
         )
     )
     app.user_middleware.append(Middleware(Visits))
+    app.user_middleware.append(Middleware(Scrapes, state=app.state))
     # vLLM has built it already, without what came since.
     app.middleware_stack = app.build_middleware_stack()
 

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from typing import Any, Final
 
+from prometheus_client import Counter as Counted
+
 from pdtasks.bus import keys
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.errors import TooManyRequests
@@ -18,6 +20,17 @@ logger = logging.getLogger(__name__)
 _MINUTE_S: Final = 60
 #: Seconds between two reports of tokens.
 _TELL_S: Final = 0.5
+
+_LIMITS_HIT = Counted(
+    "pdtasks_limits_hit",
+    "Requests refused because of their key's limits; `key`: how the key's digest begins",
+    ["key", "limit"],
+)
+
+
+def limit_hit(key: Key, limit: str) -> None:
+    """`key` has had its share; never by its name, which tells who that is."""
+    _LIMITS_HIT.labels(key.digest.hex()[:12], limit).inc()
 
 
 class Usage:
@@ -47,8 +60,10 @@ class Usage:
             return
         tokens = int(tokens or 0) + self._tokens[key.name]
         if key.requests_per_minute is not None and requests > key.requests_per_minute:
+            limit_hit(key, "requests_per_minute")
             raise _too_many(f"{key.requests_per_minute} requests")
         if key.tokens_per_minute is not None and tokens >= key.tokens_per_minute:
+            limit_hit(key, "tokens_per_minute")
             raise _too_many(f"{key.tokens_per_minute} tokens")
 
     def charge(self, name: str, tokens: int) -> None:

@@ -65,6 +65,10 @@ class Workers:
                 f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
             )
 
+    def ours(self) -> list[WorkerStatus]:
+        """Those of this model and vLLM, in any state."""
+        return [worker for stage in STAGES for worker in self._of(stage)]
+
     def room(self) -> Room:
         """What those that take jobs have room for."""
         prefill, decode = ([w for w in self._of(s) if w.state == "ready"] for s in STAGES)

@@ -207,6 +207,15 @@ def chat(
 
 
 @main.command()
+def metrics() -> None:
+    """Print what belongs into prometheus.yml to scrape the API and all workers."""
+    from pdtasks.scraping import configuration_of
+    from pdtasks.settings import load_settings
+
+    click.echo(configuration_of(load_settings()), nl=False)
+
+
+@main.command()
 def doctor() -> None:
     """Say what is missing on this host and how to get it."""
     from pdtasks.cluster.doctor import run_checks

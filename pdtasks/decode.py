@@ -29,7 +29,7 @@ from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
 from pdtasks.naming import DECODE, DECODE_TASK
 from pdtasks.pipeline import same_stage
 from pdtasks.worker import service
-from pdtasks.worker.stage import GoesOnElsewhere, Stage
+from pdtasks.worker.stage import GoesOnElsewhere, Stage, why_missing
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class _Decode(Stage[DecodeJob]):
         super().__init__(here, job, reply_to, is_again=is_again)
         self._same_stage = same_stage
 
-    async def run(self) -> Answer | Left | None:
+    async def work(self) -> Answer | Left | None:
         """Returns the answer if somebody waits for it as a result."""
         goes_on = False
         try:
@@ -162,6 +162,9 @@ class _Decode(Stage[DecodeJob]):
         logger.info("%s goes on after %d tokens", self.job.request_id, len(seen))
         return seen
 
+    def outcome(self, result: Answer | Left | None) -> str:
+        return result.name.lower() if isinstance(result, Left) else "done"
+
     def judge(self, output: EngineCoreOutput) -> Verdict:
         # The asker has them from prefill, by that engine's clock.
         output.events = None
@@ -189,5 +192,9 @@ class _Decode(Stage[DecodeJob]):
             in_prompt = KVHandle.from_wire(self.job.handle).num_blocks
         if records and not any(r["missing"] for r in records):
             return min(r["blocks"] for r in records), 0
+        if records:
+            self.why_recomputed = why_missing(records)
+        else:
+            self.why_recomputed = "not_loaded" if self.job.handle is not None else "not_written"
         # vLLM recomputes the whole prompt, but for what its own prefix cache holds.
         return 0, in_prompt - self.generation.cached_tokens // block_size

@@ -187,6 +187,12 @@ class Keys:
 # -- what `pdtasks keys` does ----------------------------------------------------------------------
 
 
+def asks_for_keys(settings: Settings) -> bool:
+    """Does an API with these settings want one? Raises ConfigurationError."""
+    own = Keys(settings.keys_file, os.environ.get(KEYS_VARIABLE, ""))
+    return bool(own or os.environ.get("VLLM_API_KEY"))
+
+
 def require_keys(settings: Settings, host: str) -> None:
     """Raises ConfigurationError when anybody who reaches `host` could ask, and nobody has said so.
 

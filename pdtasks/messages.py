@@ -189,6 +189,17 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     hits: Count  #: values that were asked for and there
     misses: Count
     evicted: Count  #: values that it gave up for want of memory
+    server: Count = 0  #: its place in `kv_urls`
+
+
+class EngineTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompt tokens that an engine has looked up since its start, and found."""
+
+    prefix_queries: Count = 0  #: in its own prefix cache
+    prefix_hits: Count = 0
+    kv_store_queries: Count = 0  #: in the KV store or another engine's ring
+    kv_store_hits: Count = 0
+    kv_store_hits_by_source: dict[str, Count] = {}  #: vLLM's names of tiers
 
 
 class WorkerStatus(Message, frozen=True, kw_only=True):
@@ -214,6 +225,10 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     stores: tuple[StoreFigures, ...] = ()  #: those of the kv servers that answered it lately
     place: str = ""  #: whose pid `pid` is (`pdtasks.running_stack.place`)
     pid_started: int = 0  #: clock ticks; with it a pid names one process for ever
+    metrics: Name = ""  #: where it serves them, `host:port`; empty: nowhere
+    kv_blocks: Count = 0  #: that its engine has
+    kv_block_size: Count = 0  #: tokens
+    totals: EngineTotals = EngineTotals()
 
     @property
     def process(self) -> tuple[str, str, int, int]:

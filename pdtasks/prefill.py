@@ -30,8 +30,8 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
-from pdtasks.worker import service
-from pdtasks.worker.stage import Stage
+from pdtasks.worker import counting, service
+from pdtasks.worker.stage import Stage, why_missing
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class _Prefill(Stage[PrefillJob]):
         self._first_token_at = 0.0
         self._goes_on = False  # whether there is anything for the next stage to do
 
-    async def run(self) -> Answer | None:
+    async def work(self) -> Answer | None:
         """Returns the answer that ends here and that somebody waits for."""
         job = self.job
         self.here.aborted.require_wanted(job.request_id)
@@ -191,8 +191,10 @@ class _Prefill(Stage[PrefillJob]):
         )
         publish = self._next_stage(next_job)
         within_s = max(0.0, job.deadline - time.time())
+        began = time.monotonic()
         sent = self.here.sender.send(publish, within_s=within_s, insist=True)
         await asyncio.wrap_future(sent)
+        counting.published(time.monotonic() - began)
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
         if self.job.request is not None:
@@ -238,6 +240,10 @@ class _Prefill(Stage[PrefillJob]):
         records = self.generation.transfers.get("save", [])
         return bool(records) and all(not r["error"] for r in records)
 
+    def outcome(self, result: Answer | None) -> str:
+        # The asker had its tokens from an attempt that was lost.
+        return "done" if hasattr(self, "generation") else "repeated"
+
     def reports(self) -> tuple[StageReport, ...]:
         return (self._report(),)
 
@@ -248,6 +254,8 @@ class _Prefill(Stage[PrefillJob]):
         loaded = generation.transfers.get("load", [])
         prefix_blocks = min((r["blocks"] + r["missing"] for r in loaded), default=0)
         lost = any(r["missing"] for r in loaded)
+        if lost:
+            self.why_recomputed = why_missing(loaded)
         return self.make_report(
             since=self.job.submitted_at,
             prompt_tokens=len(generation.request.prompt_token_ids or ()),

@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     api_args: str = ""
     flower_port: int = Field(default=5555, ge=0, le=65535)
 
+    #: Where a worker serves its metrics. Ports: a free one, unless one is named and nobody has it.
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+
     kv_ttl_s: int = Field(default=3600, gt=0)  #: seconds an unused KV block lives
     #: Blocks that each engine rank moves at once: connections, and blocks of (pinned) host memory.
     kv_connections: int | None = Field(default=None, gt=0)  #: None: 4; on CUDA 8

@@ -26,6 +26,7 @@ import kombu
 from amqp.exceptions import AMQPError
 from celery import Celery
 from kombu.exceptions import OperationalError
+from prometheus_client import Counter
 
 from pdtasks.background import Background
 from pdtasks.backoff import Backoff
@@ -44,6 +45,10 @@ _LOOK_S = 0.2
 _CLOSE_S = 1.0
 
 _ERRORS = (AMQPError, OperationalError, OSError)
+
+_RETRIES = Counter(
+    "pdtasks_publish_retries", "Messages that wait for another try after RabbitMQ was lost"
+)
 
 #: Publishes one message, once.
 Publish = Callable[[kombu.Producer], None]
@@ -308,6 +313,7 @@ class ConfirmedSender:
                 message.settle(error)
         self._waiting = kept
         if kept:
+            _RETRIES.inc(len(kept))
             kind = type(exc).__name__
             logger.warning("%d messages wait: %s, next try in %.1f s", len(kept), kind, pause_s)
 

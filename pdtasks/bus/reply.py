@@ -67,6 +67,11 @@ class ReplyWriter:
         self._num_sent = 0
         self._sent = asyncio.Condition()
 
+    @property
+    def num_unsent(self) -> int:
+        """Messages that the bus has not taken yet."""
+        return self._num_put - self._num_sent
+
     def put(self, stream: str, reply: StepReply) -> None:
         """Queue `reply`; never blocks the engine's loop."""
         self._queue.put_nowait((stream, reply.to_wire()))

@@ -19,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from pdtasks.engine.figures import EngineFigures
 from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import EngineFailed, RequestAborted, where
 from pdtasks.kv.reports import Reports
@@ -65,7 +66,7 @@ class Engine:
         self._running: dict[str, Generation] = {}
         self._num_running = 0
         self._stopping = False
-        self.kv_usage = 0.0  #: share of the KV cache's blocks that requests hold, as vLLM counts
+        self.figures = EngineFigures()
         self.loop = loop or asyncio.new_event_loop()
         self.config: VllmConfig
 
@@ -142,11 +143,10 @@ class Engine:
         try:
             while True:
                 outputs = await self._core.get_output_async()
+                self.figures.take(outputs)
                 stats = outputs.scheduler_stats
-                if stats is not None:
-                    self.kv_usage = stats.kv_cache_usage
-                    if stats.kv_connector_stats:
-                        self._take_records(stats.kv_connector_stats["records"])
+                if stats is not None and stats.kv_connector_stats:
+                    self._take_records(stats.kv_connector_stats["records"])
                 self._take_step(outputs.outputs, outputs.timestamp)
         except asyncio.CancelledError:
             raise
@@ -169,6 +169,7 @@ class Engine:
 
     def _take_records(self, records: list[dict[str, Any]]) -> None:
         for record in records:
+            self.figures.take_record(record)
             if generation := self._running.get(record["request_id"]):
                 parts = generation.transfers.setdefault(record["op"], [])
                 parts.append(record)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import Counter
@@ -20,9 +20,10 @@ from pdtasks.bus.draining import is_asked_to_drain
 from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
-from pdtasks.messages import StoreFigures, WorkerStatus
+from pdtasks.messages import EngineTotals, StoreFigures, WorkerStatus
 from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
+from pdtasks.worker import counting
 from pdtasks.worker.liveness import Liveness
 from pdtasks.worker.name import Name, NameTaken
 
@@ -48,6 +49,9 @@ class Figures:
     max_model_len: int = 0  #: tokens
     step_tokens: int = 0  #: that the engine computes at once, at most
     stores: tuple[StoreFigures, ...] = ()
+    kv_blocks: int = 0  #: that the engine has
+    kv_block_size: int = 0  #: tokens
+    totals: EngineTotals = field(default_factory=EngineTotals)
 
 
 NOTHING: Final = Figures()
@@ -67,15 +71,18 @@ class Presence:
         background: Background,
         on_name_taken: Callable[[str], None],
         on_drain: Callable[[], None],
+        metrics: str = "",
     ) -> None:
         """Args:
         on_name_taken: is told, once, who has this worker's name; then nothing more is said.
         on_drain: is called when somebody has asked this worker to drain.
+        metrics: where they are served, `host:port`.
         """
         self._settings = settings
         self._name = name
         self._role = role
         self._slots = slots
+        self._metrics = metrics
         self._liveness = liveness
         self._background = background
         self._on_name_taken = on_name_taken
@@ -172,14 +179,23 @@ class Presence:
             stores=figures.stores,
             place=self._place,
             pid_started=self._pid_started,
+            metrics=self._metrics,
+            kv_blocks=figures.kv_blocks,
+            kv_block_size=figures.kv_block_size,
+            totals=figures.totals,
         )
 
     def _announce(self) -> None:
         bus = connect(self._settings)
+        said = ""  # the state
         while self._state != "stopped":
             self._changed.clear()
             try:
-                if holder := self._claim.renew(bus, self.status()):
+                status = self.status()
+                if status.state == "stalled" != said:
+                    counting.stalled()
+                said = status.state
+                if holder := self._claim.renew(bus, status):
                     logger.warning("pid %d has this worker's name", holder.status.pid)
                 elif not self._is_asked and is_asked_to_drain(bus, self.status()):
                     self._is_asked = True  # a second signal would be a demand to hurry

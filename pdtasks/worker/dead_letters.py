@@ -19,7 +19,7 @@ from pdtasks.broker.dead_letters import keep, kept_queue, last_death
 from pdtasks.errors import WorkerLost, where
 from pdtasks.messages import asked_in
 from pdtasks.settings import load_settings
-from pdtasks.worker import service
+from pdtasks.worker import counting, service
 from pdtasks.worker.intake import TASKS, read_address, why_refused
 from pdtasks.worker.task import wants_result
 
@@ -107,6 +107,7 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
         request_id = naming.request_id_of(address.id)
         what = address.task if address.task in TASKS else "the job"
         error = WorkerLost(f"{what} {_why_dead(message)}")
+        counting.dead_letter()
         logger.error("gave up %s: %s", request_id, error)
         here = service.current()
         is_readable = why_refused(message) is None

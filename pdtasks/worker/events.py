@@ -22,6 +22,7 @@ from celery import Celery
 from celery.events.event import Event, get_exchange, group_from
 from celery.utils.time import utcoffset
 from kombu.exceptions import OperationalError
+from prometheus_client import Counter
 
 from pdtasks.background import Background
 from pdtasks.backoff import Backoff
@@ -36,6 +37,8 @@ _GATHER_S = 0.05
 _BATCH = 500
 #: Seconds that a stop waits for the last events.
 _CLOSE_S = 1.0
+
+_DROPPED = Counter("pdtasks_events_dropped", "Task events that nobody will see")
 
 _Routed = tuple[str, dict[str, Any]]
 
@@ -137,6 +140,7 @@ class EventSender:
                 except Exception:
                     # What cannot be sent at all must not keep what comes after it.
                     self.dropped += len(batch)
+                    _DROPPED.inc(len(batch))
                     self._wake.set()
                     raise
                 if not sent:
@@ -168,6 +172,7 @@ class EventSender:
         while len(self._buffer) > BUFFER_SIZE:
             self._buffer.popleft()
             self.dropped += 1
+            _DROPPED.inc()
 
     def _send(self, batch: list[_Routed]) -> bool:
         key = batch[0][0]

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from celery import Celery
+from prometheus_client import REGISTRY
 
 from pdtasks.background import Background
 from pdtasks.broker.publishing import ConfirmedSender
@@ -45,7 +46,10 @@ from pdtasks.settings import Settings
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
 from pdtasks.worker.answering import Answers, Reports
+from pdtasks.worker.counting import Look, WorkerFigures
 from pdtasks.worker.discarding import Discarder
+from pdtasks.worker.exporting import Exporter
+from pdtasks.worker.kv_servers import KVServers
 from pdtasks.worker.liveness import EXIT_NO_ENGINE, Liveness, end_process, watch
 from pdtasks.worker.results import ResultStore
 from pdtasks.worker.stage_runner import StageRunner
@@ -83,10 +87,12 @@ class Worker:
         self.settings = settings
         self.name = name
         self._role = role
+        self._slots = slots
         self._hands_on = False
         self.background = Background()
         self.liveness = Liveness()
         # Seen from the start, also while the engine comes up.
+        self._exporter = Exporter(settings)
         self.presence = Presence(
             settings,
             name=name,
@@ -96,6 +102,7 @@ class Worker:
             background=self.background,
             on_name_taken=_stop_without_name,
             on_drain=partial(_drain, settings.home),
+            metrics=self._exporter.address,
         )
         self.presence.claim()
         self.presence.start()
@@ -122,6 +129,12 @@ class Worker:
             on_death=_exit_without_engine,
         )
         self.stages = StageRunner(self.engine)
+        for figures in (
+            self.engine.figures,
+            WorkerFigures(self._look),
+            KVServers(lambda: self._store_watch.found),
+        ):
+            REGISTRY.register(figures)
         started = time.monotonic()
         logger.info("starting the engine for %s", settings.model_name)
         self.engine.start()
@@ -140,6 +153,7 @@ class Worker:
         self.sender.close()
         self.results.close()
         self.engine.stop()
+        self._exporter.close()
         sweep()  # it is not given the time to clean up
         self.background.close()
         self._ended.set()
@@ -153,10 +167,22 @@ class Worker:
             active=engine.num_running,
             stages=len(self.stages),
             held=max(held, len(self.stages), len(self.answers), 0),
-            kv_usage=engine.kv_usage,
+            kv_usage=engine.figures.kv_usage,
             max_model_len=engine.config.model_config.max_model_len,
             step_tokens=engine.config.scheduler_config.max_num_batched_tokens,
             stores=self._store_watch.found,
+            kv_blocks=engine.config.cache_config.num_gpu_blocks or 0,
+            kv_block_size=engine.config.cache_config.block_size,
+            totals=engine.figures.totals,
+        )
+
+    def _look(self) -> Look:
+        return Look(
+            state=self.presence.status().state,
+            slots=self._slots,
+            stages=len(self.stages),
+            overdue=self.stages.num_overdue,
+            unsent_replies=self._replies.num_unsent,
         )
 
     def _watch(self) -> None:

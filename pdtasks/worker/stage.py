@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
@@ -11,9 +12,9 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.wire import decode_request, require_runnable
-from pdtasks.errors import PdtasksError, RequestAborted
+from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted
 from pdtasks.messages import Answer, Ask, DecodeJob, PrefillJob, StageReport
-from pdtasks.worker import service
+from pdtasks.worker import counting, service
 
 J = TypeVar("J", PrefillJob, DecodeJob)
 
@@ -27,6 +28,7 @@ class Stage(ABC, Generic[J]):
 
     name: str  #: of the stage, as in `naming`
     generation: Generation  #: from `new_generation` on
+    why_recomputed = ""  #: KV that was there before, if it was computed again
 
     def __init__(
         self, here: service.Worker, job: J, reply_to: str | None, *, is_again: bool = False
@@ -43,6 +45,40 @@ class Stage(ABC, Generic[J]):
         self.detokeniser: IncrementalDetokenizer | None = None  # for who wants text in the result
         self._started = time.monotonic()
         self._started_at = time.time()
+
+    async def run(self) -> Any:
+        """`work`, counted."""
+        if self._is_again:
+            counting.redelivered(self.name)
+        outcome, report = "failed", None
+        try:
+            result = await self.work()
+            outcome = self.outcome(result)
+            if outcome == "done":
+                report = self.reports()[-1]
+        except GoesOnElsewhere:
+            outcome = "elsewhere"
+            raise
+        except RequestAborted:
+            outcome = "aborted"
+            raise
+        except InvalidRequest:
+            outcome = "refused"
+            raise
+        except asyncio.CancelledError:
+            outcome = "late"  # its deadline has passed
+            raise
+        finally:
+            counting.ended(self.name, outcome, report, self.why_recomputed)
+        return result
+
+    @abstractmethod
+    async def work(self) -> Any:
+        """The way itself; returns what is to become of it in the task."""
+
+    def outcome(self, result: Any) -> str:
+        """How a run has ended that raised nothing: "done", if all was done here."""
+        return "done"
 
     def begin(self) -> None:
         """Tell who wants to know. Raises IncompatibleWorker for a request that is not for us."""
@@ -149,3 +185,8 @@ class Stage(ABC, Generic[J]):
             stages=self.reports(),
             time_to_first_token_s=first_token_at - self.job.submitted_at,
         )
+
+
+def why_missing(records: list[dict[str, Any]]) -> str:
+    """Why blocks of a load were missing: the store did not answer as it should, or had them not."""
+    return "transfer_failed" if any(r["error"] for r in records) else "missing"

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Seconds beyond its deadline in which a stage is expected to have cleaned up.
+OVERDUE_AFTER_S = 30.0
+
 
 class RunsCoroutines(Protocol):
     """`pdtasks.engine.core.Engine`, as far as this module needs it."""
@@ -28,12 +31,20 @@ class StageRunner:
 
     def __init__(self, engine: RunsCoroutines) -> None:
         self._engine = engine
-        self._running: dict[str, tuple[Future[Any], int]] = {}  # with its attempt
+        # With its attempt and its deadline.
+        self._running: dict[str, tuple[Future[Any], int, float]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Stages under way."""
         return len(self._running)
+
+    @property
+    def num_overdue(self) -> int:
+        """Stages that go on although their deadline has passed for long: places that are lost."""
+        latest = time.time() - OVERDUE_AFTER_S
+        with self._lock:
+            return sum(deadline < latest for _, _, deadline in self._running.values())
 
     def run(
         self,
@@ -55,11 +66,11 @@ class StageRunner:
         with self._lock:
             running = self._running.get(task_id)
             if running is None:
-                running = self._engine.call(_within(stage, deadline)), attempt
+                running = self._engine.call(_within(stage, deadline)), attempt, deadline
                 self._running[task_id] = running
             else:
                 logger.info("%s was delivered again and joins its run", task_id)
-        future, attempt = running
+        future, attempt, _ = running
         try:
             found: T = future.result()
         except PdtasksError as exc:

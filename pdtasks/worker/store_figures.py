@@ -43,17 +43,18 @@ class StoreWatch:
     def _run(self) -> None:
         while not self._closed.is_set():
             found = []
-            for client in self._clients:
+            for server, client in enumerate(self._clients):
                 with suppress(valkey.ValkeyError, OSError):
-                    found.append(_figures(cast("dict[str, Any]", client.info())))
+                    found.append(_figures(server, cast("dict[str, Any]", client.info())))
             self.found = tuple(found)
             self._closed.wait(_LOOK_S)
         for client in self._clients:
             client.close()
 
 
-def _figures(info: dict[str, Any]) -> StoreFigures:
+def _figures(server: int, info: dict[str, Any]) -> StoreFigures:
     return StoreFigures(
+        server=server,
         used_bytes=info["used_memory"],
         max_bytes=info["maxmemory"],
         hits=info["keyspace_hits"],

@@ -56,6 +56,7 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
         EngineCoreRequest,
         FinishReason,
     )
+    from vllm.v1.metrics.stats import SchedulerStats
 
     from pdtasks.errors import InvalidRequest
     from pdtasks.kv import params as kv_params
@@ -120,10 +121,7 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
             outputs = [self._next_of(r, records) for r in list(self._running.values())]
             made = EngineCoreOutputs(outputs=outputs, timestamp=1.0)
             if records:
-                stats: Any = SimpleNamespace(
-                    kv_cache_usage=0.0, kv_connector_stats={"records": records}
-                )
-                made.scheduler_stats = stats
+                made.scheduler_stats = SchedulerStats(kv_connector_stats={"records": records})
             return made
 
         def _next_of(
@@ -180,7 +178,7 @@ def make_stubs() -> tuple[Any, type]:  # noqa: C901  # four small classes
                 max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY
             ),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
-            cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+            cache_config=SimpleNamespace(block_size=BLOCK_SIZE, num_gpu_blocks=1000),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
         return config, StubCore(settings)

@@ -162,18 +162,18 @@ def test_the_first_run_sets_up_then_runs_the_verb(checkout: Checkout) -> None:
 def test_what_only_tests_need_is_installed_for_tests_alone(
     checkout: Checkout, tmp_path: Path
 ) -> None:
-    # Given a system without a browser, on which nothing can be installed
+    # Given a system without browser and promtool, on which nothing can be installed
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in Path("/usr/bin").iterdir():
-        if tool.name not in ("chromium", "apt-get"):
+        if tool.name not in ("chromium", "promtool", "apt-get"):
             (tools / tool.name).symlink_to(tool)
 
     assert checkout.run("status", PATH=str(tools))[0] == 0
     status, output = checkout.run("test", PATH=str(tools))
 
     assert status == 1
-    assert "failed while installing the system packages chromium" in output
+    assert "failed while installing the system packages chromium prometheus" in output
 
 
 def test_a_second_run_installs_nothing(checkout: Checkout) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from pdtasks.errors import InvalidRequest
 from pdtasks.kv import params as kv_params
@@ -78,10 +79,7 @@ class StubCore:
         outputs = [self._next_of(request_id) for request_id in list(self._running)]
         step = EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
         if self._records:
-            stats = SimpleNamespace(
-                kv_cache_usage=0.0, kv_connector_stats={"records": self._records}
-            )
-            step.scheduler_stats = cast("Any", stats)
+            step.scheduler_stats = SchedulerStats(kv_connector_stats={"records": self._records})
             self._records = []
         if not self._running:
             self._work.clear()
@@ -176,7 +174,7 @@ async def start_stub(
             max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _VOCABULARY
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
-        cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
+        cache_config=SimpleNamespace(block_size=_BLOCK_SIZE, num_gpu_blocks=1000),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
     return cast("VllmConfig", config), cast("EngineCoreClient", StubCore(settings))

@@ -14,6 +14,7 @@ from typing import Any, cast
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from pdtasks.bench.chaos.stub import NoText, transfer_of
 from pdtasks.kv import params as kv_params
@@ -67,8 +68,7 @@ class InstantCore:
             outputs.append(output)
         step = EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
         if records:
-            stats = SimpleNamespace(kv_cache_usage=0.0, kv_connector_stats={"records": records})
-            step.scheduler_stats = cast("Any", stats)
+            step.scheduler_stats = SchedulerStats(kv_connector_stats={"records": records})
         if self._running:
             await asyncio.sleep(0)
         else:
@@ -115,7 +115,7 @@ async def start_stub(
             max_model_len=_MAX_MODEL_LEN, get_vocab_size=lambda: _MAX_MODEL_LEN
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=_MAX_MODEL_LEN),
-        cache_config=SimpleNamespace(block_size=_BLOCK_SIZE),
+        cache_config=SimpleNamespace(block_size=_BLOCK_SIZE, num_gpu_blocks=1000),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
     return cast("VllmConfig", config), cast("EngineCoreClient", InstantCore())

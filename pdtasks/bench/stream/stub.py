@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from types import SimpleNamespace
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from pdtasks.bench.chaos.stub import NoText, transfer_of
 from pdtasks.bench.control.stub import note_transfer
@@ -130,8 +131,7 @@ class StreamCore(EngineCoreClient):
             outputs.append(output)
         step = EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
         if records:
-            stats = SimpleNamespace(kv_cache_usage=0.0, kv_connector_stats={"records": records})
-            step.scheduler_stats = cast("Any", stats)
+            step.scheduler_stats = SchedulerStats(kv_connector_stats={"records": records})
         return step
 
 

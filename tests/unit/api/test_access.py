@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY, generate_latest
 from starlette.middleware import Middleware
 
 from api.access import Access
+from api.usage import limit_hit
 from pdtasks.errors import TooManyRequests
 from pdtasks.keys import Key, Keys, asker_name
 
@@ -164,3 +166,17 @@ def test_a_websocket_needs_a_key_too() -> None:
 
 async def _nothing() -> Any:
     return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def test_a_limit_that_is_hit_is_counted_under_the_digest_and_never_under_the_name() -> None:
+    key = Key("alice", bytes(range(32)), at_once=1)
+    labels = {"key": "000102030405", "limit": "at_once"}
+
+    def hits() -> float:
+        return REGISTRY.get_sample_value("pdtasks_limits_hit_total", labels) or 0.0
+
+    before = hits()
+    limit_hit(key, "at_once")
+
+    assert hits() - before == 1
+    assert "alice" not in generate_latest(REGISTRY).decode()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
 
 from pdtasks.engine.arguments import engine_arguments
 from pdtasks.engine.core import Engine, StepListener, log_surprise
 from pdtasks.engine.generation import Generation, State, Verdict
 from pdtasks.errors import ConfigurationError, EngineFailed, RequestAborted
+from pdtasks.kv.plan import TransferRecord
 from pdtasks.settings import Settings
 from tests.unit.factories import a_request, an_output
 from tests.waiting import until
@@ -43,9 +45,7 @@ class StubCore:
         return outputs
 
     def records(self, *records: dict[str, Any]) -> None:
-        stats: Any = SimpleNamespace(
-            kv_cache_usage=0.5, kv_connector_stats={"records": list(records)}
-        )
+        stats = SchedulerStats(kv_cache_usage=0.5, kv_connector_stats={"records": list(records)})
         self.outputs.put_nowait(EngineCoreOutputs(scheduler_stats=stats))
 
     def step(self, *outputs: EngineCoreOutput) -> None:
@@ -322,7 +322,9 @@ def test_a_transfer_is_complete_when_all_ranks_have_reported() -> None:
         generation = a_generation("a")
         task = bench.run(generation)
         await asyncio.sleep(0)
-        record = {"request_id": "a#1", "op": "save", "world": 2, "blocks": 3}
+        record = asdict(
+            TransferRecord(request_id="a#1", op="save", rank=0, world=2, blocks=3, bytes=9)
+        )
 
         bench.core.records(record, {**record, "request_id": "gone#1"})
         await until(lambda: generation.transfers.get("save"))
