@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def chromium(folder: Path) -> Iterator[Callable[[], Tab]]:
         process = subprocess.Popen(
             [*arguments, "about:blank"], stdout=log, stderr=log, start_new_session=True
         )
-    sockets: list[ClientConnection] = []
+    sockets = ExitStack()
     try:
         told = profile / "DevToolsActivePort"
         port = int(wait_until(lambda: told.exists() and told.read_text()).split()[0])
@@ -136,13 +136,12 @@ def chromium(folder: Path) -> Iterator[Callable[[], Tab]]:
         def tab() -> Tab:
             made = httpx.put(f"http://127.0.0.1:{port}/json/new?about:blank", timeout=20)
             url = made.raise_for_status().json()["webSocketDebuggerUrl"]
-            sockets.append(connect(url, max_size=None, open_timeout=20, proxy=None))
-            return Tab(sockets[-1])
+            opened = connect(url, max_size=None, open_timeout=20, proxy=None)
+            return Tab(sockets.enter_context(opened))
 
         yield tab
     finally:
-        for socket in sockets:
-            socket.close()
+        sockets.close()
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(10)

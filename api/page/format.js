@@ -7,7 +7,7 @@ export function duration(seconds) {
   if (seconds < 0.0995) return `${(seconds * 1000).toFixed(1)} ms`;
   if (seconds < 0.9995) return `${(seconds * 1000).toFixed(0)} ms`;
   if (seconds < 99.95) return `${seconds.toFixed(1)} s`;
-  const minutes = Math.floor(Math.round(seconds) / 60);
+  const minutes = Math.round(seconds / 60);
   const hours = Math.floor(minutes / 60);
   const days = Math.floor(hours / 24);
   if (days) return `${days} d ${hours % 24} h`;

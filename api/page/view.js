@@ -96,7 +96,7 @@ function stored(window, seen) {
     const asked = store.hits + store.misses;
     parts.push(`store ${fill}${asked ? `, ${share(store.hits, asked)} hits` : ""}${store.evicted ? `, ${count(store.evicted)} evicted` : ""}`);
   }
-  return parts.join("; ");
+  return parts.join("\n");
 }
 
 const drawn = new Map();

@@ -20,8 +20,7 @@ def duration(seconds: float | None) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 99.95:
         return f"{seconds:.1f} s"
-    minutes, _ = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
+    hours, minutes = divmod(round(seconds / 60), 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days} d {hours} h"

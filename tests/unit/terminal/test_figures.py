@@ -16,7 +16,7 @@ from pdtasks.terminal.figures import duration, share, size, sparkline
         (0.0999, "100 ms"),
         (0.9996, "1.0 s"),
         (99.9, "99.9 s"),
-        (99.96, "1 min"),
+        (99.96, "2 min"),
         (7200, "2 h 0 min"),
         (100_000, "1 d 3 h"),
     ],

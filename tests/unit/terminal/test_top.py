@@ -13,7 +13,6 @@ from rich.console import Console
 
 from pdtasks.cli import main
 from pdtasks.overview import Overview
-from pdtasks.terminal import asking
 from pdtasks.terminal.top import render
 from tests.unit.terminal.views import a_view, a_worker, an_overview
 
@@ -81,7 +80,7 @@ def run(monkeypatch: pytest.MonkeyPatch, server: Server, *arguments: str) -> tup
         options["transport"] = httpx.MockTransport(server)
         return own(**options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(asking.httpx, "Client", client)
+    monkeypatch.setattr(httpx, "Client", client)
     done = CliRunner().invoke(main, ["top", "--url", "http://api.test", *arguments])
     return done.exit_code, done.output
 

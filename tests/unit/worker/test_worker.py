@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class StubBus:
         self.told: list[bytes] = []
         self.drained: list[bool] = []
         self.order: bytes | None = None
+
+    def has_told_more_than(self, number: int) -> bool:
+        return len(self.told) > number
 
     def get(self, key: str) -> bytes | None:
         """What is under the one key that is read."""
@@ -91,7 +95,7 @@ def test_a_worker_that_is_asked_to_drain_does_so_once(presence: Presence, bus: S
     for order in (b"canary", DrainOrder(process=other).to_wire()):
         bus.order = order
         told = len(bus.told)
-        wait_until(lambda told=told: len(bus.told) > told + 2)
+        wait_until(partial(bus.has_told_more_than, told + 2))
         assert bus.drained == [], "meant for another process, or no order"
 
     bus.order = DrainOrder(process=presence.status().process).to_wire()
@@ -106,7 +110,7 @@ def test_a_worker_that_drains_stays_away_where_a_stack_runs_it(
     is_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals: list[tuple[int, int]] = []
-    monkeypatch.setattr(service.os, "kill", lambda *told: signals.append(told))
+    monkeypatch.setattr(os, "kill", lambda *told: signals.append(told))
     identity = identify(os.getpid())
     assert identity is not None
     member = {
