@@ -89,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
             background = client.engine_core.background
             running_jobs = _running_jobs(app, settings, background, parameters)
             figures = observed(app.state, client.engine_core, config.cache_config, settings)
-            async with vllm_lifespan(app), running_jobs, figures:
+            async with vllm_lifespan(app), running_jobs, figures, _overview(app, settings):
                 yield
         finally:
             await client.engine_core.close()
@@ -137,12 +137,11 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
 async def _running_jobs(
     app: FastAPI, settings: Settings, background: Background, parameters: Parameters
 ) -> AsyncIterator[None]:
-    """Run jobs and batches in this process, and show what goes on."""
+    """Run jobs and batches in this process."""
     from api.batch_runner import BatchTender, LineRunner
     from api.batches import Batches
     from api.files import Files
     from api.jobs import Jobs
-    from api.overview import Overviews
     from api.runner import JobRunner
 
     bus = connect_async(settings)
@@ -169,8 +168,6 @@ async def _running_jobs(
     store = JobStore(bus, ttl_s=settings.result_ttl_s, most_waiting=settings.max_waiting_jobs)
     runner = JobRunner(app, store, concurrency=settings.job_concurrency, background=background)
     app.state.pdtasks_jobs = Jobs(store, runner, timeout_s=settings.request_timeout_s)
-    overviews = Overviews(app.state.pdtasks_client.engine_core, store, settings)
-    app.state.pdtasks_overviews = overviews
     running = (runner, lines, tender)
     for claims in running:
         claims.start()
@@ -178,8 +175,21 @@ async def _running_jobs(
         yield
     finally:
         await asyncio.gather(*(claims.stop() for claims in running))
-        overviews.close()
         await bus.aclose()
+
+
+@asynccontextmanager
+async def _overview(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+    """Show what goes on; `_running_jobs` knows of the jobs."""
+    from api.overview import Overviews
+
+    core = app.state.pdtasks_client.engine_core
+    overviews = Overviews(core, app.state.pdtasks_jobs.store, settings)
+    app.state.pdtasks_overviews = overviews
+    try:
+        yield
+    finally:
+        overviews.close()
 
 
 @router.get("/ready")
