@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import random
-import statistics
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import ChaosStack
 from pdtasks.bench.chaos.stub import TOKENS
 from pdtasks.bench.fair.clients import Tenant
+from pdtasks.bench.latency import p50_p99_ms
 from pdtasks.bench.loop_thread import LoopThread
 from pdtasks.bench.overload.memory import Memory
 from pdtasks.cluster.console import Console
@@ -111,7 +111,7 @@ def run_batch(plan: Plan, home: Path, console: Console, nursery: Nursery | None 
         call(waiting.close())
     return Found(
         lines=plan.lines,
-        live_ms={"alone": _figures(alone), "beside the batch": _figures(beside)},
+        live_ms={"alone": p50_p99_ms(alone), "beside the batch": p50_p99_ms(beside)},
         memory_mib={group: (before[group], *halves) for group, halves in memory.most().items()},
         **done,
     )
@@ -216,12 +216,6 @@ def format_batch(found: Found) -> str:
     return "\n\n".join(lines)
 
 
-def _figures(took_s: Sequence[float]) -> tuple[float, float]:
-    took = sorted(1000 * s for s in took_s)
-    last = took[min(len(took) - 1, int(0.99 * len(took)))]
-    return round(statistics.median(took), 1), round(last, 1)
-
-
 def _told(took_s: Sequence[float]) -> str:
-    p50, p99 = _figures(took_s)
+    p50, p99 = p50_p99_ms(took_s)
     return f"{len(took_s)} answers, p50 {p50:.0f} ms, p99 {p99:.0f} ms"

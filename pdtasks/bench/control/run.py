@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdtasks.bench.chaos.nursery import Nursery
-from pdtasks.bench.control.load import Done, Order
+from pdtasks.bench.control.load import Order
 from pdtasks.bench.control.report import Round
 from pdtasks.bench.control.stack import ControlStack, Services, Side, cpu_s
+from pdtasks.bench.latency import p50_p99_ms
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _loaded(side: Side, order: Order, services: Services) -> dict[str, float]:
     before = used()
     done = side.client.do(order)
     after = used()
-    p50, p99 = _latency_ms(done)
+    p50, p99 = p50_p99_ms(done.took_s)
     return {
         "chains_per_s": done.per_s(order),
         "loaded_latency_ms_p50": p50,
@@ -78,10 +78,5 @@ def _loaded(side: Side, order: Order, services: Services) -> dict[str, float]:
 
 
 def _alone(side: Side, order: Order) -> dict[str, float]:
-    p50, p99 = _latency_ms(side.client.do(order))
+    p50, p99 = p50_p99_ms(side.client.do(order).took_s)
     return {"latency_ms_p50": p50, "latency_ms_p99": p99}
-
-
-def _latency_ms(done: Done) -> tuple[float, float]:
-    took = sorted(1000 * s for s in done.took_s)
-    return statistics.median(took), took[min(len(took) - 1, int(0.99 * len(took)))]

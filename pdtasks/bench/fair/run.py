@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import statistics
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import ChaosStack
 from pdtasks.bench.fair.clients import Tenant
+from pdtasks.bench.latency import p50_p99_ms
 from pdtasks.bench.loop_thread import LoopThread
 from pdtasks.cluster.console import Console
 from pdtasks.keys import Key, add, digest_of, new_secret
@@ -101,12 +101,8 @@ def run_fair(
 
 
 def _figures(took_s: Sequence[float]) -> dict[str, float]:
-    took = sorted(1000 * s for s in took_s)
-    return {
-        "answers": len(took),
-        "ms_p50": round(statistics.median(took), 1),
-        "ms_p99": round(took[min(len(took) - 1, int(0.99 * len(took)))], 1),
-    }
+    p50, p99 = p50_p99_ms(took_s)
+    return {"answers": len(took_s), "ms_p50": round(p50, 1), "ms_p99": round(p99, 1)}
 
 
 def _told(phase: str, found: dict[str, dict[str, float]]) -> str:
