@@ -26,7 +26,7 @@ from dataclasses import astuple, dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -85,11 +85,6 @@ _OUTPUTS = Counter(
 )
 _ENDED = Counter(
     "pdtasks_requests", "Requests of this process that have ended, by how", ["kind", "outcome"]
-)
-_GAP = Histogram(
-    "pdtasks_first_to_second_token_seconds",
-    "Between the first two tokens of an answer: the hand-over, as its reader sees it",
-    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60),
 )
 #: Outcome of a request that this process has ended: its text reached a stop string, or its caller
 #: went away.
@@ -556,8 +551,6 @@ class PipelineCore(EngineCoreClient):
                 output.new_logprobs = output.new_logprobs.slice_request(
                     len(repeated), len(output.new_token_ids)
                 )
-        if len(entry.token_ids) == 1 and output.new_token_ids:
-            _GAP.observe(now - entry.record.waits_since)
         entry.token_ids.extend(output.new_token_ids)
         if output.new_token_ids:
             entry.record.take_tokens(len(output.new_token_ids), now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
@@ -24,6 +24,7 @@ from pdtasks.bus.jobs import JobStore
 from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker
 from pdtasks.keys import KEYS_VARIABLE, require_keys
+from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -79,18 +80,23 @@ def create_app(settings: Settings) -> FastAPI:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         from api.metrics import observed
+        from api.overview import Overviews
         from api.recording import RecordingLLM
+        from pdtasks.broker.depths import Depths
 
         client = RecordingLLM(config, settings)
         app.state.pdtasks_client = client
         try:
-            await client.engine_core.open()
+            core = client.engine_core
+            await core.open()
             await init_app_state(client, app.state, arguments, ("generate",))
-            background = client.engine_core.background
-            running_jobs = _running_jobs(app, settings, background, parameters)
-            figures = observed(app.state, client.engine_core, config.cache_config, settings)
-            async with vllm_lifespan(app), running_jobs, figures, _overview(app, settings):
-                yield
+            running_jobs = _running_jobs(app, settings, core.background, parameters)
+            with closing(Depths((*STAGES, DEAD_QUEUE, KEPT_QUEUE))) as depths:
+                figures = observed(app.state, core, config.cache_config, settings, depths)
+                async with vllm_lifespan(app), running_jobs, figures:
+                    jobs = app.state.pdtasks_jobs.store
+                    app.state.pdtasks_overviews = Overviews(core, jobs, settings, depths)
+                    yield
         finally:
             await client.engine_core.close()
             client.shutdown()
@@ -176,20 +182,6 @@ async def _running_jobs(
     finally:
         await asyncio.gather(*(claims.stop() for claims in running))
         await bus.aclose()
-
-
-@asynccontextmanager
-async def _overview(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
-    """Show what goes on; `_running_jobs` knows of the jobs."""
-    from api.overview import Overviews
-
-    core = app.state.pdtasks_client.engine_core
-    overviews = Overviews(core, app.state.pdtasks_jobs.store, settings)
-    app.state.pdtasks_overviews = overviews
-    try:
-        yield
-    finally:
-        overviews.close()
 
 
 @router.get("/ready")

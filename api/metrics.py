@@ -21,19 +21,18 @@ from vllm.config import CacheConfig
 
 from api.core import PipelineCore
 from api.engine_stats import kv_blocks
-from pdtasks.broker.depths import Depth, Depths
+from pdtasks.broker.depths import Depth
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.figures import BusFigures, read_figures
 from pdtasks.errors import BrokerUnavailable
-from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
+from pdtasks.messages import WORKER_STATES
+from pdtasks.naming import STAGES
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a scrape waits for the bus, and for the broker beside it.
 _WITHIN_S: Final = 3.0
-#: States of a worker as it tells them.
-_STATES: Final = ("starting", "ready", "stalled", "draining")
 
 
 class LooksAtQueues(Protocol):
@@ -110,7 +109,7 @@ class Figures:
         )
         counts = Counter((worker.role, worker.state) for worker in ours)
         for stage in STAGES:
-            for state in _STATES:
+            for state in WORKER_STATES:
                 workers.add_metric([stage, state], counts[stage, state])
         yield workers
         # vLLM's own would be written once, when its engine starts; here engines come and go.
@@ -175,10 +174,14 @@ class Figures:
 
 @asynccontextmanager
 async def observed(
-    state: Any, core: PipelineCore, cache_config: CacheConfig, settings: Settings
+    state: Any,
+    core: PipelineCore,
+    cache_config: CacheConfig,
+    settings: Settings,
+    queues: LooksAtQueues,
 ) -> AsyncIterator[None]:
     """Have `Figures` told; `Scrapes` finds them in `state`, the application's."""
-    bus, queues = connect_async(settings), Depths((*STAGES, DEAD_QUEUE, KEPT_QUEUE))
+    bus = connect_async(settings)
     figures = state.pdtasks_figures = Figures(core, cache_config, bus, queues)
     REGISTRY.register(figures)
     try:
@@ -186,7 +189,6 @@ async def observed(
     finally:
         REGISTRY.unregister(figures)
         await bus.aclose()
-        queues.close()
 
 
 class Scrapes:

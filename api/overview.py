@@ -49,10 +49,12 @@ _WAITS_FOR: Final = {PREFILL: ("line", "prefill"), DECODE: ("handover",)}
 class Overviews:
     """Puts together what is known. For one event loop, in the app's state."""
 
-    def __init__(self, core: PipelineCore, jobs: JobStore, settings: Settings) -> None:
+    def __init__(
+        self, core: PipelineCore, jobs: JobStore, settings: Settings, depths: Depths
+    ) -> None:
         self._core = core
         self._jobs = jobs
-        self._depths = Depths(_QUEUES)
+        self._depths = depths
         self._api = Api(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -60,10 +62,6 @@ class Overviews:
             version=pdtasks.__version__,
             model=settings.model_name,
         )
-
-    def close(self) -> None:
-        """Let go of RabbitMQ."""
-        self._depths.close()
 
     async def make(self, viewer: Viewer, limit: int) -> Overview:
         """Everything that `viewer` may see, with `limit` requests and jobs at most."""

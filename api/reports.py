@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
+from prometheus_client import Histogram
 from vllm.v1.engine import EngineCoreRequest
 
 from api.window import Recently
@@ -17,6 +18,11 @@ from pdtasks.messages import StageReport
 from pdtasks.naming import PREFILL, STAGES
 from pdtasks.overview import RequestView, Way
 
+_GAP = Histogram(
+    "pdtasks_first_to_second_token_seconds",
+    "Between the first two tokens of an answer: the hand-over, as its reader sees it",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60),
+)
 #: Requests whose reports can still be asked for.
 _REMEMBERED = 1000
 #: Seconds in which a worker reports of a request that was ended here.
@@ -65,6 +71,7 @@ class Record:
             slot.itl.add((now - self._last_at) / count)
         elif self._output_tokens:
             slot.gap.add(now - self._last_at)
+            _GAP.observe(now - self._last_at)
             self._second_at = now
             self.state = "decode"
         else:

@@ -10,7 +10,7 @@ History of WIRE_VERSION: 1 - first.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -202,6 +202,10 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True):
     kv_store_hits_by_source: dict[str, Count] = {}  #: vLLM's names of tiers
 
 
+#: States of a worker; one that is stalled lives, but takes no jobs.
+WORKER_STATES: Final = ("starting", "ready", "stalled", "draining", "stopped")
+
+
 class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker says of itself on the bus."""
 
@@ -209,8 +213,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     role: Stage
     host: Name
     pid: Count
-    #: ``"starting"``, ``"ready"``, ``"stalled"`` (alive, but takes no jobs) or ``"draining"``
-    state: str
+    state: str  #: one of `WORKER_STATES`
     reason: str = ""  #: why it is not ready, or what is wrong although it is; for people
     active: Count = 0  #: requests in its engine
     held: Count = 0  #: requests that it keeps anything of; 0 when it is idle, or something leaks

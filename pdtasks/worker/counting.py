@@ -9,7 +9,7 @@ from typing import Final
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from pdtasks.messages import StageReport
+from pdtasks.messages import WORKER_STATES, StageReport
 from pdtasks.naming import DECODE, PREFILL
 
 #: Seconds: prompts take milliseconds, long answers minutes.
@@ -51,9 +51,6 @@ _AGAIN = Counter(
 )
 _DEAD = Counter("pdtasks_dead_letters", "Jobs that were given up and answered for here")
 _STALLS = Counter("pdtasks_worker_stalls", "Times that this worker was found to take no jobs")
-
-#: What a worker may say of itself (`pdtasks.messages.WorkerStatus`).
-STATES: Final = ("starting", "ready", "stalled", "draining", "stopped")
 
 
 def redelivered(stage: str) -> None:
@@ -103,7 +100,7 @@ def ended(stage: str, outcome: str, report: StageReport | None, why_recomputed: 
 class Look:
     """What a worker is at now."""
 
-    state: str  #: one of `STATES`
+    state: str  #: one of `WORKER_STATES`
     slots: int  #: jobs that it takes at once
     stages: int  #: tasks at work
     overdue: int  #: of those, whose deadline has passed for long: a place that is lost
@@ -122,7 +119,7 @@ class WorkerFigures:
         state = GaugeMetricFamily(
             "pdtasks_worker_state", "1 for the state that the worker is in", labels=["state"]
         )
-        for name in STATES:
+        for name in WORKER_STATES:
             state.add_metric([name], name == now.state)
         yield state
         yield GaugeMetricFamily(
