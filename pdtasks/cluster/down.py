@@ -42,7 +42,8 @@ def stop_stack(home: Path, console: Console) -> int:
             if not member.identity.alive():
                 left.remove(member)
                 console.line(f"  {member.name} stopped")
-        names = ", ".join(member.name for member in left)
+        # The supervisor, which is no member, ends after them all.
+        names = ", ".join(member.name for member in left) or "the supervisor"
         console.progress(f"{time.monotonic() - began:4.0f} s  waiting for {names}")
         return not stack.supervisor.alive()
 
