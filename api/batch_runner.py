@@ -29,6 +29,7 @@ from api.batch_checking import InputFile
 from api.claiming import Claims
 from api.parameters import Refusal
 from api.service_class import ServiceClass, serving
+from api.tracing import tracer_of, tracing
 from pdtasks.background import Background
 from pdtasks.bus.batches import MAX_TRIES, Batch, BatchStore, Line, Place, Status
 from pdtasks.bus.connection import BUS_ERRORS
@@ -144,7 +145,13 @@ class LineRunner(Claims):
 
     async def _outcome(self, line: Line) -> _Outcome:
         try:
-            with serving(ServiceClass.BATCH), asking_for(line.batch.owner):
+            # Each is a trace of its own: a batch may have tens of thousands.
+            attributes = {"pdtasks.batch.id": line.batch.id}
+            with (
+                tracing(tracer_of(self._app), "batch line", time.time(), attributes),
+                serving(ServiceClass.BATCH),
+                asking_for(line.batch.owner),
+            ):
                 return _answered(line, 200, await self._answer(line))
         except Refused as exc:
             return _http(line, exc.status, exc.message, "BadRequestError", exc.param)

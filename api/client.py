@@ -171,7 +171,11 @@ class PipelineLLM(AsyncLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
-        """vLLM's, without answers that cannot exist."""
+        """vLLM's, without answers that cannot exist.
+
+        Its trace is in this context (`api.tracing`); vLLM would say that it does not trace.
+        """
+        options.pop("trace_headers", None)
         if isinstance(params, SamplingParams):
             require_possible(params)
         return await super().add_request(request_id, prompt, params, *args, **options)

@@ -17,6 +17,7 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from api.engine_stats import EngineStats
 from api.line import Flow, Line
 from api.reports import Record, Reports
 from api.service_class import ServiceClass, service_class
+from api.tracing import AskedSpan
 from api.usage import Usage
 from api.workers import Workers
 from pdtasks.background import Background
@@ -109,7 +111,9 @@ def stage_watcher(watch: StageWatch) -> Iterator[None]:
 class SendsJobs(Protocol):
     """`pdtasks.pipeline.Publisher`, as far as this module needs it."""
 
-    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]: ...
+    def send(
+        self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str]
+    ) -> Future[None]: ...
 
     def close(self) -> None: ...
 
@@ -162,12 +166,18 @@ class _Family:
     """Requests that one message carries: one, or several answers to the same prompt."""
 
     def __init__(
-        self, request: EngineCoreRequest, flow: Flow, submitted_at: float, most: int
+        self,
+        request: EngineCoreRequest,
+        flow: Flow,
+        submitted_at: float,
+        most: int,
+        span: AskedSpan,
     ) -> None:
         self.requests = [request]
         self.flow = flow
         self.most = most  # requests that it takes
         self.submitted_at = submitted_at  # UNIX seconds
+        self.span = span
 
     @property
     def request_ids(self) -> list[str]:
@@ -309,8 +319,10 @@ class PipelineCore(EngineCoreClient):
             self._family.requests.append(request)
         else:
             flow, most = Flow(kind, owner), self.workers.room().together
-            self._family = _Family(request, flow, now, most)
+            span = AskedSpan(request, now, kind, self._settings.model_name)
+            self._family = _Family(request, flow, now, most, span)
             self._in_background(self._line_up(self._family))
+        record.traced_by(self._family.span)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         publishing = asyncio.create_task(work)
@@ -357,10 +369,11 @@ class PipelineCore(EngineCoreClient):
             # At once, not each after its own wait.
             raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
         try:
-            entry.sent = self._publisher.send(job, self._stream.name)
+            entry.sent = self._publisher.send(job, self._stream.name, entry.record.trace)
             self._note_published(job.request_ids)
             async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
                 await asyncio.wrap_future(entry.sent)
+            entry.record.confirmed()
         except asyncio.CancelledError:
             if job.request_id in self._open:
                 raise
@@ -409,6 +422,7 @@ class PipelineCore(EngineCoreClient):
             if entry is not None and self._forget(request_id, _ENDED_HERE):
                 known.append(request_id)
                 self.reports.ended_here(request_id)
+                entry.record.end("stopped", time.monotonic())  # also one that is not remembered
         if known:
             self._tell_workers_to_drop(known)
 

@@ -20,6 +20,7 @@ from api.asking import Refused, check, read_request, without_what_is_ours
 from api.guard import error_response
 from api.runner import STREAMED, JobRunner
 from api.stored import from_bus, own
+from api.tracing import span_around
 from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.jobs import (
     Job,
@@ -85,6 +86,7 @@ async def submit(
                 idempotency_key=idempotency_key,
                 meaning={"path": path, "timeout": timeout_s, "body": meaning},
                 owner=asker_name(),
+                trace=span_around().headers,
             )
     except Refused as exc:
         return error_response(exc.status, exc.message, exc.param)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +27,7 @@ from pdtasks.errors import NoWorker
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import Settings
+from pdtasks.tracing import NO_TRACER, make_tracer
 
 if TYPE_CHECKING:
     from api.parameters import Parameters
@@ -82,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
         from api.metrics import observed
         from api.overview import Overviews
         from api.recording import RecordingLLM
+        from api.tracing import tracer_of
         from pdtasks.broker.depths import Depths
 
         client = RecordingLLM(config, settings)
@@ -100,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await client.engine_core.close()
             client.shutdown()
+            await asyncio.to_thread(tracer_of(app).close)
 
     app.router.lifespan_context = lifespan
     return app
@@ -112,6 +116,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
     from api.admission import Visits
     from api.guard import Guard
     from api.metrics import Scrapes
+    from api.tracing import STATE, Traces
     from pdtasks.keys import Key, Keys
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
@@ -124,6 +129,11 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
 
     # Behind vLLM's own layers, which know whom they let in.
     app.user_middleware.append(Middleware(Access, keys=keys, begin=count))
+    tracer = make_tracer("pdtasks-api", f"{socket.gethostname()}:{settings.api_port}")
+    setattr(app.state, STATE, tracer)
+    if tracer is not NO_TRACER:
+        # Only of who was let in: anybody can ask to be traced.
+        app.user_middleware.append(Middleware(Traces, tracer=tracer))
     app.user_middleware.append(
         Middleware(
             Guard,

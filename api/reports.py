@@ -6,17 +6,19 @@ import asyncio
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
 from prometheus_client import Histogram
 from vllm.v1.engine import EngineCoreRequest
 
+from api.tracing import AskedSpan
 from api.window import Recently
 from pdtasks.messages import StageReport
 from pdtasks.naming import PREFILL, STAGES
 from pdtasks.overview import RequestView, Way
+from pdtasks.tracing import NO_TRACE
 
 _GAP = Histogram(
     "pdtasks_first_to_second_token_seconds",
@@ -41,12 +43,23 @@ class Record:
         self.state = "line"
         self.ended_here = False  # and no report has come since
         self.by_stage: dict[str, StageReport] = {}
+        self._span: AskedSpan | None = None
         self._recently = recently
         self._prompt_tokens = len(request.prompt_token_ids or ())
         self._output_tokens = 0
         self._began = now
         self._submitted_at = time.time()
         self._first_at = self._second_at = self._last_at = self._ended_at = 0.0
+
+    def traced_by(self, span: AskedSpan) -> None:
+        """It is one of the answers that `span` tells of."""
+        self._span = span
+        span.joins()
+
+    @property
+    def trace(self) -> Mapping[str, str]:
+        """Headers of its trace."""
+        return NO_TRACE if self._span is None else self._span.headers
 
     @property
     def has_ended(self) -> bool:
@@ -62,6 +75,13 @@ class Record:
         """It is on its way to prefill."""
         if self.state == "line":
             self.state = "prefill"
+            if self._span is not None:
+                self._span.publishing()
+
+    def confirmed(self) -> None:
+        """RabbitMQ has the message that it is in."""
+        if self._span is not None:
+            self._span.published()
 
     def take_tokens(self, count: int, now: float) -> None:
         """`count` more have come. `now`: monotonic seconds."""
@@ -87,12 +107,23 @@ class Record:
             return
         self._ended_at = now
         self.state = state
+        if self._span is not None:
+            self._span.answered(
+                state,
+                self._unix(now),
+                output_tokens=self._output_tokens,
+                first_at=self._unix(self._first_at) if self._first_at else None,
+                second_at=self._unix(self._second_at) if self._second_at else None,
+            )
         slot = self._recently.slot(now)
         if state in ("done", "stopped"):
             slot.ended += 1
             slot.end_to_end.add(now - self._began)
         else:
             slot.failed += 1
+
+    def _unix(self, at: float) -> float:
+        return self._submitted_at + at - self._began
 
     def reports(self) -> tuple[StageReport, ...]:
         """In the order of the stages."""

@@ -24,6 +24,7 @@ from api.continuation import AnswerDiffers, Continuation
 from api.core import stage_watcher
 from api.recording import Tape, using
 from api.service_class import ServiceClass, serving
+from api.tracing import tracer_of, tracing
 from pdtasks.app import app as celery_app
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS
@@ -138,12 +139,17 @@ class _Run:
     async def run(self) -> dict[str, Any]:
         """The answer as OpenAI's body. Raises Failed or _Lost."""
         tape = Tape()
+        job, now = self._job, time.time()
+        begin = job.created_at if job.attempts == 1 else now
+        attributes = {"pdtasks.job.id": job.id, "pdtasks.job.attempt": job.attempts}
         try:
             with (
+                tracing(tracer_of(self._app), "job", begin, attributes, job.trace) as span,
                 serving(ServiceClass.JOB),
                 stage_watcher(self._note_stage),
                 asking_for(self._job.owner),
             ):
+                span.part("wait", begin, now, {})
                 if self._job.path == RESPONSES:
                     name = {"request_id": self._job.id.replace("job-", "resp_", 1)}
                     return whole_body(await self._answer(IN_FOREGROUND | name))

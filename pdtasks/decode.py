@@ -28,6 +28,7 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, StageReport, read_message
 from pdtasks.naming import DECODE, DECODE_TASK
 from pdtasks.pipeline import same_stage
+from pdtasks.tracing import Carried
 from pdtasks.worker import service
 from pdtasks.worker.stage import GoesOnElsewhere, Stage, why_missing
 from pdtasks.worker.task import StageTask
@@ -54,7 +55,7 @@ def decode(self: StageTask, wire: bytes) -> dict[str, Any] | None:
         ignore_result=request.ignore_result,
     )
     is_again = self.is_again or job.handed_on > 0
-    stage = _Decode(here, job, self.reply_stream, again, is_again=is_again)
+    stage = _Decode(here, job, self.reply_stream, again, is_again=is_again, carried=self.carried)
     # One that was handed on does not join the run that has handed it on.
     run_id = f"{request.id}#{job.handed_on}"
     try:
@@ -86,11 +87,12 @@ class _Decode(Stage[DecodeJob]):
         here: service.Worker,
         job: DecodeJob,
         reply_to: str | None,
-        same_stage: Callable[[DecodeJob], Publish],
+        same_stage: Callable[..., Publish],
         *,
         is_again: bool,
+        carried: Carried,
     ) -> None:
-        super().__init__(here, job, reply_to, is_again=is_again)
+        super().__init__(here, job, reply_to, is_again=is_again, carried=carried)
         self._same_stage = same_stage
 
     async def work(self) -> Answer | Left | None:
@@ -120,7 +122,7 @@ class _Decode(Stage[DecodeJob]):
         make_decode(request, self.engine_id, tokens=list(tokens), handle=job.handle)
         generation = self.new_generation(request, position=len(tokens))
         try:
-            await self.here.generate(generation, self.reports)
+            await self.generate()
             await self.here.replies_taken()
         except service.HandsOn:
             return await self._hand_on(tokens + tuple(generation.token_ids))
@@ -142,7 +144,8 @@ class _Decode(Stage[DecodeJob]):
         job = msgspec.structs.replace(
             self.job, output_token_ids=tokens, handed_on=self.job.handed_on + 1
         )
-        sent = self.here.sender.send(self._same_stage(job), within_s=_HAND_ON_S, insist=True)
+        publish = self._same_stage(job, trace=self.span.headers)
+        sent = self.here.sender.send(publish, within_s=_HAND_ON_S, insist=True)
         try:
             await asyncio.wrap_future(sent)
         except PdtasksError as exc:

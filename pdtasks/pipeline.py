@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,6 +31,7 @@ from pdtasks.errors import BrokerUnavailable, InvalidRequest, RequestTimeout
 from pdtasks.messages import DecodeJob, Message, PrefillJob, TextRequest
 from pdtasks.naming import DECODE, DECODE_TASK, PREFILL, PREFILL_TASK, prefill_task_id
 from pdtasks.settings import load_settings
+from pdtasks.tracing import NO_TRACE, callers_headers, message_headers
 
 #: Seconds that RabbitMQ may take to confirm a message. A memory alarm would hold it for ever.
 CONFIRM_TIMEOUT_S = 5.0
@@ -129,13 +130,15 @@ def submit(
         submitted_at=now,
         deadline=now + (timeout_s or settings.request_timeout_s),
     )
-    _shared.publish(job, reply_to=None)
+    _shared.publish(job, reply_to=None, trace=callers_headers())
     result = PendingAnswer(job.request_id, app=app)
     result.deadline = job.deadline
     return result
 
 
-def _first_stage(job: PrefillJob, reply_to: str | None) -> Publish:
+def _first_stage(
+    job: PrefillJob, reply_to: str | None, trace: Mapping[str, str] = NO_TRACE
+) -> Publish:
     # A plain dict, not a Celery signature: `chain()` costs five times as much and freezes
     # `reply_to` by itself.
     decode: dict[str, Any] = {
@@ -159,11 +162,17 @@ def _first_stage(job: PrefillJob, reply_to: str | None) -> Publish:
         chain=[decode],
         reply_to=reply_to,
         ignore_result=True,
+        trace=trace,
     )
 
 
 def next_stage(
-    job: DecodeJob, chain: Sequence[dict[str, Any]], *, parent_id: str, root_id: str | None
+    job: DecodeJob,
+    chain: Sequence[dict[str, Any]],
+    *,
+    parent_id: str,
+    root_id: str | None,
+    trace: Mapping[str, str] = NO_TRACE,
 ) -> Publish:
     """The message that hands `job` to the next stage of `chain`, as Celery's chain would.
 
@@ -174,7 +183,13 @@ def next_stage(
     # Named there is the first of several answers to one prompt: each goes on as itself.
     options = step["options"] | {"task_id": job.request_id}
     return _task_message(
-        step["task"], job, chain=rest, parent_id=parent_id, root_id=root_id, **options
+        step["task"],
+        job,
+        chain=rest,
+        parent_id=parent_id,
+        root_id=root_id,
+        trace=trace,
+        **options,
     )
 
 
@@ -183,7 +198,15 @@ def same_stage(job: DecodeJob, *, task_id: str, **options: Any) -> Publish:
     return _task_message(DECODE_TASK, job, queue=DECODE, task_id=task_id, **options)
 
 
-def _task_message(name: str, job: Message, *, queue: str, task_id: str, **options: Any) -> Publish:
+def _task_message(
+    name: str,
+    job: Message,
+    *,
+    queue: str,
+    task_id: str,
+    trace: Mapping[str, str] = NO_TRACE,
+    **options: Any,
+) -> Publish:
     # Not `send_task`: for a result it would have this process listen on the bus.
     message = app.amqp.create_task_message(
         task_id,
@@ -196,6 +219,7 @@ def _task_message(name: str, job: Message, *, queue: str, task_id: str, **option
     )
     for unused in UNUSED_HEADERS:
         message.headers.pop(unused, None)
+    message.headers.update(message_headers(trace, time.time()))
 
     def publish(producer: kombu.Producer) -> None:
         ensure_declared(producer.channel, app.amqp.queues[queue])
@@ -211,20 +235,25 @@ class Publisher:
     def __init__(self, background: Background | None = None) -> None:
         self._sender = ConfirmedSender(app, background or Background())
 
-    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]:
+    def send(
+        self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str] = NO_TRACE
+    ) -> Future[None]:
         """Have `job` sent to stage 1, stage 2 chained to it.
 
         Args:
             reply_to: the reply stream that gets the tokens; None when the result is waited for.
+            trace: headers of the span that it is part of.
 
         The future raises QueueFull when RabbitMQ refuses it, BrokerUnavailable when it does not
         confirm it within `CONFIRM_TIMEOUT_S`.
         """
-        return self._sender.send(_first_stage(job, reply_to), within_s=CONFIRM_TIMEOUT_S)
+        return self._sender.send(_first_stage(job, reply_to, trace), within_s=CONFIRM_TIMEOUT_S)
 
-    def publish(self, job: PrefillJob, reply_to: str | None) -> None:
+    def publish(
+        self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str] = NO_TRACE
+    ) -> None:
         """`send`, and wait."""
-        sent = self.send(job, reply_to)
+        sent = self.send(job, reply_to, trace)
         try:
             # The sender keeps the time; the rest is for one that hangs in a write.
             sent.result(CONFIRM_TIMEOUT_S + 1)
@@ -248,11 +277,11 @@ class _SharedPublisher:
         self._lock = threading.Lock()
         self._publisher: Publisher | None = None
 
-    def publish(self, job: PrefillJob, reply_to: str | None) -> None:
+    def publish(self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str]) -> None:
         """`Publisher.publish`."""
         with self._lock:
             publisher = self._publisher = self._publisher or Publisher()
-        publisher.publish(job, reply_to)
+        publisher.publish(job, reply_to, trace)
 
     def close(self) -> None:
         """End it; the next request begins anew."""

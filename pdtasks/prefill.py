@@ -30,6 +30,7 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
+from pdtasks.tracing import Carried
 from pdtasks.worker import counting, service
 from pdtasks.worker.stage import Stage, why_missing
 from pdtasks.worker.task import StageTask
@@ -50,7 +51,12 @@ def prefill(self: StageTask, wire: bytes) -> None:
         next_stage, chain=request.chain, parent_id=request.id, root_id=request.root_id
     )
     begin = partial(
-        _Prefill, here, reply_to=self.reply_stream, next_stage=hand_over, is_again=self.is_again
+        _Prefill,
+        here,
+        reply_to=self.reply_stream,
+        next_stage=hand_over,
+        is_again=self.is_again,
+        carried=self.carried,
     )
     answer = None
     try:
@@ -108,11 +114,12 @@ class _Prefill(Stage[PrefillJob]):
         here: service.Worker,
         job: PrefillJob,
         reply_to: str | None,
-        next_stage: Callable[[DecodeJob], Publish],
+        next_stage: Callable[..., Publish],
         *,
         is_again: bool,
+        carried: Carried,
     ) -> None:
-        super().__init__(here, job, reply_to, is_again=is_again)
+        super().__init__(here, job, reply_to, is_again=is_again, carried=carried)
         self._next_stage = next_stage
         self._seen: tuple[int, ...] = ()  # a first token that the asker has already
         self._first_token_at = 0.0
@@ -142,7 +149,7 @@ class _Prefill(Stage[PrefillJob]):
         # A first token that was seen stays; the engine's new one is of no interest then.
         generation = self.new_generation(request, position=0, is_told=not self._seen)
         try:
-            await self.here.generate(generation, self.reports)
+            await self.generate()
             # Also so that the next stage's tokens come behind the first one on the reply stream.
             await self.here.replies_taken()
             if self._goes_on and self._can_be_awaited():
@@ -189,12 +196,14 @@ class _Prefill(Stage[PrefillJob]):
             deadline=job.deadline,
             tells_start=job.tells_start,
         )
-        publish = self._next_stage(next_job)
+        publish = self._next_stage(next_job, trace=self.span.headers)
         within_s = max(0.0, job.deadline - time.time())
         began = time.monotonic()
         sent = self.here.sender.send(publish, within_s=within_s, insist=True)
         await asyncio.wrap_future(sent)
-        counting.published(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        counting.published(seconds)
+        self.span.published(next_job.prefilled_at, seconds)
 
     async def _request(self, text: TextFrontend) -> EngineCoreRequest:
         if self.job.request is not None:

@@ -23,6 +23,7 @@ from pdtasks.bus import keys
 from pdtasks.bus.job_scripts import JobScripts, events_key, record_key
 from pdtasks.bus.records import Records, Unreadable, of_a_kind
 from pdtasks.messages import Count, UnixTime
+from pdtasks.tracing import NO_TRACE
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class State(StrEnum):
 #: Fields of a record that are written as JSON; the others are words.
 _JSON: Final = frozenset(
     {"body", "attempts", "created_at", "deadline", "first_token_at", "finished_at"}
-    | {"stages", "result", "error"}
+    | {"stages", "result", "error", "trace"}
 )
 #: What a list is made of: neither bodies nor results, which may be long.
 _LISTED: Final = (
@@ -105,6 +106,7 @@ class Job:
     token: str = field(default="", repr=False)
     owner: str = ""  #: the name of the API key that it came with
     model: str | None = None
+    trace: dict[str, str] = field(default_factory=dict)  #: headers of its submission's trace
 
     @property
     def ended(self) -> bool:
@@ -162,6 +164,7 @@ class JobStore:
         idempotency_key: str | None = None,
         meaning: Mapping[str, Any] | None = None,
         owner: str = "",
+        trace: Mapping[str, str] = NO_TRACE,
     ) -> Job:
         """Take a job in; the same key and meaning give the job they gave before.
 
@@ -171,6 +174,7 @@ class JobStore:
             seed: for a body that names none, so that a second runner finds the same tokens.
             meaning: what has to be the same under one key; None: path and body as they are.
             owner: whose job it is; an idempotency key is his alone.
+            trace: headers of the trace that it is part of.
 
         Raises KeyReused when the key came with another meaning, NoRoomForJobs when too many wait or
         the bus is nearly full, UnreadableJob as `get` does.
@@ -192,6 +196,8 @@ class JobStore:
         }
         if isinstance(model := body.get("model"), str):
             fields["model"] = model
+        if trace:
+            fields["trace"] = json.dumps(dict(trace))
         key = None
         if idempotency_key is not None:
             own = f"{owner}:{idempotency_key}" if owner else idempotency_key
@@ -217,6 +223,7 @@ class JobStore:
                 idempotency_key=idempotency_key,
                 meaning=meaning,
                 owner=owner,
+                trace=trace,
             )
         return job
 

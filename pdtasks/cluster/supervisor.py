@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdtasks import tracing
 from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.parts import LOOP_S, Part, Parts
@@ -69,6 +70,7 @@ def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int
         # Only now: settings also come from the file of the stack that ran before.
         settings = children.stack_settings(**overrides)
         require_keys(settings, settings.api_host)
+        tracing.require_usable()
         with StopSignals() as signals:
             return Supervisor(settings, size, console, signals).run()
 

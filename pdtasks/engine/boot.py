@@ -13,6 +13,7 @@ from vllm.v1.executor import Executor
 from pdtasks import collecting
 from pdtasks.engine.arguments import engine_arguments
 from pdtasks.settings import Settings
+from pdtasks.tracing import not_vllms
 
 
 async def start_core(
@@ -54,10 +55,11 @@ async def start_core(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
     collecting.rarely_in_children()
-    core = EngineCoreClient.make_async_mp_client(
-        config,
-        Executor.get_class(config),
-        # Not for its figures: the connector's records of what is stored travel there.
-        log_stats=True,
-    )
+    with not_vllms():
+        core = EngineCoreClient.make_async_mp_client(
+            config,
+            Executor.get_class(config),
+            # Not for its figures: the connector's records of what is stored travel there.
+            log_stats=True,
+        )
     return config, core

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -173,6 +174,7 @@ class Engine:
             if generation := self._running.get(record["request_id"]):
                 parts = generation.transfers.setdefault(record["op"], [])
                 parts.append(record)
+                generation.moved_at[record["op"]] = time.time()
                 if record["op"] == "save" and len(parts) == record["world"]:
                     generation.saved.set()
 

@@ -61,6 +61,7 @@ class Generation:
     cached_tokens: int = 0  #: prompt tokens in this engine's own prefix cache
     finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
     transfers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  #: records by op
+    moved_at: dict[str, float] = field(default_factory=dict)  #: UNIX seconds of the last, by op
     saved: asyncio.Event = field(default_factory=asyncio.Event)  #: all ranks have saved, or failed
 
     def begin(self) -> None:

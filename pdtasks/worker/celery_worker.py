@@ -22,7 +22,7 @@ from celery import signals
 from celery.apps.worker import Worker
 from celery.utils.nodenames import NODENAME_DEFAULT
 
-from pdtasks import naming
+from pdtasks import naming, tracing
 from pdtasks.errors import PdtasksError, where
 from pdtasks.links import require_trusted
 from pdtasks.settings import load_settings
@@ -106,6 +106,7 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
         settings.require_bus()
         settings.require_kv()
         require_trusted(settings)
+        tracing.require_usable()
     except PdtasksError as exc:
         _refuse(str(exc))
 

@@ -43,6 +43,7 @@ from pdtasks.messages import Ask
 from pdtasks.naming import DECODE, PREFILL
 from pdtasks.running_stack import read_stack
 from pdtasks.settings import Settings
+from pdtasks.tracing import make_tracer
 from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
 from pdtasks.worker.answering import Answers, Reports
@@ -140,6 +141,7 @@ class Worker:
         self.engine.start()
         logger.info("the engine is ready after %.1f s", time.monotonic() - started)
         self.text = TextFrontend(self.engine.config)
+        self.tracer = make_tracer(f"pdtasks-{role}", name)
         self.engine.call(self._replies.run()).add_done_callback(_exit_unless_cancelled)
         self.presence.observe(self._figures)
 
@@ -154,6 +156,7 @@ class Worker:
         self.results.close()
         self.engine.stop()
         self._exporter.close()
+        self.tracer.close()
         sweep()  # it is not given the time to clean up
         self.background.close()
         self._ended.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
@@ -12,9 +13,13 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.wire import decode_request, require_runnable
-from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted
+from pdtasks.errors import InvalidRequest, PdtasksError, RequestAborted, where
 from pdtasks.messages import Answer, Ask, DecodeJob, PrefillJob, StageReport
+from pdtasks.tracing import OF_NO_TRACE, Carried
 from pdtasks.worker import counting, service
+from pdtasks.worker.spans import StageSpan
+
+logger = logging.getLogger(__name__)
 
 J = TypeVar("J", PrefillJob, DecodeJob)
 
@@ -28,14 +33,22 @@ class Stage(ABC, Generic[J]):
 
     name: str  #: of the stage, as in `naming`
     generation: Generation  #: from `new_generation` on
+    span: StageSpan  #: from `run` on
     why_recomputed = ""  #: KV that was there before, if it was computed again
 
     def __init__(
-        self, here: service.Worker, job: J, reply_to: str | None, *, is_again: bool = False
+        self,
+        here: service.Worker,
+        job: J,
+        reply_to: str | None,
+        *,
+        is_again: bool = False,
+        carried: Carried = OF_NO_TRACE,
     ) -> None:
         """Args:
         reply_to: the asker's reply stream, None when nobody reads along.
         is_again: the job was delivered before, perhaps to a worker that was lost.
+        carried: the trace that its message is part of.
         """
         self.here = here
         self.attempt = here.new_attempt()
@@ -43,11 +56,23 @@ class Stage(ABC, Generic[J]):
         self.job: J = job
         self.reply_to = reply_to
         self.detokeniser: IncrementalDetokenizer | None = None  # for who wants text in the result
+        self._carried = carried
         self._started = time.monotonic()
         self._started_at = time.time()
 
     async def run(self) -> Any:
-        """`work`, counted."""
+        """`work`, counted and traced."""
+        self.span = StageSpan(
+            self.here.tracer,
+            self._carried,
+            self.name,
+            self._started_at,
+            {
+                "pdtasks.request_id": self.job.request_id,
+                "pdtasks.worker": self.here.name,
+                "pdtasks.again": self._is_again,
+            },
+        )
         if self._is_again:
             counting.redelivered(self.name)
         outcome, report = "failed", None
@@ -70,7 +95,20 @@ class Stage(ABC, Generic[J]):
             raise
         finally:
             counting.ended(self.name, outcome, report, self.why_recomputed)
+            if self.span.is_recorded:
+                self._end_span(outcome, report)
         return result
+
+    def _end_span(self, outcome: str, report: StageReport | None) -> None:
+        try:
+            if hasattr(self, "generation"):
+                report = report or self.reports()[-1]
+                for op in ("load", "save"):
+                    records = self.generation.transfers.get(op, [])
+                    self.span.moved(op, records, self.generation.moved_at.get(op, 0.0))
+            self.span.end(outcome, report, self.why_recomputed)
+        except Exception as exc:  # noqa: BLE001 - no answer depends on it
+            logger.error("a span of %s is lost: %s", self.job.request_id, where(exc))  # noqa: TRY400
 
     @abstractmethod
     async def work(self) -> Any:
@@ -134,6 +172,14 @@ class Stage(ABC, Generic[J]):
         )
         self.generation = generation
         return generation
+
+    async def generate(self) -> None:
+        """Have the engine run `generation`; see `Worker.generate`."""
+        self.span.given()
+        try:
+            await self.here.generate(self.generation, self.reports)
+        finally:
+            self.span.made()
 
     def judge(self, output: EngineCoreOutput) -> Verdict:
         """Has the answer's text reached a stop string? Only the worker knows, without an asker."""

@@ -24,6 +24,7 @@ from pdtasks.errors import (
 )
 from pdtasks.messages import Answer, asked_in
 from pdtasks.naming import request_id_of
+from pdtasks.tracing import Carried, carried_by
 from pdtasks.worker import service
 
 
@@ -54,6 +55,11 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     def is_again(self) -> bool:
         """Was this job delivered before, perhaps to a worker that was lost?"""
         return bool((self.request.delivery_info or {}).get("redelivered"))
+
+    @property
+    def carried(self) -> Carried:
+        """The trace that this job is part of."""
+        return carried_by(self.request.headers)
 
     def end_aborted(self) -> None:
         """The request was dropped: raises what tells Celery how the task ended, if anything does.

@@ -372,7 +372,7 @@ def start_worker(
             steering.hold()
         log = tmp_path / f"{name}.{len(started)}.log"
         settings = {
-            key.upper() if key.startswith("stub_") else f"PDTASKS_{key.upper()}": value
+            key.upper() if key.startswith(("stub_", "otel_")) else f"PDTASKS_{key.upper()}": value
             for key, value in env.items()
         }
         order = {

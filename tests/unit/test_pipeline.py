@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import pytest
 
 from pdtasks.errors import InvalidRequest
-from pdtasks.messages import PrefillJob
-from pdtasks.pipeline import UNUSED_HEADERS, Publisher, submit
+from pdtasks.messages import DecodeJob, PrefillJob, StageReport
+from pdtasks.naming import DECODE, DECODE_TASK
+from pdtasks.pipeline import UNUSED_HEADERS, Publisher, next_stage, same_stage, submit
+from pdtasks.tracing import carried_by
+
+PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -56,3 +61,41 @@ def test_a_message_has_the_headers_that_say_something_and_no_others() -> None:
     assert headers["id"] == "r.prefill"
     assert headers["ignore_result"] is True
     assert headers["argsrepr"] == "-"
+
+
+def test_a_trace_goes_along_in_headers_through_all_stages() -> None:
+    producer = Producer()
+    job = DecodeJob(
+        request_id="r",
+        engine="e",
+        model=None,
+        request=b"",
+        output_token_ids=(1,),
+        handle=None,
+        prefill=StageReport(
+            stage="prefill",
+            worker="w",
+            queue_s=0,
+            seconds=0,
+            prompt_tokens=1,
+            output_tokens=1,
+        ),
+        detokenise=False,
+        submitted_at=1.0,
+        prefilled_at=1.0,
+        first_token_at=1.0,
+        deadline=2.0,
+    )
+    step = {"task": DECODE_TASK, "options": {"queue": DECODE, "reply_to": None}}
+    before = time.time()
+
+    for publish in (
+        next_stage(job, [step], parent_id="r.prefill", root_id="r.prefill", trace=PARENT),
+        same_stage(job, task_id="r", trace=PARENT),
+    ):
+        publish(producer)  # type: ignore[arg-type]
+
+    for headers in producer.headers:
+        carried = carried_by(headers)
+        assert carried.parent == PARENT
+        assert before <= carried.sent_at <= time.time()

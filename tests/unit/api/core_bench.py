@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -43,6 +43,7 @@ class StubBroker:
 
     def __init__(self) -> None:
         self.published: list[PrefillJob] = []
+        self.traces: list[Mapping[str, str]] = []
         self.aborted: list[str] = []
         self.unsent: list[Future[None]] = []
         self.away = False
@@ -51,7 +52,8 @@ class StubBroker:
         self.may_close.set()
         self.num_closed = 0
 
-    def send(self, job: PrefillJob, reply_to: str | None) -> Future[None]:
+    def send(self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str]) -> Future[None]:
+        self.traces.append(trace)
         sent: Future[None] = Future()
         if self.hangs:
             self.unsent.append(sent)

@@ -177,3 +177,9 @@ def test_a_job_needs_none_of_the_headers_that_ours_do_not_have() -> None:
     assert needed & UNUSED_HEADERS == {"shadow"}
     assert "if 'shadow' in self._request_dict" in source_of(celery.worker.request)
     assert needed >= {"id", "task"}
+
+
+def test_a_task_sees_the_headers_that_are_none_of_celerys() -> None:
+    # The trace of a job: `StageTask.carried`.
+    headers = Context({"id": "i", "task": "t", "traceparent": "x", "trace_sent_at": 1.0}).headers
+    assert headers == {"traceparent": "x", "trace_sent_at": 1.0}

@@ -23,6 +23,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
+from vllm.tracing import otel
 from vllm.utils import gc_utils
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -212,3 +213,14 @@ def test_an_engine_that_has_started_looks_through_all_objects_once() -> None:
     # pdtasks/collecting.py: from then on garbage is looked for as ever.
     assert "freeze_gc_heap()" in inspect.getsource(EngineCore.__init__)
     assert "gc.collect(2)" in inspect.getsource(gc_utils.freeze_gc_heap)
+
+
+def test_vllm_tells_no_trace_unless_it_is_asked_to() -> None:
+    # `api.tracing` tells of `llm_request`; vLLM's own, of one engine's times, would be a second.
+    assert (
+        inspect.signature(OutputProcessor.__init__).parameters["tracing_enabled"].default is False
+    )
+    # Taken out in `PipelineLLM.add_request`: they are in the message's headers.
+    assert "trace_headers=trace_headers" in inspect.getsource(AsyncLLM.generate)
+    # Hidden from vLLM's processes by `pdtasks.tracing.not_vllms`.
+    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in inspect.getsource(otel.init_otel_worker_tracer)

@@ -66,6 +66,7 @@ def sent_by(publish: Any, monkeypatch: pytest.MonkeyPatch) -> kombu.Message:
     "publish",
     [
         _first_stage(_PREFILL, "pd:reply:x"),
+        _first_stage(_PREFILL, "pd:reply:x", {"traceparent": "00-1-2-01"}),
         _first_stage(_PREFILL, None),
         next_stage(_DECODE, [_STEP], parent_id="r.prefill", root_id="r.prefill"),
         same_stage(_DECODE, task_id="r", chain=[], parent_id=None, root_id="r", reply_to=None),
