@@ -27,7 +27,7 @@ from pdtasks.errors import NoWorker
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import Settings
-from pdtasks.tracing import NO_TRACER, make_tracer
+from pdtasks.tracing import NO_TRACER, make_tracer, require_usable
 
 if TYPE_CHECKING:
     from api.parameters import Parameters
@@ -214,9 +214,11 @@ async def ready(request: Request) -> dict[str, Any]:
 def serve(settings: Settings, host: str, port: int) -> None:
     """Run the API until SIGTERM; open streams get `drain_timeout_s` to finish.
 
-    Raises ConfigurationError when it would be open to other hosts without a key.
+    Raises ConfigurationError when it would be open to other hosts without a key, or cannot send
+    traces as it is asked to.
     """
     require_keys(settings, host)
+    require_usable()
     with collecting.rarely():
         from vllm.envs import enable_envs_cache
 

@@ -141,7 +141,10 @@ class _Run:
         tape = Tape()
         job, now = self._job, time.time()
         begin = job.created_at if job.attempts == 1 else now
-        attributes = {"pdtasks.job.id": job.id, "pdtasks.job.attempt": job.attempts}
+        attributes: dict[str, str | int] = {
+            "pdtasks.job.id": job.id,
+            "pdtasks.job.attempt": job.attempts,
+        }
         try:
             with (
                 tracing(tracer_of(self._app), "job", begin, attributes, job.trace) as span,

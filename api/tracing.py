@@ -141,7 +141,7 @@ class AskedSpan:
     def published(self) -> None:
         """RabbitMQ has its message."""
         if self._span.is_recorded:
-            attributes = {"messaging.system": "rabbitmq", "messaging.destination.name": "prefill"}
+            attributes = {"messaging.system": "rabbitmq"}
             self._span.part("publish", self._published_at, time.time(), attributes)
 
     def answered(

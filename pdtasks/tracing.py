@@ -208,8 +208,9 @@ def carried_by(headers: Mapping[str, Any] | None) -> Carried:
     sent_at = found.get(_SENT_AT)
     if "traceparent" not in parent:
         return OF_NO_TRACE
-    is_time = isinstance(sent_at, float) and 0 < sent_at < 2**53
-    return Carried(parent=parent, sent_at=sent_at if is_time else 0.0)
+    if not isinstance(sent_at, float) or not 0 < sent_at < 2**53:
+        sent_at = 0.0
+    return Carried(parent=parent, sent_at=sent_at)
 
 
 def callers_headers() -> dict[str, str]:

@@ -42,10 +42,10 @@ def parent_of(span: ReadableSpan) -> int | None:
 def id_of(span: ReadableSpan) -> int:
     """Its own."""
     assert span.context is not None
-    return span.context.span_id
+    return int(span.context.span_id)
 
 
 def trace_of(span: ReadableSpan) -> int:
     """The id of its trace."""
     assert span.context is not None
-    return span.context.trace_id
+    return int(span.context.trace_id)

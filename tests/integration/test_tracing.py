@@ -316,6 +316,31 @@ def test_a_worker_that_hands_on_and_its_heir_are_in_one_trace(
     assert first.parent == second.parent
 
 
+def test_a_worker_that_is_lost_and_its_heir_are_in_one_trace(
+    start_worker: StartWorker, asker: Asker, collector: Collector
+) -> None:
+    start_worker("prefill", **otel(collector))
+    lost = start_worker("decode", held=True, **otel(collector))
+    asker.ask("r")
+    wait_until(lost.steering.added)
+
+    lost.signal(signal.SIGKILL)
+    lost.wait()
+    start_worker("decode", 2, **otel(collector))
+
+    wait_until(asker.questions)
+    asker.tell(asker.tokens())
+    wait_until(asker.finished)
+    wait_until(lambda: collector.spans(name="decode")[-1].instance == "decode2@test")
+    heir = collector.spans(name="decode")[-1]
+    assert heir.attributes["pdtasks.again"] is True
+    (prefill,) = wait_until(partial(collector.spans, heir.trace, "prefill"))
+    assert heir.parent == prefill.id
+    # The time that the lost run took is in its queue.
+    (queue,) = [s for s in collector.spans(heir.trace, "queue") if s.parent == heir.id]
+    assert prefill.begin < queue.begin < queue.end
+
+
 def test_a_collector_that_is_not_there_costs_no_answer_and_one_line(
     start_worker: StartWorker, asker: Asker
 ) -> None:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from pdtasks import otlp
 from pdtasks.errors import ConfigurationError
 from pdtasks.otlp import OTLPTracer, Told, current_headers
+from pdtasks.tracing import make_tracer
 from tests.spans import Kept, id_of, parent_of, seconds, trace_of
 from tests.waiting import wait_until
 
@@ -158,6 +169,38 @@ def test_a_collector_that_hangs_holds_up_nobody(monkeypatch: pytest.MonkeyPatch)
     collector.goes_on.set()
     wait_until(lambda: len(collector.spans) > 2)
     assert len(collector.spans) <= 2 + 8
+
+
+class GRPCCollector(TraceServiceServicer):
+    """Takes spans by gRPC."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def Export(  # noqa: N802
+        self, request: ExportTraceServiceRequest, context: object
+    ) -> ExportTraceServiceResponse:
+        groups = (scope for one in request.resource_spans for scope in one.scope_spans)
+        self.names += [span.name for scope in groups for span in scope.spans]
+        return ExportTraceServiceResponse()
+
+
+def test_spans_go_out_by_grpc_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = GRPCCollector()
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    try:
+        tracer = make_tracer("s", "i")
+        tracer.begin("n", 1.0, parent={}).end(2.0, {})
+        tracer.close()
+
+        wait_until(lambda: collector.names == ["n"])
+    finally:
+        server.stop(None).wait(10)
 
 
 def test_a_close_sends_what_is_there() -> None:
