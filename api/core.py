@@ -38,6 +38,7 @@ from api.attempts import Attempts
 from api.engine_stats import EngineStats
 from api.line import Flow, Line
 from api.reports import Record, Reports
+from api.route import Route, Wish, route_wish
 from api.service_class import ServiceClass, service_class
 from api.tracing import AskedSpan
 from api.usage import Usage
@@ -61,10 +62,11 @@ from pdtasks.errors import (
     where,
 )
 from pdtasks.keys import asker_name
-from pdtasks.messages import Ask, PrefillJob, Sibling, StepReply, is_name
+from pdtasks.messages import Ask, DecodeJob, PrefillJob, Sibling, StepReply, is_name
 from pdtasks.naming import STAGES
 from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
 from pdtasks.settings import Settings
+from pdtasks.siblings import whole
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +90,19 @@ _OUTPUTS = Counter(
 _ENDED = Counter(
     "pdtasks_requests", "Requests of this process that have ended, by how", ["kind", "outcome"]
 )
+_ROUTES = Counter(
+    "pdtasks_routes",
+    "Requests that were published, by their way and why: both stages, or a decode worker alone",
+    ["route"],
+)
 #: Outcome of a request that this process has ended: its text reached a stop string, or its caller
 #: went away.
 _ENDED_HERE = "ended_here"
 
 
-#: Called with stage and worker when a worker begins a stage of a request made in this context.
-StageWatch = Callable[[str, str], None]
+#: Called with stage, worker and route when a worker begins a stage of a request made in this
+#: context.
+StageWatch = Callable[[str, str, Route], None]
 _stage_watch: ContextVar[StageWatch | None] = ContextVar("stage_watch", default=None)
 
 
@@ -112,7 +120,7 @@ class SendsJobs(Protocol):
     """`pdtasks.pipeline.Publisher`, as far as this module needs it."""
 
     def send(
-        self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str]
+        self, job: PrefillJob | DecodeJob, reply_to: str | None, trace: Mapping[str, str]
     ) -> Future[None]: ...
 
     def close(self) -> None: ...
@@ -151,6 +159,7 @@ class _Open:
     stage_watch: StageWatch | None = None
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
+    route: Route = Route.SPLIT
     sent: Future[None] | None = None  #: when RabbitMQ has it
     attempts: Attempts = field(default_factory=Attempts)
     owner: str = ""  #: whose API key asked
@@ -172,8 +181,10 @@ class _Family:
         submitted_at: float,
         most: int,
         span: AskedSpan,
+        wish: Wish,
     ) -> None:
         self.requests = [request]
+        self.wish = wish
         self.flow = flow
         self.most = most  # requests that it takes
         self.submitted_at = submitted_at  # UNIX seconds
@@ -320,7 +331,7 @@ class PipelineCore(EngineCoreClient):
         else:
             flow, most = Flow(kind, owner), self.workers.room().together
             span = AskedSpan(request, now, kind, self._settings.model_name)
-            self._family = _Family(request, flow, now, most, span)
+            self._family = _Family(request, flow, now, most, span, route_wish())
             self._in_background(self._line_up(self._family))
         record.traced_by(self._family.span)
 
@@ -347,10 +358,27 @@ class PipelineCore(EngineCoreClient):
             family.flow,
             job.request_ids,
             len(first.prompt_token_ids or ()),
-            lambda: self._in_background(self._publish(job)),
+            lambda route: self._go(job, route),
+            family.wish,
         )
 
-    async def _publish(self, job: PrefillJob) -> None:
+    def _go(self, job: PrefillJob, route: Route) -> None:
+        _ROUTES.labels(route).inc(len(job.request_ids))
+        for request_id in job.request_ids:
+            if entry := self._open.get(request_id):
+                entry.route = route
+                entry.record.published(route)
+                if not route.is_split:
+                    entry.stage_waited_for = STAGES[-1]
+        try:
+            jobs: Sequence[PrefillJob | DecodeJob] = (job,) if route.is_split else whole(job)
+        except InvalidRequest as exc:
+            self._in_background(self._give_up_all(job.request_ids, exc))
+            return
+        for one in jobs:
+            self._in_background(self._publish(one))
+
+    async def _publish(self, job: PrefillJob | DecodeJob) -> None:
         try:
             await self._send(job)
         except PdtasksError as exc:
@@ -360,7 +388,7 @@ class PipelineCore(EngineCoreClient):
             error = PdtasksError(f"the request was not published: {type(exc).__name__}")
             await self._give_up_all(job.request_ids, error)
 
-    async def _send(self, job: PrefillJob) -> None:
+    async def _send(self, job: PrefillJob | DecodeJob) -> None:
         """Returns when RabbitMQ has it, or nobody wants it. Raises PdtasksError."""
         entry = self._open.get(job.request_id)
         if entry is None:
@@ -370,7 +398,6 @@ class PipelineCore(EngineCoreClient):
             raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
         try:
             entry.sent = self._publisher.send(job, self._stream.name, entry.record.trace)
-            self._note_published(job.request_ids)
             async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
                 await asyncio.wrap_future(entry.sent)
             entry.record.confirmed()
@@ -384,11 +411,6 @@ class PipelineCore(EngineCoreClient):
         except TimeoutError:
             self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
             raise BrokerUnavailable("RabbitMQ did not confirm the request in time") from None
-
-    def _note_published(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            if entry := self._open.get(request_id):
-                entry.record.published()
 
     def _job_of(self, family: _Family, entry: _Open) -> PrefillJob:
         """Raises InvalidRequest."""
@@ -461,7 +483,7 @@ class PipelineCore(EngineCoreClient):
             self.reports.take(request_id, reports, said_by=reply.stage)
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
-                entry.stage_watch(reply.stage, reply.worker)
+                entry.stage_watch(reply.stage, reply.worker, entry.route)
         for request_id, ask in reply.asks.items():
             self._tell_progress(request_id, reply.stage, ask)
         for request_id, failure in reply.failures.items():
@@ -653,6 +675,8 @@ class PipelineCore(EngineCoreClient):
                     await self._drop(request_id, RequestTimeout("the request took too long"))
                     continue
                 stage = entry.stage_waited_for
+                if entry.record.state == "line" and self.workers.decode_does_all:
+                    continue
                 # A worker that was killed is restarted by its supervisor: give it time.
                 if self.workers.missing_s(stage) > self._settings.stage_grace_s:
                     await self._drop(request_id, NoWorker(f"no {stage} worker is alive"))

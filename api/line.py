@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from prometheus_client import Gauge
 
+from api.route import Route, Wish
 from api.service_class import ServiceClass
 
 #: Parts that the kinds get of what there is, while all of them ask.
@@ -37,6 +38,12 @@ _TOGETHER: Final = 0.25
 #: Prompts beyond the prefill workers' places, as a part of those: a place is taken again when the
 #: next prompt has come through API and RabbitMQ, about 10 ms and thus a fraction of a step.
 _BEYOND_PLACES: Final = 0.25
+#: Short prompts that each decode worker computes at once, in longest ones: their steps stay short
+#: for the answers that it writes meanwhile. Further ones take the way through both stages.
+_SHORT_PROMPTS: Final = 2
+#: The longest prompt for decode workers that have nothing to do, in longest short ones: the first
+#: answer that is handed to them meanwhile waits for it.
+_LONGEST_FOR_IDLE: Final = 8
 #: Part of the decode workers' places whose requests may be on their way to them; at least so many.
 _ON_THEIR_WAY: Final = 0.25
 _LEAST_ON_THEIR_WAY: Final = 8
@@ -60,7 +67,11 @@ class Room:
     prefill_workers: int = 1
     prefill_slots: int = 0  #: prompts that the prefill workers take at once; 0: not known
     step_tokens: int = 0  #: tokens that a prefill engine computes at once; 0: not known
+    decode_workers: int = 1
     decode_slots: int = 0  #: requests that the decode workers run at once; 0: not known
+    decode_active: int = 0  #: requests that they run, of all API processes
+    #: Tokens of prompts that are best computed by decode workers; 0: they compute none.
+    short_tokens: int = 0
 
     @property
     def together(self) -> int:
@@ -78,7 +89,8 @@ class _Waiting:
     flow: Flow
     request_ids: Sequence[str]
     tokens: int  #: of the prompt that they share
-    go: Callable[[], None]
+    go: Callable[[Route], None]
+    wish: Wish
     start: float  #: the turn: who has the least goes first
     number: int  #: among those with the same
 
@@ -101,7 +113,9 @@ class Line:
         self._numbers = itertools.count()
         # With the tokens of their prompts; none for those that find theirs computed.
         self._prefilling: dict[str, int] = {}
+        self._whole: dict[str, int] = {}  # the same of those at decode workers
         self._on_their_way: set[str] = set()  # between first token and second
+        self._answered: set[str] = set()  # of which decode workers write the answer
         self._not_interactive: set[str] = set()  # that went and have not ended
 
     def __len__(self) -> int:
@@ -109,18 +123,24 @@ class Line:
         return len(self._items)
 
     def enter(
-        self, flow: Flow, request_ids: Sequence[str], tokens: int, go: Callable[[], None]
+        self,
+        flow: Flow,
+        request_ids: Sequence[str],
+        tokens: int,
+        go: Callable[[Route], None],
+        wish: Wish = Wish.NONE,
     ) -> None:
-        """Call `go` when it is the turn of these requests: perhaps at once.
+        """Call `go` with their way when it is the turn of these requests: perhaps at once.
 
         Args:
             tokens: of the prompt that they share.
+            wish: their caller's, for their way.
         """
         state = self._flows.setdefault(flow, _FlowState())
         start = max(self._now, state.finish)
         cost = tokens + _ANSWER_COST * len(request_ids)
         state.finish = start + cost / _WEIGHTS[flow.kind]
-        one = _Waiting(flow, request_ids, tokens, go, start, next(self._numbers))
+        one = _Waiting(flow, request_ids, tokens, go, wish, start, next(self._numbers))
         state.waiting.append(one)
         for request_id in request_ids:
             self._items[request_id] = one
@@ -132,11 +152,15 @@ class Line:
         if self._prefilling.pop(request_id, None) is not None:
             self._on_their_way.add(request_id)
             self.move()
+        elif self._whole.pop(request_id, None) is not None:
+            self._answered.add(request_id)
+            self.move()
 
     def has_second_token(self, request_id: str) -> None:
         """A decode worker runs it."""
         if request_id in self._on_their_way:
             self._on_their_way.discard(request_id)
+            self._answered.add(request_id)
             self.move()
 
     def leave(self, request_id: str) -> None:
@@ -147,25 +171,28 @@ class Line:
             if not any(other in self._items for other in one.request_ids):
                 self._flows[one.flow].waiting.remove(one)
         self._prefilling.pop(request_id, None)
+        self._whole.pop(request_id, None)
         self._on_their_way.discard(request_id)
+        self._answered.discard(request_id)
         self._not_interactive.discard(request_id)
         self.move()
 
     def move(self) -> None:
         """Let go whoever's turn it is and for whom there is room."""
         room = self._room() if self._items else Room()
-        while (one := self._next(room)) is not None and self._has_room_for(one, room):
+        while (one := self._next(room)) is not None and (route := self._route(one, room)):
             self._flows[one.flow].waiting.popleft()
             self._now = one.start
             ids = [request_id for request_id in one.request_ids if request_id in self._items]
             for request_id in ids:
                 del self._items[request_id]
                 # The prompt is computed once for all of them.
-                self._prefilling[request_id] = one.tokens if request_id == ids[0] else 0
+                tokens = one.tokens if request_id == ids[0] else 0
+                (self._prefilling if route.is_split else self._whole)[request_id] = tokens
             if one.flow.kind is not ServiceClass.INTERACTIVE:
                 self._not_interactive.update(ids)
             _IN_LINE.labels(one.flow.kind).dec(len(ids))
-            one.go()
+            one.go(route)
         self._forget_flows()
 
     def _next(self, room: Room) -> _Waiting | None:
@@ -175,21 +202,39 @@ class Line:
             heads = [one for one in heads if one.flow.kind is ServiceClass.INTERACTIVE]
         return min(heads, key=lambda one: (one.start, one.number), default=None)
 
-    def _has_room_for(self, one: _Waiting, room: Room) -> bool:
-        workers = max(1, room.prefill_workers)
+    def _route(self, one: _Waiting, room: Room) -> Route | None:
+        """The way that it can take now; None: it waits."""
         on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
-        if len(self._on_their_way) >= on_their_way:
-            return False
-        # Each answer takes a place, also where its prompt is computed for another one.  What finds
-        # none waits in RabbitMQ, where nobody gives turns, however short it is.
-        places = (1 + _BEYOND_PLACES) * room.prefill_slots
-        if room.prefill_slots and len(self._prefilling) >= places:
-            return False
-        prompts = sum(1 for tokens in self._prefilling.values() if tokens)
-        if prompts < _LEAST_PROMPTS * workers:
-            return True
-        most = _STEPS * (room.step_tokens or _STEP_TOKENS) * workers
-        return sum(self._prefilling.values()) + one.tokens <= most
+        if len(self._on_their_way) + len(self._whole) >= on_their_way:
+            return None
+        if one.wish is not Wish.SPLIT and (why := self._why_whole(one, room)):
+            workers, slots = max(1, room.decode_workers), room.decode_slots
+            if why is Route.SHORT_PROMPT:
+                return why
+            return why if _have_room(one, self._whole, workers, slots, room.step_tokens) else None
+        workers, slots = max(1, room.prefill_workers), room.prefill_slots
+        if _have_room(one, self._prefilling, workers, slots, room.step_tokens):
+            return Route.SPLIT
+        if one.wish is not Wish.SPLIT and self._may_help(one, room):
+            return Route.PREFILL_BUSY
+        return None
+
+    def _why_whole(self, one: _Waiting, room: Room) -> Route | None:
+        """Why it should be left to a decode worker, also where prefill workers have room."""
+        short = room.short_tokens
+        if not short:
+            return None
+        if one.wish is Wish.WHOLE:
+            return Route.WISHED
+        most = _SHORT_PROMPTS * short * max(1, room.decode_workers)
+        if one.tokens <= short and sum(self._whole.values()) + one.tokens <= most:
+            return Route.SHORT_PROMPT
+        return None if room.prefill_workers else Route.NO_PREFILL
+
+    def _may_help(self, one: _Waiting, room: Room) -> bool:
+        """Have decode workers nothing to do, nor soon?"""
+        work = room.decode_active or self._answered or self._on_their_way or self._whole
+        return not work and one.tokens <= _LONGEST_FOR_IDLE * room.short_tokens
 
     def _forget_flows(self) -> None:
         """Those whose next turn would be as that of a new one."""
@@ -201,3 +246,18 @@ class Line:
 def _places_of_others(room: Room) -> float:
     """How many of those that nobody waits for may run."""
     return max(1.0, _NOT_INTERACTIVE * room.decode_slots) if room.decode_slots else math.inf
+
+
+def _have_room(
+    one: _Waiting, under_way: dict[str, int], workers: int, slots: int, step_tokens: int
+) -> bool:
+    """Would `one` be begun soon by these workers, with the prompts that they compute already?"""
+    # Each answer takes a place, also where its prompt is computed for another one.  What finds none
+    # waits in RabbitMQ, where nobody gives turns, however short it is.
+    if slots and len(under_way) >= (1 + _BEYOND_PLACES) * slots:
+        return False
+    prompts = sum(1 for tokens in under_way.values() if tokens)
+    if prompts < _LEAST_PROMPTS * workers:
+        return True
+    most = _STEPS * (step_tokens or _STEP_TOKENS) * workers
+    return sum(under_way.values()) + one.tokens <= most

@@ -117,6 +117,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
     from api.guard import Guard
     from api.metrics import Scrapes
     from api.tracing import STATE, Traces
+    from api.route import RouteWishes
     from pdtasks.keys import Key, Keys
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))
@@ -143,6 +144,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
             refuse=parameters.refusal,
         )
     )
+    app.user_middleware.append(Middleware(RouteWishes))
     app.user_middleware.append(Middleware(Visits))
     app.user_middleware.append(Middleware(Scrapes, state=app.state))
     # vLLM has built it already, without what came since.

@@ -14,9 +14,10 @@ from prometheus_client import Histogram
 from vllm.v1.engine import EngineCoreRequest
 
 from api.tracing import AskedSpan
+from api.route import Route
 from api.window import Recently
 from pdtasks.messages import StageReport
-from pdtasks.naming import PREFILL, STAGES
+from pdtasks.naming import DECODE, PREFILL, STAGES
 from pdtasks.overview import RequestView, Way
 from pdtasks.tracing import NO_TRACE
 
@@ -41,6 +42,7 @@ class Record:
         self.external_id = request.external_req_id or request.request_id
         self.owner = owner
         self.state = "line"
+        self.route: Route | None = None  #: None: it was not its turn yet
         self.ended_here = False  # and no report has come since
         self.by_stage: dict[str, StageReport] = {}
         self._span: AskedSpan | None = None
@@ -67,14 +69,20 @@ class Record:
         return self._ended_at > 0
 
     @property
+    def is_split(self) -> bool:
+        """Do two workers share it, as far as is known?"""
+        return self.route is None or self.route.is_split
+
+    @property
     def waits_since(self) -> float:
         """Monotonic seconds: since when it waits for what makes it go on."""
         return self._first_at or self._began
 
-    def published(self) -> None:
-        """It is on its way to prefill."""
+    def published(self, route: Route) -> None:
+        """It is on its way to prefill, or to the worker that does all of it."""
+        self.route = route
         if self.state == "line":
-            self.state = "prefill"
+            self.state = "prefill" if route.is_split else "decode"
             if self._span is not None:
                 self._span.publishing()
 
@@ -97,7 +105,7 @@ class Record:
         else:
             slot.ttft.add(now - self._began)
             self._first_at = now
-            self.state = "handover" if count == 1 else "decode"
+            self.state = "handover" if count == 1 and self.is_split else "decode"
         self._output_tokens += count
         self._last_at = now
 
@@ -137,6 +145,7 @@ class Record:
             id=self.external_id,
             key=self.owner,
             state=self.state,
+            route=self.route or "",
             submitted_at=self._submitted_at,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
@@ -148,14 +157,14 @@ class Record:
         )
 
     def _way(self, first: float, second: float, end: float) -> Way:
-        prefill = self.by_stage.get(PREFILL)
+        begun = self.by_stage.get(PREFILL if self.is_split else DECODE)
         # (hosts' clocks compared: it may be longer than the whole, or negative)
-        queue_s = min(max(prefill.queue_s if prefill else 0.0, 0.0), first - self._began)
+        queue_s = min(max(begun.queue_s if begun else 0.0, 0.0), first - self._began)
         return Way(
             queue_s=queue_s,
             prefill_s=first - self._began - queue_s,
-            handover_s=second - first,
-            decode_s=end - second,
+            handover_s=second - first if self.is_split else 0.0,
+            decode_s=end - (second if self.is_split else first),
         )
 
 

@@ -222,9 +222,9 @@ class _Run:
         if not await self._store.write(self._job, json.dumps(chunk), **fields):
             raise _Lost
 
-    def _note_stage(self, stage: str, worker: str) -> None:
+    def _note_stage(self, stage: str, worker: str, route: str) -> None:
         # Not waited for: it is called between the replies of all requests.
-        self._stages.append(StageStart(stage, worker, time.time()))
+        self._stages.append(StageStart(stage, worker, time.time(), route))
         writing = asyncio.create_task(self._write_stages())
         self._writes.add(writing)
         writing.add_done_callback(self._writes.discard)

@@ -162,7 +162,7 @@ def _flow(report: StageReport) -> Counter[str]:
         bytes_loaded=report.kv_bytes_loaded,
         blocks_recomputed=report.kv_blocks_recomputed,
     )
-    if report.stage == PREFILL:
+    if report.stage == PREFILL or report.is_whole:
         flow["prefix_blocks_loaded"] = report.kv_blocks_loaded
         flow["prompt_tokens"] = report.prompt_tokens
         flow["cached_tokens"] = report.cached_tokens

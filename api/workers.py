@@ -52,8 +52,11 @@ class Workers:
         await ask_to_drain(self._bus, worker)
 
     def require(self) -> None:
-        """Raises NoWorker when a stage has nobody who could begin it now."""
-        for stage in STAGES:
+        """Raises NoWorker when a stage has nobody who could begin it now.
+
+        Without prefill workers the decode workers may do all of it.
+        """
+        for stage in STAGES[-1:] if self.decode_does_all else STAGES:
             workers = self._of(stage)
             if any(worker.state == "ready" for worker in workers):
                 continue
@@ -76,9 +79,18 @@ class Workers:
             prefill_workers=len(prefill),
             # One of an older release, which does not say, leaves the sum unknown.
             prefill_slots=sum(w.slots for w in prefill) if all(w.slots for w in prefill) else 0,
-            step_tokens=min((w.step_tokens for w in prefill), default=0),
+            step_tokens=min((w.step_tokens for w in prefill or decode), default=0),
+            decode_workers=len(decode),
             decode_slots=sum(w.slots for w in decode),
+            decode_active=sum(w.active for w in decode),
+            # One of an older release computes no prompts, and any of them may take the job.
+            short_tokens=min((w.short_prompt_tokens for w in decode), default=0),
         )
+
+    @property
+    def decode_does_all(self) -> bool:
+        """Can requests be answered by decode workers alone?"""
+        return self.room().short_tokens > 0
 
     def missing_s(self, stage: str) -> float:
         """Seconds for which `stage` has had no worker in any state."""

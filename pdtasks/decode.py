@@ -1,4 +1,7 @@
-"""Stage 2: load the prompt's KV and write the rest of the answer.
+"""Stage 2: load the prompt's KV and write the rest of the answer; or all of it.
+
+A short prompt comes without a first token (`DecodeJob.is_whole`): to compute it here, between other
+answers' tokens, costs less than to hand it over.
 
 Tokens go to the asker from the engine's steps.  A worker that stops hands what it has begun to
 another one, tokens and all.  For a caller without a reply stream the finished
@@ -21,7 +24,7 @@ from vllm.v1.engine import EngineCoreOutput
 from pdtasks.app import app
 from pdtasks.broker.publishing import Publish
 from pdtasks.engine.generation import Verdict
-from pdtasks.engine.handover import make_decode
+from pdtasks.engine.handover import make_decode, make_whole
 from pdtasks.engine.wire import require_tokens
 from pdtasks.errors import PdtasksError, RequestAborted
 from pdtasks.kv.handle import KVHandle
@@ -94,6 +97,8 @@ class _Decode(Stage[DecodeJob]):
     ) -> None:
         super().__init__(here, job, reply_to, is_again=is_again, carried=carried)
         self._same_stage = same_stage
+        self._is_new = False  # its first token is made here
+        self._prompt_tokens = 0
 
     async def work(self) -> Answer | Left | None:
         """Returns the answer if somebody waits for it as a result."""
@@ -105,7 +110,7 @@ class _Decode(Stage[DecodeJob]):
             goes_on = True
             raise
         finally:
-            if not goes_on:
+            if not goes_on and not self.job.is_whole:
                 # Also when the request was aborted or has failed: nobody else will read it.
                 self.here.discard(self.job.request_id)
         return outcome
@@ -119,7 +124,12 @@ class _Decode(Stage[DecodeJob]):
             self.detokeniser.update(list(job.output_token_ids), False)
         tokens = await self._tokens()
         require_tokens(tokens, self.here.engine.config.model_config)
-        make_decode(request, self.engine_id, tokens=list(tokens), handle=job.handle)
+        self._is_new = job.is_whole and not tokens
+        self._prompt_tokens = len(request.prompt_token_ids or ())
+        if job.is_whole:
+            make_whole(request, self.engine_id, tokens=list(tokens))
+        else:
+            make_decode(request, self.engine_id, tokens=list(tokens), handle=job.handle)
         generation = self.new_generation(request, position=len(tokens))
         try:
             await self.generate()
@@ -133,7 +143,7 @@ class _Decode(Stage[DecodeJob]):
             self.here.engine.forget(generation)
         return self.make_answer(
             before=tokens,
-            prompt_tokens=job.prefill.prompt_tokens,
+            prompt_tokens=self._prompt_tokens,
             first_token_at=job.first_token_at,
         )
 
@@ -169,17 +179,26 @@ class _Decode(Stage[DecodeJob]):
         return result.name.lower() if isinstance(result, Left) else "done"
 
     def judge(self, output: EngineCoreOutput) -> Verdict:
-        # The asker has them from prefill, by that engine's clock.
-        output.events = None
-        output.prefill_stats = None
+        if not self._is_new:
+            # The asker has them from the engine that made the first token, by its clock.
+            output.events = None
+            output.prefill_stats = None
         return super().judge(output)
 
     def reports(self) -> tuple[StageReport, ...]:
+        if self.job.prefill is None:
+            report = self.make_report(
+                since=self.job.submitted_at,
+                prompt_tokens=self._prompt_tokens,
+                is_whole=True,
+                **self.prefix_figures(),
+            )
+            return (report,)
         records = self.generation.transfers.get("load", [])
         loaded, recomputed = self._blocks(records)
         report = self.make_report(
             since=self.job.prefilled_at,
-            prompt_tokens=self.job.prefill.prompt_tokens,
+            prompt_tokens=self._prompt_tokens,
             kv_blocks_loaded=loaded,
             kv_bytes_loaded=sum(r["bytes"] for r in records),
             kv_blocks_recomputed=recomputed,
@@ -190,7 +209,7 @@ class _Decode(Stage[DecodeJob]):
     def _blocks(self, records: list[dict[str, Any]]) -> tuple[int, int]:
         """Blocks of the prompt that were loaded, and that had to be computed again."""
         block_size = self.here.engine.config.cache_config.block_size
-        in_prompt = -(-self.job.prefill.prompt_tokens // block_size)
+        in_prompt = -(-self._prompt_tokens // block_size)
         if self.job.handle is not None:
             in_prompt = KVHandle.from_wire(self.job.handle).num_blocks
         if records and not any(r["missing"] for r in records):

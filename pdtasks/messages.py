@@ -68,6 +68,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_loaded: Count = 0
     kv_blocks_recomputed: Count = 0  #: to be loaded, but lost, damaged or foreign
     kv_seconds: Number = 0.0  #: the hand-over's part, overlapping with compute
+    is_whole: bool = False  #: it was all there was: one worker computed prompt and answer
 
 
 class Sibling(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +98,10 @@ class PrefillJob(Message, frozen=True, kw_only=True):
 
 
 class DecodeJob(Message, frozen=True, kw_only=True):
-    """A request on its way to stage 2, with the tokens so far and the place of its KV."""
+    """A request on its way to stage 2, with the tokens so far and the place of its KV.
+
+    Or on its only way: a worker of stage 2 computes prompt and answer (`is_whole`).
+    """
 
     request_id: Name
     engine: Name
@@ -105,7 +109,7 @@ class DecodeJob(Message, frozen=True, kw_only=True):
     request: bytes  #: vLLM's EngineCoreRequest as the client meant it
     output_token_ids: tuple[Count, ...]
     handle: dict[str, Any] | None  #: `pdtasks.kv.handle.KVHandle`; None: recompute
-    prefill: StageReport
+    prefill: StageReport | None  #: None: there was no stage before
     detokenise: bool  #: the caller wants text in the result
     submitted_at: UnixTime
     prefilled_at: UnixTime
@@ -113,6 +117,16 @@ class DecodeJob(Message, frozen=True, kw_only=True):
     deadline: UnixTime
     tells_start: bool = False
     handed_on: Count = 0  #: times that a worker of this stage has begun it and left it to another
+
+    @property
+    def is_whole(self) -> bool:
+        """Is it computed from its prompt on?"""
+        return self.prefill is None
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.request_id,)
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -222,6 +236,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     model: str = ""
     max_model_len: Count = 0
     step_tokens: Count = 0  #: most that its engine computes at once
+    #: Tokens of prompts that are best computed where they are answered: here.  0: it computes none.
+    short_prompt_tokens: Count = 0
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
     device: Name = ""  #: what its engine computes on, for people: "cpu", "cuda:0,1"

@@ -64,9 +64,9 @@ class InFlight(Part, frozen=True, kw_only=True):
     """How many requests of this API process are where."""
 
     in_line: int = 0  #: not published yet: it is not their turn
-    prefill: int = 0  #: published, without a token
+    prefill: int = 0  #: published to prefill, without a token
     handover: int = 0  #: with one token: on their way to decode
-    decode: int = 0  #: with more
+    decode: int = 0  #: with more, or all theirs
 
 
 class Quantiles(Part, frozen=True, kw_only=True):
@@ -136,6 +136,9 @@ class RequestView(Part, frozen=True, kw_only=True):
     #: ``"line"``, ``"prefill"``, ``"handover"``, ``"decode"``, ``"done"``, ``"stopped"`` (a stop
     #: string, or its caller hung up), or the code of an error
     state: str
+    #: ``"split"``: prefill, then decode.  Else a decode worker does all of it, and this is why:
+    #: ``"short_prompt"``, ``"no_prefill_worker"``, ``"prefill_busy"``.  Empty: not decided yet.
+    route: str = ""
     submitted_at: float  #: UNIX seconds
     prompt_tokens: int
     output_tokens: int

@@ -166,6 +166,16 @@ def _first_stage(
     )
 
 
+def _only_stage(job: DecodeJob, reply_to: str | None, trace: Mapping[str, str]) -> Publish:
+    return same_stage(
+        job,
+        task_id=job.request_id,
+        reply_to=reply_to,
+        ignore_result=reply_to is not None,
+        trace=trace,
+    )
+
+
 def next_stage(
     job: DecodeJob,
     chain: Sequence[dict[str, Any]],
@@ -236,9 +246,12 @@ class Publisher:
         self._sender = ConfirmedSender(app, background or Background())
 
     def send(
-        self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str] = NO_TRACE
+        self,
+        job: PrefillJob | DecodeJob,
+        reply_to: str | None,
+        trace: Mapping[str, str] = NO_TRACE,
     ) -> Future[None]:
-        """Have `job` sent to stage 1, stage 2 chained to it.
+        """Have `job` sent to stage 1, stage 2 chained to it; or to stage 2 if it is for that alone.
 
         Args:
             reply_to: the reply stream that gets the tokens; None when the result is waited for.
@@ -247,7 +260,11 @@ class Publisher:
         The future raises QueueFull when RabbitMQ refuses it, BrokerUnavailable when it does not
         confirm it within `CONFIRM_TIMEOUT_S`.
         """
-        return self._sender.send(_first_stage(job, reply_to, trace), within_s=CONFIRM_TIMEOUT_S)
+        if isinstance(job, DecodeJob):
+            publish = _only_stage(job, reply_to, trace)
+        else:
+            publish = _first_stage(job, reply_to, trace)
+        return self._sender.send(publish, within_s=CONFIRM_TIMEOUT_S)
 
     def publish(
         self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str] = NO_TRACE

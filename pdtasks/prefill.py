@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from pdtasks.app import app
@@ -23,7 +22,7 @@ from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.generation import Generation, Verdict
 from pdtasks.engine.handover import make_prefill, may_go_on
 from pdtasks.engine.text import TextFrontend
-from pdtasks.engine.wire import encode_request, sibling_of
+from pdtasks.engine.wire import encode_request
 from pdtasks.errors import EngineFailed, InvalidRequest, PdtasksError, RequestAborted, where
 from pdtasks.kv import params
 from pdtasks.kv.handle import KVHandle
@@ -31,8 +30,9 @@ from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_me
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
 from pdtasks.tracing import Carried
+from pdtasks.siblings import apart
 from pdtasks.worker import counting, service
-from pdtasks.worker.stage import Stage, why_missing
+from pdtasks.worker.stage import Stage
 from pdtasks.worker.task import StageTask
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ async def _run_family(job: PrefillJob, begin: Callable[[PrefillJob], _Prefill]) 
     The engine computes their prompt once, for it finds the first one's blocks in its cache, and
     draws a first token for each.
     """
-    stages = [begin(one) for one in _apart(job)]
+    stages = [begin(one) for one in apart(job)]
     ends = await asyncio.gather(*(stage.run() for stage in stages), return_exceptions=True)
     for stage, error in zip(stages, ends, strict=True):
         if isinstance(error, PdtasksError):
@@ -91,17 +91,6 @@ async def _run_family(job: PrefillJob, begin: Callable[[PrefillJob], _Prefill]) 
             stage.fail(EngineFailed(f"the stage failed: {type(error).__name__}"))
     # Acknowledged is only what the askers can read.
     await stages[0].here.replies_taken()
-
-
-def _apart(job: PrefillJob) -> list[PrefillJob]:
-    """A job for each answer. On the engine's loop, as all that reads requests."""
-    if job.request is None:
-        raise InvalidRequest("only a request that is tokenised has siblings")
-    found = [msgspec.structs.replace(job, siblings=())]
-    for one in job.siblings:
-        wire = sibling_of(job.request, one.request_id, one.seed)
-        found.append(msgspec.structs.replace(found[0], request_id=one.request_id, request=wire))
-    return found
 
 
 class _Prefill(Stage[PrefillJob]):
@@ -259,12 +248,6 @@ class _Prefill(Stage[PrefillJob]):
     def _report(self) -> StageReport:
         generation = self.generation
         records = generation.transfers.get("save", [])
-        # A prefix that earlier prompts have left in the store.
-        loaded = generation.transfers.get("load", [])
-        prefix_blocks = min((r["blocks"] + r["missing"] for r in loaded), default=0)
-        lost = any(r["missing"] for r in loaded)
-        if lost:
-            self.why_recomputed = why_missing(loaded)
         return self.make_report(
             since=self.job.submitted_at,
             prompt_tokens=len(generation.request.prompt_token_ids or ()),
@@ -273,8 +256,6 @@ class _Prefill(Stage[PrefillJob]):
                 min(r["blocks"] for r in records) if records else self._num_promised()
             ),
             kv_bytes_written=sum(r["bytes"] for r in records),
-            kv_blocks_loaded=0 if lost else prefix_blocks,
-            kv_bytes_loaded=sum(r["bytes"] for r in loaded),
-            kv_blocks_recomputed=prefix_blocks if lost else 0,
             kv_seconds=max((r["seconds"] for r in records), default=0.0),
+            **self.prefix_figures(),
         )

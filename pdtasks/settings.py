@@ -14,7 +14,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -29,6 +29,9 @@ from pdtasks.errors import ConfigurationError
 from pdtasks.naming import EMBEDDED_MODEL
 from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.tls import celery_backend_url
+
+#: Default of `short_prompt_tokens`, by device: docs/performance.md, "Short prompts".
+SHORT_PROMPT_TOKENS: Final = {"cpu": 64, "cuda": 256}
 
 
 def _default_home() -> Path:
@@ -106,6 +109,9 @@ class Settings(BaseSettings):
     #: MiB of GPU memory of each engine rank for the newest of it, which engines of the same host
     #: copy from GPU to GPU; at most a quarter of what is free. 0: through host memory alone.
     kv_device_ring_mib: int | None = Field(default=None, ge=0)  #: None: 2048
+    #: Tokens up to which a prompt is computed by the decode worker that answers it: to hand it over
+    #: would take longer.  0: decode workers compute no prompts, also where no prefill worker is.
+    short_prompt_tokens: int | None = Field(default=None, ge=0)  #: None: 64; on CUDA 256
     result_ttl_s: int = Field(default=3600, gt=0)  #: seconds a result can be fetched
     job_concurrency: int = Field(default=64, gt=0)  #: jobs that one API process runs at once
     #: Lines of batches that one API process runs at once: each shares the engines' steps with
@@ -147,6 +153,13 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).name if self.model else EMBEDDED_MODEL
+
+    @property
+    def short_prompts_up_to(self) -> int:
+        """`short_prompt_tokens`, or what was measured to be right for the device."""
+        if self.short_prompt_tokens is not None:
+            return self.short_prompt_tokens
+        return SHORT_PROMPT_TOKENS[self.device]
 
     @property
     def keys_file(self) -> Path:

@@ -331,6 +331,15 @@ function facts(pairs) {
   return el("dl", { className: "facts" }, ...pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
+// One worker, where it is not both stages.
+const WAYS = {
+  split: "prefill, then decode",
+  short_prompt: "one worker: a short prompt",
+  no_prefill_worker: "one worker: no prefill worker",
+  prefill_busy: "one worker: prefill was busy",
+  wished: "one worker, as wished",
+};
+
 export function reportOf(found) {
   return found.times.flatMap((times, index) => {
     const stages = found.sequences[index];
@@ -343,6 +352,7 @@ export function reportOf(found) {
     return [
       facts([
         ["state", NAMES[times.state] ?? times.state],
+        ["way", WAYS[times.route] ?? (times.route || NOTHING)],
         ["first token", duration(times.first_s)],
         ["gap", times.second_s === null ? NOTHING : duration(times.second_s - times.first_s)],
         ["total", duration(times.seconds)],

@@ -58,7 +58,7 @@ _LISTED: Final = (
 _ENDS: Final = {State.SUCCEEDED, State.FAILED, State.CANCELLED}
 #: What may follow.  A run that was lost begins again, and an answer may end in any stage.
 NEXT: Final[Mapping[State, set[State]]] = {
-    State.QUEUED: {State.PREFILL, *_ENDS},
+    State.QUEUED: {State.PREFILL, State.DECODE, *_ENDS},
     State.PREFILL: {State.PREFILL, State.DECODE, *_ENDS},
     State.DECODE: {State.PREFILL, State.DECODE, *_ENDS},
     State.SUCCEEDED: set(),
@@ -82,6 +82,7 @@ class StageStart:
     stage: str
     worker: str
     at: UnixTime
+    route: str = ""  #: the request's, see `pdtasks.overview.RequestView`
 
 
 @dataclass(frozen=True)

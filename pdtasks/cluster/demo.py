@@ -70,6 +70,8 @@ def run_demo(prompt: str, console: Console) -> int:
             api_host="127.0.0.1",
             api_port=0,
             flower_port=0,
+            # The hand-over is what there is to see; so short a prompt would go without.
+            short_prompt_tokens=0,
         )
         with StackLock(home), StopSignals() as signals:
             supervisor = Supervisor(settings, Size(flower=False), console, signals)

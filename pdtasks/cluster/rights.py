@@ -88,7 +88,9 @@ _DEAD: Final = re.escape(naming.DEAD_QUEUE)  # queue and exchange
 _KEEP: Final = re.escape(naming.KEEP_EXCHANGE)
 _KEPT: Final = re.escape(naming.KEPT_QUEUE)
 
-_API_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=(naming.PREFILL,))
+#: What a caller in Python may: its prompts are tokenised by a prefill worker.
+_CLIENT_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=(naming.PREFILL,))
+_API_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=naming.STAGES)
 _WORKER_ON_BROKER: Final = BrokerRights(
     configure=(
         *(_STAGES, _EXCHANGE, _DEAD, _KEEP, _KEPT),
@@ -116,7 +118,7 @@ BROKER_RIGHTS: Final[dict[User, BrokerRights]] = {
     User.API: _API_ON_BROKER,
     User.WORKER: _WORKER_ON_BROKER,
     User.FLOWER: _FLOWER_ON_BROKER,
-    User.CLIENT: _API_ON_BROKER,
+    User.CLIENT: _CLIENT_ON_BROKER,
     User.ALL: BrokerRights(**(vars(_ALL_ON_BROKER) | {"tag": "monitoring"})),
 }
 

@@ -38,6 +38,23 @@ def make_decode(
     params.extra_args = _with_transfer(params.extra_args, kv_params.load(handle, tokens))
 
 
+def make_whole(request: EngineCoreRequest, engine_id: str, tokens: list[int]) -> None:
+    """Turn `request` into one that an engine computes from its prompt on.
+
+    Args:
+        tokens: of the answer, those that an attempt has made that was lost.
+    """
+    params = request.sampling_params
+    assert params is not None
+    _rename(request, engine_id)
+    if tokens:
+        # They came with the first token.
+        params.prompt_logprobs = None
+        params.skip_reading_prefix_cache = False
+    _leave_text_to_the_asker(params)
+    params.extra_args = _with_transfer(params.extra_args, kv_params.resume(tokens))
+
+
 def may_go_on(request: EngineCoreRequest, max_model_len: int) -> bool:
     """Does `request`, as the client meant it, allow a second token?
 

@@ -126,7 +126,10 @@ class BlockLookup:
         if wire := wants.get("load"):
             self._take_handle(request, wire)
         elif "load" not in wants:
-            self._saving[request.request_id] = _Saving(request, wants.get("save"))
+            name, tokens = wants.get("save"), request.num_prompt_tokens
+            # Nobody would load a prefix that is shorter; a prompt that it begins saves it as well.
+            if name is not None or self._worth_it(tokens - tokens % self._block_size):
+                self._saving[request.request_id] = _Saving(request, name)
             self._look_for_prefix(request)
 
     def _drop_nonsense(self, request: Request) -> None:

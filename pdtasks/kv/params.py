@@ -4,6 +4,7 @@ Both travel in vLLM's `kv_transfer_params`, under a key of our own::
 
     {"pdtasks": {"save": <transfer id>}}                       compute and write the prompt's KV
     {"pdtasks": {"load": <handle>, "resume": [token, …]}}      read it, go on after these tokens
+    {"pdtasks": {"resume": [token, …]}}                        compute it here, go on after these
     {"pdtasks": {"handle": <handle>}}                          at the end of a saved request
 """
 
@@ -25,6 +26,11 @@ def save(transfer_id: str) -> Params:
 def load(handle: dict[str, Any] | None, tokens: list[int]) -> Params:
     """For the engine that goes on after `tokens`; without a handle it recomputes the prompt."""
     return {_KEY: {"load": handle, "resume": tokens}}
+
+
+def resume(tokens: list[int]) -> Params:
+    """For the engine that computes a prompt and answers it, after `tokens` that are there."""
+    return {_KEY: {"resume": tokens}}
 
 
 def saved(handle: dict[str, Any]) -> Params:

@@ -205,6 +205,8 @@ def _told(report: RequestReport) -> str:
     stages, times = report.sequences[0], report.times[0]
     prefill, decode = stages.get(PREFILL), stages.get(DECODE)
     who = " → ".join(stage.worker.partition("@")[0] for stage in (prefill, decode) if stage)
+    if times.route not in ("", "split"):
+        who += f" alone ({times.route.replace('_', ' ')})"
     gap = None
     if times.first_s is not None and times.second_s is not None:
         gap = times.second_s - times.first_s

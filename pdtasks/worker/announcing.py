@@ -21,6 +21,7 @@ from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
 from pdtasks.messages import EngineTotals, StoreFigures, WorkerStatus
+from pdtasks.naming import DECODE
 from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
 from pdtasks.worker import counting
@@ -173,6 +174,7 @@ class Presence:
             model=self._settings.model_name,
             max_model_len=figures.max_model_len,
             step_tokens=figures.step_tokens,
+            short_prompt_tokens=self._settings.short_prompts_up_to if self._role == DECODE else 0,
             engine=ENGINE_VERSION,
             since=self._since,
             device=_device(self._settings),

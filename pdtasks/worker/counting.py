@@ -90,7 +90,7 @@ def ended(stage: str, outcome: str, report: StageReport | None, why_recomputed: 
         _RECOMPUTED.labels(stage, why_recomputed).inc(report.kv_blocks_recomputed)
     if stage == PREFILL and report.kv_blocks_written:
         _HAND_OVER.labels("save").observe(report.kv_seconds)
-    if stage == DECODE:
+    if stage == DECODE and not report.is_whole:
         _HAND_OVER.labels("queue").observe(report.queue_s)
         if report.kv_blocks_loaded:
             _HAND_OVER.labels("load").observe(report.kv_seconds)

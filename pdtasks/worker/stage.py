@@ -201,6 +201,19 @@ class Stage(ABC, Generic[J]):
         """What was done for a request that the asker ended: at a stop string, perhaps."""
         self.here.answers.report(self.reply_to, self.job.request_id, self.reports())
 
+    def prefix_figures(self) -> dict[str, Any]:
+        """A report's figures of a prefix that earlier prompts have left in the store."""
+        loaded = self.generation.transfers.get("load", [])
+        blocks = min((r["blocks"] + r["missing"] for r in loaded), default=0)
+        lost = any(r["missing"] for r in loaded)
+        if lost:
+            self.why_recomputed = why_missing(loaded)
+        return {
+            "kv_blocks_loaded": 0 if lost else blocks,
+            "kv_bytes_loaded": sum(r["bytes"] for r in loaded),
+            "kv_blocks_recomputed": blocks if lost else 0,
+        }
+
     def make_report(self, *, since: float, prompt_tokens: int, **kv: Any) -> StageReport:
         """This stage's report. `since`: UNIX seconds when it could have begun."""
         return StageReport(

@@ -207,7 +207,9 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
     api_port, flower_port = free_pair(), free_ports(1)[0]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
     # A small cache: touching it for the first time is a part of each engine's start.
-    env |= {"PDTASKS_HOME": str(home), "PDTASKS_CPU_KV_CACHE_GIB": "1"} | dict(changes or {})
+    env |= {"PDTASKS_HOME": str(home), "PDTASKS_CPU_KV_CACHE_GIB": "1"}
+    # Prompts of tests are short; nearly all tests are about the way through both stages.
+    env |= {"PDTASKS_SHORT_PROMPT_TOKENS": "1"} | dict(changes or {})
     log = (home / "up.txt").open("w")
     up = subprocess.Popen(
         [

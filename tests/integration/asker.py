@@ -19,6 +19,7 @@ from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import encode_request
 from pdtasks.messages import Failure, PrefillJob, Sibling, StepReply, read_message
 from pdtasks.pipeline import Publisher
+from pdtasks.siblings import whole
 
 
 def engine_request(
@@ -57,6 +58,11 @@ class Asker:
     ) -> Future[None]:
         """`ask`, without waiting."""
         return self._publisher.send(self._job(request_id, timeout_s, request), self.stream)
+
+    def ask_whole(self, request_id: str = "r", *, timeout_s: float = 60.0, **request: Any) -> None:
+        """`ask`, of workers that compute prompts and answer them."""
+        for job in whole(self._job(request_id, timeout_s, request)):
+            self._publisher.send(job, self.stream).result(10)
 
     @staticmethod
     def _job(request_id: str, timeout_s: float, request: dict[str, Any]) -> PrefillJob:

@@ -84,6 +84,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             "PDTASKS_DEVICE": "cpu",
             "PDTASKS_DELIVERY_LIMIT": str(DELIVERY_LIMIT),
             "PDTASKS_WORKER_TTL_S": "3",
+            # Else all that is asked here would be short enough to be answered by one worker.
+            "PDTASKS_SHORT_PROMPT_TOKENS": "0",
         }
         worker = {
             "PDTASKS_BROKER_URL": rabbit.url_for(User.WORKER),

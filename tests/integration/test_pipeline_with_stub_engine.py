@@ -54,6 +54,7 @@ def test_prefill_publishes_the_first_token_itself_and_hands_over_the_rest(
     job = read_message(DecodeJob, wire)
     assert job.output_token_ids == (100,)
     assert job.handle is not None
+    assert job.prefill is not None
     assert job.prefill.worker == "prefill1@test"
     assert decode_request(job.request) == engine_request("r", max_tokens=4, seed=7)
 

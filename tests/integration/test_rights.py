@@ -212,7 +212,7 @@ ASKERS: list[Callable[[Any], object]] = [
     publish("pdtasks.dead", ""),
 ]
 FORBIDDEN: dict[User, list[Callable[[Any], object]]] = {
-    User.API: [*ASKERS, publish(EXCHANGE, "decode"), publish("celeryev", "task.multi")],
+    User.API: [*ASKERS, publish("", "decode"), publish("celeryev", "task.multi")],
     User.CLIENT: [*ASKERS, publish(EXCHANGE, "decode")],
     User.FLOWER: [*ASKERS, publish(EXCHANGE, "prefill"), publish(EXCHANGE, "decode")],
     User.WORKER: [

@@ -19,7 +19,7 @@ from pdtasks.errors import (
     BrokerUnavailable,
     PdtasksError,
 )
-from pdtasks.messages import PrefillJob, StepReply, WorkerStatus
+from pdtasks.messages import DecodeJob, PrefillJob, StepReply, WorkerStatus
 from pdtasks.settings import Settings
 from tests.unit.factories import a_reply, a_request
 from tests.waiting import until
@@ -42,8 +42,8 @@ class StubBroker:
     """Stands for both of the API's connections to RabbitMQ and remembers what was said."""
 
     def __init__(self) -> None:
-        self.published: list[PrefillJob] = []
         self.traces: list[Mapping[str, str]] = []
+        self.published: list[Any] = []  # PrefillJobs and DecodeJobs
         self.aborted: list[str] = []
         self.unsent: list[Future[None]] = []
         self.away = False
@@ -52,7 +52,9 @@ class StubBroker:
         self.may_close.set()
         self.num_closed = 0
 
-    def send(self, job: PrefillJob, reply_to: str | None, trace: Mapping[str, str]) -> Future[None]:
+    def send(
+        self, job: PrefillJob | DecodeJob, reply_to: str | None, trace: Mapping[str, str]
+    ) -> Future[None]:
         self.traces.append(trace)
         sent: Future[None] = Future()
         if self.hangs:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from copy import copy
 
+import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
@@ -21,6 +22,7 @@ from pdtasks.errors import (
     TooManyRequests,
 )
 from pdtasks.keys import asking_for
+from pdtasks.messages import DecodeJob, WorkerStatus
 from tests.unit.api.core_bench import (
     READY,
     Bench,
@@ -292,7 +294,7 @@ def test_a_job_is_not_refused_because_others_wait() -> None:
     async def test(bench: Bench) -> None:
         await bench.ask("a")
 
-        with core.stage_watcher(lambda _stage, _worker: None):
+        with core.stage_watcher(lambda *_: None):
             bench.core.require_room(1)
 
     with_bench(test, leaves=("a",), max_waiting=1)
@@ -307,3 +309,97 @@ def test_without_workers_nobody_is_told_to_come_again_soon() -> None:
             bench.core.require_room(1)
 
     with_bench(test, leaves=("a",), max_waiting=1)
+
+
+# -- which way -------------------------------------------------------------------------------------
+
+
+def whole_workers(*, prefill: bool = True) -> list[WorkerStatus]:
+    """Ready ones, whose decode worker computes prompts of up to 10 tokens."""
+    decode = msgspec.structs.replace(READY[1], short_prompt_tokens=10)
+    return [READY[0], decode] if prefill else [decode]
+
+
+def test_a_short_prompt_is_published_for_the_decode_worker_alone() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = whole_workers()
+        await bench.ask("r")
+
+        (job,) = bench.broker.published
+        assert isinstance(job, DecodeJob)
+        assert job.is_whole
+        assert (job.output_token_ids, job.handle) == ((), None)
+        assert decode_request(job.request) == a_request("r")
+
+        # Its answer comes from there, from the first token on
+        await bench.take((0, an_output([7])), (1, an_output([8], finish_reason=FinishReason.STOP)))
+        assert bench.answer() == [("r", [7], None), ("r", [8], FinishReason.STOP)]
+        assert not bench.failed
+
+    with_bench(test)
+
+
+def test_answers_to_one_short_prompt_are_jobs_of_their_own() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = whole_workers()
+        first = a_request("0_r")
+        for n in range(3):
+            one = copy(first)
+            one.sampling_params = SamplingParams(max_tokens=20, seed=n)
+            one.request_id = f"{n}_r"
+            await bench.core.add_request_async(one)
+        await bench.published()
+
+        jobs = {
+            job.request_id: decode_request(job.request or b"") for job in bench.broker.published
+        }
+        assert {name: job.sampling_params.seed for name, job in jobs.items()} == {  # type: ignore[union-attr]
+            "0_r": 0,
+            "1_r": 1,
+            "2_r": 2,
+        }
+
+    with_bench(test, leaves=("0_r", "1_r", "2_r"))
+
+
+def test_without_prefill_workers_requests_are_taken_and_answered_by_decode_workers() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = whole_workers(prefill=False)
+        bench.core.require_room(1)
+        request = a_request("r", prompt=list(range(100)))
+        await bench.core.add_request_async(request)
+        await bench.published()
+
+        (job,) = bench.broker.published
+        assert isinstance(job, DecodeJob)
+        (record,) = bench.core.records()
+        assert record.route == "no_prefill_worker"
+
+    with_bench(test, leaves=("r",))
+
+
+def test_one_that_waits_for_its_turn_is_not_given_up_for_a_stage_that_it_does_not_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(bench: Bench) -> None:
+        # Given decode workers alone, which have room for two long prompts
+        known = whole_workers(prefill=False)
+        presence(monkeypatch, lambda: known)
+        bench.core.workers.known = known
+        for n in range(3):
+            await bench.core.add_request_async(a_request(f"r{n}", prompt=list(range(3000))))
+        await bench.published()
+        assert len(bench.broker.published) == 2
+
+        looks = 0
+
+        def several_looks() -> bool:
+            nonlocal looks
+            looks += 1
+            return looks > 20
+
+        await watch_until(bench, several_looks)
+        assert not bench.failed
+
+    monkeypatch.setattr(core, "_WATCH_S", 0.005)
+    with_bench(test, leaves=("r0", "r1", "r2"), stage_grace_s=0.001)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from api.line import Flow, Line, Room
+from api.route import Route, Wish
 from api.service_class import ServiceClass
 
 INTERACTIVE, JOB, BATCH = ServiceClass
@@ -20,6 +21,7 @@ class Traffic:
         self.room = Room(**{"prefill_workers": 1, "step_tokens": 100, "decode_slots": 40} | room)
         self.line = Line(lambda: self.room)
         self.gone: list[str] = []
+        self.routes: dict[str, Route] = {}
 
     def enter(
         self,
@@ -27,9 +29,15 @@ class Traffic:
         kind: ServiceClass = INTERACTIVE,
         owner: str = "",
         tokens: int = 100,
+        wish: Wish = Wish.NONE,
     ) -> None:
         """One prompt, with an answer for each of `names`."""
-        self.line.enter(Flow(kind, owner), names, tokens, lambda: self.gone.extend(names))
+
+        def go(route: Route) -> None:
+            self.gone.extend(names)
+            self.routes.update(dict.fromkeys(names, route))
+
+        self.line.enter(Flow(kind, owner), names, tokens, go, wish)
 
     def end(self, name: str) -> None:
         """It has all its tokens."""
@@ -214,3 +222,113 @@ def test_answers_to_one_prompt_go_together() -> None:
     # Their prompt is computed when the first of them has its token
     traffic.line.has_first_token("a0")
     assert traffic.gone[-1] == "c"
+
+
+# -- which way -------------------------------------------------------------------------------------
+
+SPLIT, SHORT, NO_PREFILL, BUSY, WISHED = Route
+
+
+def test_a_short_prompt_goes_to_the_worker_that_answers_it() -> None:
+    traffic = Traffic(short_tokens=64)
+
+    traffic.enter("at most", tokens=64)
+    traffic.enter("more", tokens=65)
+
+    assert traffic.routes == {"at most": SHORT, "more": SPLIT}
+
+
+def test_nothing_is_short_where_decode_workers_compute_no_prompts() -> None:
+    traffic = Traffic(short_tokens=0)
+
+    traffic.enter("a", tokens=1)
+
+    assert traffic.routes == {"a": SPLIT}
+
+
+def test_decode_workers_compute_few_short_prompts_at_once_and_the_rest_is_prefilled() -> None:
+    traffic = Traffic(short_tokens=50, decode_workers=2, step_tokens=1000)
+    for n in range(5):
+        traffic.enter(f"r{n}", tokens=50)
+    assert list(traffic.routes.values()) == [SHORT] * 4 + [SPLIT]
+
+    # One that has its first token makes room, and one that nobody wants any more
+    traffic.line.has_first_token("r0")
+    traffic.line.leave("r1")
+    for name in ("a", "b", "c"):
+        traffic.enter(name, tokens=50)
+    assert [traffic.routes[name] for name in ("a", "b", "c")] == [SHORT, SHORT, SPLIT]
+
+
+def test_without_prefill_workers_decode_workers_do_all_of_it_as_far_as_they_have_room() -> None:
+    traffic = Traffic(prefill_workers=0, short_tokens=50)
+    for n in range(3):
+        traffic.enter(f"r{n}", tokens=100)
+    assert traffic.routes == {"r0": NO_PREFILL, "r1": NO_PREFILL}
+
+    traffic.line.has_first_token("r0")
+    assert traffic.routes["r2"] == NO_PREFILL
+
+
+def test_without_prefill_workers_and_without_decode_workers_that_do_all_it_goes_to_the_queue() -> (
+    None
+):
+    # Its worker is restarted just now
+    traffic = Traffic(prefill_workers=0, short_tokens=0)
+
+    traffic.enter("a")
+
+    assert traffic.routes == {"a": SPLIT}
+
+
+def test_decode_workers_that_have_nothing_to_do_help_prefill_workers_that_are_busy() -> None:
+    traffic = Traffic(short_tokens=50)
+    for name in ("a", "b", "c", "d"):
+        traffic.enter(name)
+
+    # One: then they have something to do
+    assert traffic.routes == {"a": SPLIT, "b": SPLIT, "c": BUSY}
+    traffic.line.has_first_token("c")
+    assert "d" not in traffic.routes
+    traffic.line.leave("c")
+    assert traffic.routes["d"] == BUSY
+
+
+@pytest.mark.parametrize(
+    ("tokens", "active"), [(401, 0), (100, 1)], ids=["the prompt is long", "they work for others"]
+)
+def test_they_do_not_help_where_answers_would_have_to_wait(tokens: int, active: int) -> None:
+    traffic = Traffic(short_tokens=50, decode_active=active)
+    traffic.enter("a")
+    traffic.enter("b")
+
+    traffic.enter("c", tokens=tokens)
+
+    assert "c" not in traffic.routes
+    traffic.end("a")
+    assert traffic.routes["c"] == SPLIT
+
+
+def test_a_caller_may_decide_to_compare_the_two() -> None:
+    traffic = Traffic(short_tokens=50)
+
+    traffic.enter("long", tokens=400, wish=Wish.WHOLE)
+    traffic.enter("short", tokens=10, wish=Wish.SPLIT)
+
+    assert traffic.routes == {"long": WISHED, "short": SPLIT}
+
+
+def test_who_wants_both_stages_waits_for_them() -> None:
+    traffic = Traffic(short_tokens=50)
+    for name in ("a", "b", "c"):
+        traffic.enter(name, wish=Wish.SPLIT)
+
+    assert traffic.routes == {"a": SPLIT, "b": SPLIT}
+
+
+def test_nobody_gets_a_whole_answer_of_a_decode_worker_that_computes_no_prompts() -> None:
+    traffic = Traffic(short_tokens=0)
+
+    traffic.enter("a", wish=Wish.WHOLE)
+
+    assert traffic.routes == {"a": SPLIT}

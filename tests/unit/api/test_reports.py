@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from api.reports import Reports
+from api.route import Route
 from pdtasks.messages import StageReport
 from pdtasks.overview import RequestView
 from tests.unit.api.core_bench import Bench, with_bench
@@ -19,7 +20,7 @@ def test_the_way_of_an_answer_is_its_whole_time() -> None:
     clock = Clock()
     reports = Reports(clock)
     record = reports.expect(a_request())
-    record.published()
+    record.published(Route.SPLIT)
     clock.now += 0.5
     record.take_tokens(1, clock.now)
     clock.now += 0.25
@@ -104,3 +105,35 @@ def test_requests_of_others_are_not_shown() -> None:
     newest = reports.newest(10, lambda owner: owner == "alice")
     assert [view.key for view in newest] == ["alice", "alice"]
     assert len(reports.newest(1, lambda _: True)) == 1
+
+
+def test_the_way_of_an_answer_of_one_worker_has_no_hand_over() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    record = reports.expect(a_request())
+    record.published(Route.SHORT_PROMPT)
+    assert shown(reports).state == "decode"
+    clock.now += 0.5
+    record.take_tokens(1, clock.now)
+    assert shown(reports).state == "decode"
+    clock.now += 0.25
+    record.take_tokens(1, clock.now)
+    record.end("done", clock.now)
+    report = StageReport(
+        stage="decode",
+        worker="w",
+        queue_s=0.125,
+        seconds=0.6,
+        prompt_tokens=10,
+        output_tokens=2,
+        cached_tokens=3,
+        is_whole=True,
+    )
+    reports.take("r", [report], said_by="decode")
+
+    view = shown(reports)
+    way = view.way
+    assert (way.queue_s, way.prefill_s, way.handover_s, way.decode_s) == (0.125, 0.375, 0, 0.25)
+    assert (view.state, view.route) == ("done", "short_prompt")
+    flow = reports.recently.window().kv
+    assert (flow.prompt_tokens, flow.cached_tokens, flow.blocks_loaded) == (10, 3, 0)
