@@ -197,12 +197,16 @@ async def _running_jobs(
 
 
 @router.get("/ready")
-async def ready(request: Request) -> dict[str, Any]:
-    """200 when both stages have a worker that takes jobs and this process is well, else 503."""
+async def ready(request: Request, *, split: bool = False) -> dict[str, Any]:
+    """200 when requests have workers that take jobs and this process is well, else 503.
+
+    Args:
+        split: workers for both stages, also where decode workers could do all of it.
+    """
     core = request.app.state.pdtasks_client.engine_core
     try:
         await core.workers.look()
-        core.workers.require()
+        core.workers.require(split=split)
     except NoWorker as exc:
         raise HTTPException(exc.http_status, str(exc)) from exc
     except BUS_ERRORS as exc:

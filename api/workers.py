@@ -51,12 +51,12 @@ class Workers:
         """Ask a worker to drain. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
         await ask_to_drain(self._bus, worker)
 
-    def require(self) -> None:
+    def require(self, *, split: bool = False) -> None:
         """Raises NoWorker when a stage has nobody who could begin it now.
 
-        Without prefill workers the decode workers may do all of it.
+        Without prefill workers the decode workers may do all of it, unless both are wanted: `split`.
         """
-        for stage in STAGES[-1:] if self.decode_does_all else STAGES:
+        for stage in STAGES[-1:] if self.decode_does_all and not split else STAGES:
             workers = self._of(stage)
             if any(worker.state == "ready" for worker in workers):
                 continue

@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import httpx
 import msgspec
@@ -21,6 +21,8 @@ T = TypeVar("T")
 #: Prompts are made of these token ids, which every tokenizer has as ordinary ones.
 _VOCABULARY = range(300, 2300)
 _TIMEOUT_S = 300.0
+#: Says whether a request goes through both stages, `split`, or to one worker, `whole`.
+ROUTE_HEADER: Final = "X-Pdtasks-Route"
 #: Characters of a refusal that are shown.
 _MOST_TOLD = 300
 

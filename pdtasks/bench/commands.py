@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -382,6 +383,37 @@ def gap(*, tokens: tuple[int, ...], requests: int, json_file: Path | None) -> No
 
     rows = run_gap(load_settings(), tokens, requests, lambda line: click.echo(line, err=True))
     click.echo(format_gap(rows))
+    if json_file is not None:
+        json_file.write_text(to_json(rows) + "\n")
+
+
+@bench.command()
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(32, 64, 128, 256),
+    show_default=True,
+    help="Lengths of the prompts.",
+)
+@click.option(
+    "--others", type=click.IntRange(min=0), default=4, show_default=True, help="Answers meanwhile."
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=8, show_default=True, help="Of each length."
+)
+@_JSON
+def route(*, tokens: tuple[int, ...], others: int, requests: int, json_file: Path | None) -> None:
+    """Compare both stages with one worker for all of it, by the prompt's length.
+
+    On the running stack; what the prompts cost other answers' tokens is measured too.
+    """
+    from pdtasks.bench.route import format_route, run_route, to_json
+    from pdtasks.settings import load_settings
+
+    told = partial(click.echo, err=True)
+    rows = run_route(load_settings(), tokens, others, requests, told)
+    click.echo(format_route(rows))
     if json_file is not None:
         json_file.write_text(to_json(rows) + "\n")
 

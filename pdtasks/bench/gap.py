@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from pdtasks.bench.asking import ask_stack, format_table, new_prompt
+from pdtasks.bench.asking import ROUTE_HEADER, ask_stack, format_table, new_prompt
 from pdtasks.settings import Settings
 
 #: Tokens of each answer.
@@ -105,7 +105,7 @@ async def _ask(client: httpx.AsyncClient, model: str, length: int) -> _Sample:
         "logprobs": 0,
     }
     began, at = time.perf_counter(), []
-    headers = {"X-Request-Id": name}
+    headers = {"X-Request-Id": name, ROUTE_HEADER: "split"}
     async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():

@@ -235,8 +235,8 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
         def api_and_flower_answer() -> bool:
             try:
                 return (
-                    httpx.get(running.api_url + "/ready").status_code == 200
-                    and httpx.get(running.other_api_url + "/ready").status_code == 200
+                    httpx.get(running.api_url + "/ready?split=true").status_code == 200
+                    and httpx.get(running.other_api_url + "/ready?split=true").status_code == 200
                     and httpx.get(running.flower_url + "/healthcheck").status_code == 200
                 )
             except httpx.HTTPError:

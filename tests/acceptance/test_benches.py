@@ -34,6 +34,21 @@ def test_the_gap_is_measured_beside_a_normal_one(
     assert row["recomputed_blocks"] == 0
 
 
+def test_both_ways_of_a_prompt_are_measured_beside_other_answers(
+    bench: tuple[CliRunner, list[str]], tmp_path: Path
+) -> None:
+    runner, json_file = bench
+    options = ["--tokens", "40", "--requests", "1", "--others", "1", *json_file]
+    done = runner.invoke(main, ["bench", "route", *options])
+    assert done.exit_code == 0, done.output
+
+    split, whole = json.loads((tmp_path / "found.json").read_text())
+    assert (split["route"], whole["route"]) == ("split", "whole")
+    for row in (split, whole):
+        assert 0 < row["ttft_ms"] < row["e2e_ms"]
+        assert 0 < row["others_itl_ms"] <= row["others_longest_ms"]
+
+
 def test_many_answers_to_a_prompt_are_measured_beside_many_prompts(
     bench: tuple[CliRunner, list[str]], tmp_path: Path
 ) -> None:

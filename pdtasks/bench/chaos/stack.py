@@ -54,6 +54,7 @@ _SETTINGS: dict[str, Any] = {
 _OF_ENGINE: dict[EngineKind, dict[str, Any]] = {
     "stub": {
         "served_model_name": STUB_MODEL,
+        "short_prompt_tokens": 0,  # the stub knows the way through both stages
         "model": None,
         "device": "cpu",
         # A worker that is frozen for longer is replaced.

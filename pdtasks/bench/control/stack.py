@@ -125,6 +125,7 @@ class ControlStack:
             model=None,
             device="cpu",
             max_num_seqs=threads,
+            short_prompt_tokens=0,  # it is the way through both stages that is measured
         )
         self._ends = ExitStack()
         self.sides: tuple[Side, Side]

@@ -114,7 +114,8 @@ class Host:
         if "max_num_seqs" in engine:
             command += ["--concurrency", str(engine["max_num_seqs"])]
         log = folder / "pdtasks.log"
-        return _Part(Process("pdtasks", command, env=env | topology.env, log=log), port, "/ready")
+        ready = "/ready?split=true"
+        return _Part(Process("pdtasks", command, env=env | topology.env, log=log), port, ready)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def _settings(home: Path, services: Services | None, streams: int) -> Settings:
         model=None,
         device="cpu",
         max_num_seqs=_PLACES * streams,
+        short_prompt_tokens=0,  # it is the way through both stages that is measured
         api_host="127.0.0.1",
         api_port=free_ports(1)[0],
     )
