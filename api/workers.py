@@ -54,7 +54,7 @@ class Workers:
     def require(self, *, split: bool = False) -> None:
         """Raises NoWorker when a stage has nobody who could begin it now.
 
-        Without prefill workers the decode workers may do all of it, unless both are wanted: `split`.
+        Without prefill workers decode workers may do all of it, unless both are wanted: `split`.
         """
         for stage in STAGES[-1:] if self.decode_does_all and not split else STAGES:
             workers = self._of(stage)

@@ -15,13 +15,13 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Final
 
 import httpx
 
-from pdtasks.bench.asking import ROUTE_HEADER, ask_stack, format_table, new_prompt
+from pdtasks.bench.asking import ROUTE_HEADER as HEADER
+from pdtasks.bench.asking import ask_stack, format_table, new_prompt
 from pdtasks.errors import InvalidRequest
 from pdtasks.settings import Settings
 
@@ -54,6 +54,52 @@ class _Sample:
     at: list[float]  #: when its tokens came
 
 
+class _Stack:
+    """Asks the stack that is measured."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+        self._client = client
+        self._model = model
+
+    async def ask(
+        self, prompt: list[int], answer: int, at: list[float], headers: dict[str, str]
+    ) -> None:
+        """Stream `answer` tokens; each one's time is added to `at` at once."""
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": answer,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            # Also of tokens that make no text.
+            "logprobs": 0,
+        }
+        path = "/v1/completions"
+        async with self._client.stream("POST", path, json=body, headers=headers) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
+                    at += [time.perf_counter()] * num_tokens
+
+    async def require_way(self, name: str, route: str) -> None:
+        """Raises InvalidRequest when request `name` has gone another one."""
+        report = await self._client.get(f"/pdtasks/requests/cmpl-{name}")
+        (stages,) = report.raise_for_status().json()["sequences"]
+        if ("prefill" in stages) != (route == "split"):
+            raise InvalidRequest(
+                "this stack has one way only: start it with both kinds of workers, and without "
+                "PDTASKS_SHORT_PROMPT_TOKENS=0"
+            )
+
+
+async def _stream_on(stack: _Stack, times: list[float]) -> None:
+    prompt, answer = _OTHERS
+    while True:
+        await stack.ask(new_prompt(prompt), answer, times, {HEADER: "split"})
+
+
 def run_route(
     settings: Settings, lengths: Sequence[int], others: int, requests: int, progress: Progress
 ) -> list[Row]:
@@ -61,11 +107,20 @@ def run_route(
 
     async def ask(client: httpx.AsyncClient, model: str) -> list[Row]:
         times: list[list[float]] = [[] for _ in range(others)]
-        streams = [asyncio.create_task(_stream_on(client, model, own)) for own in times]
+        stack = _Stack(client, model)
+        streams = [asyncio.create_task(_stream_on(stack, own)) for own in times]
         try:
-            while not all(times):  # noqa: ASYNC110 - they all have begun
+            while not all(times):
+                for stream in streams:
+                    if stream.done():
+                        await stream  # it raises why
                 await asyncio.sleep(0.05)
-            return await _measure(client, model, lengths, times, requests, progress)
+            found: list[Row] = []
+            for length in lengths:
+                found += await _measure(stack, length, times, requests)
+                for row in found[-2:]:
+                    progress(f"{length} tokens, {row.route}: end to end {row.e2e_ms:.1f} ms")
+            return found
         finally:
             for stream in streams:
                 stream.cancel()
@@ -75,24 +130,19 @@ def run_route(
 
 
 async def _measure(
-    client: httpx.AsyncClient,
-    model: str,
-    lengths: Sequence[int],
-    times: list[list[float]],
-    requests: int,
-    progress: Progress,
+    stack: _Stack, length: int, times: list[list[float]], requests: int
 ) -> list[Row]:
-    rows = []
-    for length in lengths:
-        samples: dict[str, list[_Sample]] = {"split": [], "whole": []}
-        for number, route in itertools.product(range(requests + 1), samples):
-            sample = await _ask(client, model, new_prompt(length), _ANSWER, route)
-            if number:  # the first of its kind warms up
-                samples[route].append(sample)
-        for route, found in samples.items():
-            rows.append(_row(length, route, found, times))
-            progress(f"{length} tokens, {route}: end to end {rows[-1].e2e_ms:.1f} ms")
-    return rows
+    """`times`: when the tokens of each stream have come so far."""
+    samples: dict[str, list[_Sample]] = {"split": [], "whole": []}
+    for number, route in itertools.product(range(requests + 1), samples):
+        name = uuid.uuid4().hex
+        at: list[float] = []
+        began = time.perf_counter()
+        await stack.ask(new_prompt(length), _ANSWER, at, {"X-Request-Id": name, HEADER: route})
+        await stack.require_way(name, route)
+        if number:  # the first of its kind warms up
+            samples[route].append(_Sample(began, at))
+    return [_row(length, route, found, times) for route, found in samples.items()]
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -111,56 +161,6 @@ def format_route(rows: Sequence[Row]) -> str:
         for r in rows
     ]  # fmt: skip
     return format_table(head, lines)
-
-
-async def _stream_on(client: httpx.AsyncClient, model: str, times: list[float]) -> None:
-    prompt, answer = _OTHERS
-    while True:
-        with suppress(httpx.HTTPError):
-            await _ask(client, model, new_prompt(prompt), answer, "split", times)
-
-
-async def _ask(
-    client: httpx.AsyncClient,
-    model: str,
-    prompt: list[int],
-    answer: int,
-    route: str,
-    times: list[float] | None = None,
-) -> _Sample:
-    """`times`: where the times of its tokens are noted at once."""
-    name = uuid.uuid4().hex
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": answer,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        # Also of tokens that make no text.
-        "logprobs": 0,
-    }
-    began, at = time.perf_counter(), times if times is not None else []
-    headers = {"X-Request-Id": name, ROUTE_HEADER: route}
-    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
-                at += [time.perf_counter()] * num_tokens
-    if times is None:
-        await _require_way(client, name, route)
-    return _Sample(began, at)
-
-
-async def _require_way(client: httpx.AsyncClient, name: str, route: str) -> None:
-    report = await client.get(f"/pdtasks/requests/cmpl-{name}")
-    (stages,) = report.raise_for_status().json()["sequences"]
-    if ("prefill" in stages) != (route == "split"):
-        raise InvalidRequest(
-            "this stack has one way only: start it with both kinds of workers, and without "
-            "PDTASKS_SHORT_PROMPT_TOKENS=0"
-        )
 
 
 def _row(length: int, route: str, samples: Sequence[_Sample], times: list[list[float]]) -> Row:
