@@ -180,6 +180,7 @@ class _Family:
         flow: Flow,
         submitted_at: float,
         most: int,
+        *,
         span: AskedSpan,
         wish: Wish,
     ) -> None:
@@ -331,7 +332,7 @@ class PipelineCore(EngineCoreClient):
         else:
             flow, most = Flow(kind, owner), self.workers.room().together
             span = AskedSpan(request, now, kind, self._settings.model_name)
-            self._family = _Family(request, flow, now, most, span, route_wish())
+            self._family = _Family(request, flow, now, most, span=span, wish=route_wish())
             self._in_background(self._line_up(self._family))
         record.traced_by(self._family.span)
 

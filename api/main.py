@@ -116,8 +116,8 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
     from api.admission import Visits
     from api.guard import Guard
     from api.metrics import Scrapes
-    from api.tracing import STATE, Traces
     from api.route import RouteWishes
+    from api.tracing import STATE, Traces
     from pdtasks.keys import Key, Keys
 
     keys = Keys(settings.keys_file, os.environ.pop(KEYS_VARIABLE, ""))

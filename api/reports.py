@@ -13,8 +13,8 @@ from itertools import islice
 from prometheus_client import Histogram
 from vllm.v1.engine import EngineCoreRequest
 
-from api.tracing import AskedSpan
 from api.route import Route
+from api.tracing import AskedSpan
 from api.window import Recently
 from pdtasks.messages import StageReport
 from pdtasks.naming import DECODE, PREFILL, STAGES

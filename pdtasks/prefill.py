@@ -29,8 +29,8 @@ from pdtasks.kv.handle import KVHandle
 from pdtasks.messages import Answer, DecodeJob, PrefillJob, StageReport, read_message
 from pdtasks.naming import PREFILL, PREFILL_TASK
 from pdtasks.pipeline import next_stage
-from pdtasks.tracing import Carried
 from pdtasks.siblings import apart
+from pdtasks.tracing import Carried
 from pdtasks.worker import counting, service
 from pdtasks.worker.stage import Stage
 from pdtasks.worker.task import StageTask
