@@ -56,7 +56,7 @@ def tracing(
     error = ""
     try:
         yield span
-    except BaseException as exc:
+    except Exception as exc:  # (one that is cancelled is no failure)
         error = type(exc).__name__
         raise
     finally:

@@ -199,6 +199,17 @@ def test_a_request_of_no_trace_costs_no_span_and_no_header() -> None:
     with_bench(test)
 
 
+def test_what_is_cancelled_has_not_failed(kept: Kept) -> None:
+    async def cancelled() -> None:
+        with tracing(kept.tracer, "job", time.time(), {}):
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+
+    assert kept.named("job").status.is_ok
+
+
 def test_what_runs_in_a_span_may_fail(kept: Kept) -> None:
     async def failing() -> Any:
         with tracing(kept.tracer, "job", time.time(), {}):
