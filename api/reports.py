@@ -84,7 +84,7 @@ class Record:
         if self.state == "line":
             self.state = "prefill" if route.is_split else "decode"
             if self._span is not None:
-                self._span.publishing()
+                self._span.publishing(route)
 
     def confirmed(self) -> None:
         """RabbitMQ has the message that it is in."""

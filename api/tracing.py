@@ -3,7 +3,7 @@
     POST /v1/chat/completions     until the last byte is sent; in its place `job` or `batch line`
       llm_request                 one prompt and its answers, until the last token
         line                      until it is its turn
-        publish                   until RabbitMQ has confirmed its message
+        publish                   until RabbitMQ has confirmed its message, or each of them
         prefill, decode           the workers' (`pdtasks.worker.spans`)
 
 vLLM would tell of `llm_request` by one engine's times: its name and attributes are kept here.
@@ -117,6 +117,7 @@ class AskedSpan:
         self._began = now
         self._prompt_tokens = len(request.prompt_token_ids or ())
         self._published_at = 0.0
+        self._route = ""
         self._num_open = self._num_answers = self._output_tokens = 0
         self._first_at = float("inf")
         self._outcome = "done"
@@ -132,10 +133,10 @@ class AskedSpan:
         self._num_open += 1
         self._num_answers += 1
 
-    def publishing(self) -> None:
-        """It is its turn."""
+    def publishing(self, route: str) -> None:
+        """It is its turn. `route`: which way it goes."""
         if self._span.is_recorded and not self._published_at:
-            self._published_at = time.time()
+            self._published_at, self._route = time.time(), route
             self._span.part("line", self._began, self._published_at, {})
 
     def published(self) -> None:
@@ -177,6 +178,8 @@ class AskedSpan:
             SpanAttributes.GEN_AI_LATENCY_E2E: at - self._began,
             "pdtasks.outcome": self._outcome,
         }
+        if self._route:
+            attributes["pdtasks.route"] = self._route
         if self._output_tokens:
             first_s = self._first_at - self._began
             attributes[SpanAttributes.GEN_AI_LATENCY_TIME_TO_FIRST_TOKEN] = first_s

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import msgspec
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -20,7 +21,7 @@ from api.tracing import Traces, span_around, tracer_of, tracing
 from pdtasks.errors import WorkerLost
 from pdtasks.tracing import NO_SPAN, NO_TRACER, carried_by
 from tests.spans import Kept, id_of, parent_of, seconds
-from tests.unit.api.core_bench import Bench, with_bench
+from tests.unit.api.core_bench import READY, Bench, with_bench
 from tests.unit.factories import a_request, an_output
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -124,6 +125,7 @@ def test_what_is_asked_is_part_of_what_runs_it(kept: Kept) -> None:
     assert attributes["gen_ai.usage.completion_tokens"] == 4
     assert attributes["pdtasks.kind"] == "interactive"
     assert attributes["pdtasks.outcome"] == "done"
+    assert attributes["pdtasks.route"] == "split"
     first, second = asked.events
     assert (first.name, second.name) == ("first token", "second token")
     begin, end = seconds(asked)
@@ -154,6 +156,32 @@ def test_several_answers_to_one_prompt_are_one_span(kept: Kept) -> None:
     assert attributes["gen_ai.usage.completion_tokens"] == 3
     kept.named("line")
     kept.named("publish")
+
+
+def test_answers_to_a_short_prompt_are_in_its_trace_as_well(kept: Kept) -> None:
+    async def test(bench: Bench) -> None:
+        decode = msgspec.structs.replace(READY[1], short_prompt_tokens=10)
+        bench.core.workers.known = [READY[0], decode]
+        first = a_request("0_r", n=2)
+        other = copy(first)
+        other.request_id = "1_r"
+        other.sampling_params = SamplingParams(max_tokens=20)
+        with tracing(kept.tracer, "around", time.time(), {}):
+            await bench.core.add_request_async(first)
+            await bench.core.add_request_async(other)
+        await bench.published()
+        for name in ("0_r", "1_r"):
+            await bench.take((0, an_output([1], name, LAST)))
+        sent.extend(bench.broker.traces)
+
+    sent: list[Mapping[str, str]] = []
+    with_bench(test)
+
+    asked = kept.named("llm_request")
+    assert (asked.attributes or {})["pdtasks.route"] == "short_prompt"
+    assert [headers["traceparent"].split("-")[2] for headers in sent] == [
+        f"{id_of(asked):016x}"
+    ] * 2
 
 
 @pytest.mark.parametrize("how", ["aborted", "failed"])
