@@ -204,7 +204,9 @@ class PipelineHTTPError(GracefulHTTPError):
     """An error of ours on its way through vLLM's handlers."""
 
     def __init__(self, error: PdtasksError) -> None:
-        status = error.http_status if error.http_status != 499 else 500
+        # 499 is no status that Python knows. No 5xx, for official clients would ask again for what
+        # somebody has revoked.
+        status = error.http_status if error.http_status != 499 else HTTPStatus.GONE
         super().__init__(str(error), HTTPStatus(status))
         self.error = error
         self.headers = retry_after(error)

@@ -641,13 +641,13 @@ class PipelineCore(EngineCoreClient):
     def under_way(self, now: float) -> dict[str, tuple[int, float]]:
         """How many requests are where, and how long the oldest has waited there, in seconds.
 
-        In `decode`, after the second token, nothing waits.  `now`: monotonic.
+        In `decode`, after the first token there, nothing waits.  `now`: monotonic.
         """
         found = dict.fromkeys(("line", "prefill", "handover", "decode"), (0, 0.0))
         for entry in self._open.values():
             record = entry.record
             count, oldest = found.get(record.state, (0, 0.0))
-            wait = 0.0 if record.state == "decode" else now - record.waits_since
+            wait = now - record.waits_since if record.waits_for else 0.0
             found[record.state] = count + 1, max(oldest, wait)
         return found
 

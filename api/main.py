@@ -82,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         from api.metrics import observed
-        from api.overview import Overviews
+        from api.overview import telling
         from api.recording import RecordingLLM
         from api.tracing import tracer_of
         from pdtasks.broker.depths import Depths
@@ -97,9 +97,11 @@ def create_app(settings: Settings) -> FastAPI:
             with closing(Depths((*STAGES, DEAD_QUEUE, KEPT_QUEUE))) as depths:
                 figures = observed(app.state, core, config.cache_config, settings, depths)
                 async with vllm_lifespan(app), running_jobs, figures:
-                    jobs = app.state.pdtasks_jobs.store
-                    app.state.pdtasks_overviews = Overviews(core, jobs, settings, depths)
-                    yield
+                    store = app.state.pdtasks_jobs.store
+                    async with telling(
+                        core, store, settings, depths
+                    ) as app.state.pdtasks_overviews:
+                        yield
         finally:
             await client.engine_core.close()
             client.shutdown()
@@ -225,6 +227,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     """
     require_keys(settings, host)
     require_usable()
+    settings = settings.model_copy(update={"api_host": host, "api_port": port})  # to be told
     with collecting.rarely():
         from vllm.envs import enable_envs_cache
 

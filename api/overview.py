@@ -1,24 +1,31 @@
-"""What goes on in the whole stack, as this API process sees it. For the page and `pdtasks top`."""
+"""What goes on in the whole stack? What this API process knows, and what the others tell it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, Final
 
 import msgspec
+import valkey.asyncio
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 import pdtasks
 from api.core import PipelineCore
-from api.reports import Record
+from api.neighbours import Neighbours
+from api.reports import Record, is_called
 from api.stored import from_bus
 from api.viewing import require_admin, sees, viewer_of
+from api.window import window_of
 from pdtasks.broker.depths import Depth, Depths
-from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.apis import Share
+from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.jobs import Job, JobStore
 from pdtasks.bus.records import Unreadable
 from pdtasks.errors import BrokerUnavailable
@@ -32,9 +39,11 @@ from pdtasks.overview import (
     Overview,
     QueueView,
     RequestReport,
+    RequestView,
     Viewer,
     WorkerView,
 )
+from pdtasks.scraping import address_of
 from pdtasks.settings import Settings
 
 router = APIRouter(prefix="/pdtasks")
@@ -42,19 +51,25 @@ router = APIRouter(prefix="/pdtasks")
 #: Longest lists of requests and jobs that are shown.
 _MOST_SHOWN: Final = 200
 _QUEUES: Final = (PREFILL, DECODE, DEAD_QUEUE)
-#: In which states a request waits for a stage to give it a token.
-_WAITS_FOR: Final = {PREFILL: ("line", "prefill"), DECODE: ("handover",)}
 
 
 class Overviews:
     """Puts together what is known. For one event loop, in the app's state."""
 
     def __init__(
-        self, core: PipelineCore, jobs: JobStore, settings: Settings, depths: Depths
+        self,
+        core: PipelineCore,
+        jobs: JobStore,
+        settings: Settings,
+        depths: Depths,
+        bus: valkey.asyncio.Valkey,
     ) -> None:
         self._core = core
         self._jobs = jobs
         self._depths = depths
+        self._process = secrets.token_hex(8)
+        self.metrics = address_of(settings)  #: where Prometheus finds this process
+        self.neighbours = Neighbours(bus, self._process, self.share)
         self._api = Api(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -66,7 +81,17 @@ class Overviews:
     async def make(self, viewer: Viewer, limit: int) -> Overview:
         """Everything that `viewer` may see, with `limit` requests and jobs at most."""
         core = self._core
-        problems = list(core.background.problems())
+        own = self.share(limit, lambda owner: sees(viewer, owner))
+        problems = list(own.problems)
+        others: list[Share] = []
+        try:
+            others = await self.neighbours.others()
+        except BUS_ERRORS as exc:
+            problems.append(f"other API processes are not known: {type(exc).__name__}")
+        for other in others:
+            where = f"API process {other.api.pid} on {other.api.host}"
+            problems += [f"{where}: {problem}" for problem in other.problems]
+        shares = [own, *others]
         depths: Mapping[str, Depth] = {}
         try:
             depths = await self._depths.read()
@@ -77,31 +102,63 @@ class Overviews:
             jobs = await self._read_jobs(viewer, limit)
         except (*BUS_ERRORS, Unreadable) as exc:
             problems.append(f"the bus does not tell its jobs: {type(exc).__name__}")
-        under_way = core.records()
         return Overview(
             at=time.time(),
             api=self._api,
+            others=tuple(other.api for other in others),
             viewer=viewer,
             workers=tuple(map(_worker, sorted(core.workers.known, key=_place))),
-            queues=_queues(depths, under_way, time.monotonic()),
-            in_flight=_in_flight(under_way),
+            queues=_queues(depths, shares),
+            in_flight=_in_flight_of(shares),
             stores=next((w.stores for w in core.workers.known if w.stores), ()),
-            window=core.reports.recently.window(),
-            requests=tuple(core.reports.newest(limit, lambda owner: sees(viewer, owner))),
+            window=window_of([share.counts for share in shares]),
+            requests=_newest(shares, viewer, limit),
             jobs=jobs,
             problems=tuple(problems),
+        )
+
+    def share(self, limit: int, seen: Callable[[str], bool] = lambda _: True) -> Share:
+        """What this process knows by itself, with `limit` requests of owners that are `seen`."""
+        under_way = self._core.records()
+        return Share(
+            id=self._process,
+            api=self._api,
+            metrics=self.metrics,
+            in_flight=_in_flight(under_way),
+            oldest_s=_oldest(under_way, time.monotonic()),
+            counts=self._core.reports.recently.counts(),
+            requests=tuple(self._core.reports.newest(limit, seen)),
+            problems=tuple(self._core.background.problems()),
         )
 
     async def report(self, request_id: str, viewer: Viewer) -> RequestReport | None:
         """What is known of one request; None: nothing, or it is not the viewer's."""
         found = await self._core.reports.of(request_id, lambda owner: sees(viewer, owner))
         if not found:
-            return None
+            return await self._report_of_others(request_id, viewer)
         now = time.monotonic()
         return RequestReport(
             id=request_id,
             sequences=tuple({report.stage: report for report in one.reports()} for one in found),
             times=tuple(one.shown(now) for one in found),
+        )
+
+    async def _report_of_others(self, request_id: str, viewer: Viewer) -> RequestReport | None:
+        try:
+            others = await self.neighbours.others()
+        except BUS_ERRORS:
+            return None
+        found = [
+            request
+            for request in _newest(others, viewer, None)
+            if request.stages and is_called(request.id, request_id)
+        ]
+        if not found:
+            return None
+        return RequestReport(
+            id=request_id,
+            sequences=tuple({report.stage: report for report in one.stages} for one in found),
+            times=tuple(found),
         )
 
     async def drain(self, name: str) -> WorkerStatus:
@@ -130,6 +187,23 @@ class Overviews:
         return Jobs(waiting=waiting, running=running, recent=tuple(map(_job, recent)))
 
 
+@asynccontextmanager
+async def telling(
+    core: PipelineCore, jobs: JobStore, settings: Settings, depths: Depths
+) -> AsyncIterator[Overviews]:
+    """Overviews, while the other API processes are told of this one."""
+    bus = connect_async(settings)
+    overviews = Overviews(core, jobs, settings, depths, bus)
+    task = core.background.task("neighbours", overviews.neighbours.keep_telling)
+    try:
+        yield overviews
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await bus.aclose()
+
+
 def _place(worker: WorkerStatus) -> tuple[int, str]:
     return STAGES.index(worker.role), worker.name
 
@@ -138,23 +212,40 @@ def _worker(status: WorkerStatus) -> WorkerView:
     return WorkerView(**{name: getattr(status, name) for name in WorkerView.__struct_fields__})
 
 
-def _queues(
-    depths: Mapping[str, Depth], under_way: list[Record], now: float
-) -> tuple[QueueView, ...]:
+def _newest(shares: Sequence[Share], viewer: Viewer, limit: int | None) -> tuple[RequestView, ...]:
+    """The last requests of all that he may see, the newest first."""
+    seen = [r for share in shares for r in share.requests if sees(viewer, r.key)]
+    return tuple(sorted(seen, key=lambda request: -request.submitted_at)[:limit])
+
+
+def _queues(depths: Mapping[str, Depth], shares: Sequence[Share]) -> tuple[QueueView, ...]:
     views = []
     for name in _QUEUES:
-        states = _WAITS_FOR.get(name, ())
-        since = [record.waits_since for record in under_way if record.state in states]
+        waits = [share.oldest_s[name] for share in shares if name in share.oldest_s]
         depth = depths.get(name)
         views.append(
             QueueView(
                 name=name,
                 ready=depth.ready if depth else None,
                 consumers=depth.consumers if depth else None,
-                oldest_s=now - min(since) if since else None,
+                oldest_s=max(waits, default=None),
             )
         )
     return tuple(views)
+
+
+def _oldest(under_way: list[Record], now: float) -> dict[str, float]:
+    """By queue, the longest wait for that stage's first token. `now`: monotonic seconds."""
+    found: dict[str, float] = {}
+    for record in under_way:
+        if stage := record.waits_for:
+            found[stage] = max(found.get(stage, 0.0), now - record.waits_since)
+    return found
+
+
+def _in_flight_of(shares: Sequence[Share]) -> InFlight:
+    names = InFlight.__struct_fields__
+    return InFlight(**{n: sum(getattr(share.in_flight, n) for share in shares) for n in names})
 
 
 def _in_flight(under_way: list[Record]) -> InFlight:

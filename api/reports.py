@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,6 +71,14 @@ class Record:
     def is_split(self) -> bool:
         """Do two workers share it, as far as is known?"""
         return self.route is None or self.route.is_split
+
+    @property
+    def waits_for(self) -> str:
+        """The stage of which it waits for the first token; empty: it goes on, or has ended."""
+        if self.state in ("line", PREFILL):
+            return PREFILL
+        is_begun = self.state == DECODE and not self._first_at  # by the worker that does all of it
+        return DECODE if is_begun or self.state == "handover" else ""
 
     @property
     def waits_since(self) -> float:
@@ -228,6 +235,11 @@ class Reports:
         return [known for known in found if known.by_stage]
 
     def _called(self, external_id: str) -> Iterator[Record]:
-        # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
-        numbered = re.compile(re.escape(external_id) + r"(-\d+)?")
-        return (k for k in self._known.values() if numbered.fullmatch(k.external_id))
+        return (k for k in self._known.values() if is_called(k.external_id, external_id))
+
+
+def is_called(name: str, external_id: str) -> bool:
+    """Is that a sequence of the request that its caller knows as `external_id`?"""
+    # vLLM numbers the prompts of one completion request: <id>-0, <id>-1, …
+    rest = name.removeprefix(external_id)
+    return name.startswith(external_id) and (not rest or (rest[0] == "-" and rest[1:].isdecimal()))

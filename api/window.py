@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import log2
-from typing import Final
+from typing import Any, Final
 
+from pdtasks.bus.apis import SlotCounts as ToldCounts
+from pdtasks.bus.apis import WindowCounts
 from pdtasks.messages import StageReport
 from pdtasks.naming import PREFILL
 from pdtasks.overview import KvFlow, Quantiles, Slot, Window
@@ -29,8 +31,8 @@ class Durations:
 
     __slots__ = ("counts",)
 
-    def __init__(self) -> None:
-        self.counts: defaultdict[int, int] = defaultdict(int)  # by class
+    def __init__(self, counts: Mapping[int, int] | None = None) -> None:
+        self.counts: defaultdict[int, int] = defaultdict(int, counts or {})  # by class
 
     def add(self, seconds: float) -> None:
         """One more."""
@@ -48,11 +50,11 @@ class Durations:
         return None
 
     @staticmethod
-    def quantiles(several: Iterable[Durations]) -> Quantiles:
-        """Of all in `several`."""
+    def quantiles(several: Iterable[Mapping[int, int]]) -> Quantiles:
+        """Of all in `several`, counts by class."""
         together = Durations()
-        for one in several:
-            for kind, count in one.counts.items():
+        for counts in several:
+            for kind, count in counts.items():
                 together.counts[kind] += count
         return Quantiles(
             count=sum(together.counts.values()),
@@ -104,36 +106,19 @@ class Recently:
 
     def window(self) -> Window:
         """All of it."""
+        return window_of([self.counts()])
+
+    def counts(self) -> WindowCounts:
+        """All of it, for others to add theirs. Slots in which nothing was are not there."""
         now = self._clock()
-        self.slot(now)
-        slots = list(self._slots)
-        # Wall clock and monotonic clock differ by as much all the time, or a little.
-        shift = time.time() - now
-        first = max(slots[-1].number - NUM_SLOTS + 1, self._number(self._began))
-        seconds = max(now - max(first * SLOT_S, self._began), 0.001)
-        tokens = sum(slot.tokens for slot in slots)
-        kv: Counter[str] = Counter()
-        for slot in slots:
-            kv.update(slot.kv)
-        by_number = {slot.number: slot for slot in slots}
-        empty = SlotCounts(0)
-        return Window(
-            seconds=seconds,
-            slot_s=SLOT_S,
-            requests=sum(slot.ended for slot in slots),
-            failed=sum(slot.failed for slot in slots),
-            tokens=tokens,
-            tokens_per_s=tokens / seconds,
-            ttft=Durations.quantiles(slot.ttft for slot in slots),
-            gap=Durations.quantiles(slot.gap for slot in slots),
-            itl=Durations.quantiles(slot.itl for slot in slots),
-            end_to_end=Durations.quantiles(slot.end_to_end for slot in slots),
-            kv=KvFlow(**{name: max(0, count) for name, count in kv.items()}),
-            slots=tuple(
-                _shown(by_number.get(number, empty), number * SLOT_S + shift)
-                for number in range(first, slots[-1].number + 1)
-            ),
-        )
+        newest = self.slot(now).number
+        first = max(newest - NUM_SLOTS + 1, self._number(self._began))
+        # Slots begin with this process's clock: to others' they are the nearest of wall time.
+        shift = round((time.time() - now) / SLOT_S)
+        slots = [_told(slot, slot.number + shift) for slot in self._slots]
+        if slots[0].number > first + shift:
+            slots.insert(0, ToldCounts(first + shift))  # it says since when there was nothing
+        return WindowCounts(max(now - max(first * SLOT_S, self._began), 0.001), slots)
 
     @staticmethod
     def _number(now: float) -> int:
@@ -144,15 +129,79 @@ class Recently:
             self._slots.popleft()
 
 
-def _shown(slot: SlotCounts, at: float) -> Slot:
+def window_of(several: Sequence[WindowCounts]) -> Window:
+    """Of all processes in `several` together; at least one."""
+    by_number: defaultdict[int, list[ToldCounts]] = defaultdict(list)
+    for counts in several:
+        for slot in counts.slots:
+            by_number[slot.number].append(slot)
+    last = max(by_number)
+    first = max(min(by_number), last - NUM_SLOTS + 1)
+    slots = [_together(by_number[n], n) for n in range(first, last + 1)]
+    seconds = max(counts.seconds for counts in several)
+    tokens = sum(slot.tokens for slot in slots)
+    kv: Counter[str] = Counter()
+    for slot in slots:
+        kv.update(slot.kv)
+    return Window(
+        seconds=seconds,
+        slot_s=SLOT_S,
+        requests=sum(slot.ended for slot in slots),
+        failed=sum(slot.failed for slot in slots),
+        tokens=tokens,
+        tokens_per_s=tokens / seconds,
+        ttft=Durations.quantiles(slot.ttft for slot in slots),
+        gap=Durations.quantiles(slot.gap for slot in slots),
+        itl=Durations.quantiles(slot.itl for slot in slots),
+        end_to_end=Durations.quantiles(slot.end_to_end for slot in slots),
+        kv=KvFlow(**{name: max(0, count) for name, count in kv.items()}),
+        slots=tuple(map(_shown, slots)),
+    )
+
+
+def _told(slot: SlotCounts, number: int) -> ToldCounts:
+    return ToldCounts(
+        number=number,
+        tokens=slot.tokens,
+        ended=slot.ended,
+        failed=slot.failed,
+        ttft=dict(slot.ttft.counts),
+        gap=dict(slot.gap.counts),
+        itl=dict(slot.itl.counts),
+        end_to_end=dict(slot.end_to_end.counts),
+        kv=dict(slot.kv),
+    )
+
+
+def _together(several: Sequence[ToldCounts], number: int) -> ToldCounts:
+    if len(several) == 1:
+        return several[0]
+
+    def summed(name: str) -> dict[Any, int]:
+        total: Counter[Any] = Counter()
+        for one in several:
+            total.update(getattr(one, name))
+        return dict(total)
+
+    return ToldCounts(
+        number=number,
+        tokens=sum(one.tokens for one in several),
+        ended=sum(one.ended for one in several),
+        failed=sum(one.failed for one in several),
+        **{name: summed(name) for name in ("ttft", "gap", "itl", "end_to_end", "kv")},
+    )
+
+
+def _shown(slot: ToldCounts) -> Slot:
+    kv = slot.kv
     return Slot(
-        at=at,
+        at=slot.number * SLOT_S,
         requests=slot.ended,
         tokens=slot.tokens,
-        ttft_p50_s=slot.ttft.quantile(0.5),
-        gap_p50_s=slot.gap.quantile(0.5),
-        itl_p50_s=slot.itl.quantile(0.5),
-        kv_bytes=max(0, slot.kv["bytes_written"] + slot.kv["bytes_loaded"]),
+        ttft_p50_s=Durations(slot.ttft).quantile(0.5),
+        gap_p50_s=Durations(slot.gap).quantile(0.5),
+        itl_p50_s=Durations(slot.itl).quantile(0.5),
+        kv_bytes=max(0, kv.get("bytes_written", 0) + kv.get("bytes_loaded", 0)),
     )
 
 

@@ -1,4 +1,4 @@
-"""What does an API process say of the whole stack? The one source of the page and `pdtasks top`.
+"""What is said of the whole stack, whichever API process is asked? For the page and `pdtasks top`.
 
 `GET /pdtasks/overview` answers an `Overview` as JSON.  Neither prompts nor answers are in it; other
 keys' requests and jobs only for an admin's key.
@@ -16,7 +16,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Api(Part, frozen=True, kw_only=True):
-    """The process that says all this. Others have requests and latencies of their own."""
+    """An API process."""
 
     host: str
     pid: int
@@ -56,12 +56,13 @@ class QueueView(Part, frozen=True, kw_only=True):
     name: str
     ready: int | None = None  #: messages that no worker has taken; None: RabbitMQ does not say
     consumers: int | None = None
-    #: Seconds that the oldest request of this API process waits for this stage's first token.
+    #: Seconds that the API processes' oldest request waits for this stage's first token. What
+    #: `submit` has published they do not know.
     oldest_s: float | None = None
 
 
 class InFlight(Part, frozen=True, kw_only=True):
-    """How many requests of this API process are where."""
+    """How many requests are where, of all API processes."""
 
     in_line: int = 0  #: not published yet: it is not their turn
     prefill: int = 0  #: published to prefill, without a token
@@ -103,7 +104,7 @@ class Slot(Part, frozen=True, kw_only=True):
 
 
 class Window(Part, frozen=True, kw_only=True):
-    """The last minutes of this API process."""
+    """The last minutes, of all API processes."""
 
     seconds: float  #: less while it is young
     slot_s: float
@@ -175,7 +176,10 @@ class Overview(Part, frozen=True, kw_only=True):
     """Everything."""
 
     at: float  #: UNIX seconds
-    api: Api
+    api: Api  #: the process that says all this
+    #: The others that share its bus: what they say of themselves is some seconds old. Of their
+    #: requests only the newest are there.
+    others: tuple[Api, ...] = ()
     viewer: Viewer
     workers: tuple[WorkerView, ...]
     queues: tuple[QueueView, ...]

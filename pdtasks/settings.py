@@ -90,6 +90,8 @@ class Settings(BaseSettings):
     max_waiting_jobs: int = Field(default=100_000, gt=0)  #: jobs on the bus; more get a 429
     #: vLLM's own front-end flags, as on a command line: `--enable-auto-tool-choice …`.
     api_args: str = ""
+    #: Where Flower listens. Beyond this host it asks for a login: `pdtasks/flower_login.py`.
+    flower_host: str = "127.0.0.1"
     flower_port: int = Field(default=5555, ge=0, le=65535)
 
     #: Where a worker serves its metrics. Ports: a free one, unless one is named and nobody has it.

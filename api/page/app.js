@@ -6,12 +6,14 @@ import { clock } from "./format.js";
 import * as view from "./view.js";
 
 const PAUSE_MS = 2000;
+const FEW = 15; // lines of requests and of jobs
+const MANY = 99; // with one more, as many jobs as the API tells
 const byId = (id) => document.getElementById(id);
 const status = byId("status");
 let paused = false;
 let timer = 0;
 let said = "";
-let rows = 15;
+let rows = FEW;
 
 function say(kind, words) {
   status.className = kind;
@@ -21,7 +23,11 @@ function say(kind, words) {
 async function look() {
   clearTimeout(timer);
   try {
-    const seen = await overview(rows);
+    const seen = await overview(rows + 1); // one more tells whether there are more
+    const isMore = [seen.requests, seen.jobs.recent].some((list) => list.length > rows);
+    seen.requests.length = Math.min(seen.requests.length, rows);
+    seen.jobs.recent.length = Math.min(seen.jobs.recent.length, rows);
+    byId("more").hidden = !isMore && rows === FEW;
     byId("main").hidden = false;
     view.showHead(seen);
     view.showProblems(said ? [said, ...seen.problems] : seen.problems);
@@ -63,7 +69,7 @@ byId("pause").addEventListener("click", () => {
 
 byId("more").addEventListener("click", () => {
   const more = byId("more").getAttribute("aria-expanded") !== "true";
-  rows = more ? 100 : 15;
+  rows = more ? MANY : FEW;
   byId("more").setAttribute("aria-expanded", String(more));
   text(byId("more"), more ? "Show fewer" : "Show more");
   look();

@@ -8,7 +8,9 @@ const byId = (id) => document.getElementById(id);
 
 export function showHead(seen) {
   text(byId("model"), seen.api.model);
-  text(byId("process"), `API process ${seen.api.pid} on ${seen.api.host}, up ${duration(seen.at - seen.api.since)}`);
+  const own = `API process ${seen.api.pid} on ${seen.api.host}, up ${duration(seen.at - seen.api.since)}`;
+  text(byId("process"), seen.others.length ? `${own}; with ${plural(seen.others.length, "other")}` : own);
+  byId("process").title = seen.others.map((api) => `API process ${api.pid} on ${api.host}`).join("\n");
   document.title = `${seen.api.model} · pdtasks`;
 }
 
@@ -55,7 +57,7 @@ export function showFlow(seen) {
       text(late, step.waits);
     },
   );
-  text(byId("flight-note"), "requests of this API process");
+  text(byId("flight-note"), seen.others.length ? `requests of all ${seen.others.length + 1} API processes` : "");
 }
 
 // -- latencies -------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ export function showCards(seen) {
   // (the last slot has only begun: a rate of it would always fall)
   const full = window.slots.slice(0, -1);
   const slots = Math.max(full.length, Math.round(300 / window.slot_s) - 1);
-  text(byId("window-note"), `medians of the last ${duration(window.seconds)}, this API process`);
+  text(byId("window-note"), `medians of the last ${duration(window.seconds)}`);
   each(
     byId("cards"),
     CARDS,

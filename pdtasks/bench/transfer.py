@@ -227,7 +227,7 @@ def _move(
     started = time.perf_counter()
     transfer.start_saves(plan)
     transfer.start_loads(plan)
-    while (stats := transfer.take_stats()) is None:
+    while (stats := transfer.take_stats()) is None or not stats.data["records"]:
         if time.perf_counter() - started > _TIMEOUT_S:
             raise RuntimeError("the transfer never came to its end")
         time.sleep(0.0002)

@@ -8,6 +8,10 @@ from typing import Final
 WORKER: Final = "pd:worker:"
 #: The names of workers by the time of their last sign of life.
 WORKERS: Final = "pd:workers"
+#: Of what one API process tells the others; its name follows.
+API: Final = "pd:api:"
+#: The names of API processes by the time of their last sign of life.
+APIS: Final = "pd:apis"
 #: Of the order to one worker that it is to drain; its name follows.
 DRAIN: Final = "pd:drain:"
 #: Of one asker's reply stream; something unique follows.

@@ -19,6 +19,7 @@ from typing import Any
 import pdtasks
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
+from pdtasks.flower_login import FLOWER_PREFIX, has_login
 from pdtasks.keys import KEYS_VARIABLE
 from pdtasks.settings import Settings, make_settings
 
@@ -73,31 +74,34 @@ def api(
 
 
 def flower(settings: Settings, cookie_secret: str) -> Process:
-    """Flower on loopback. Raises StartFailed when its configuration is not installed."""
+    """Flower. Raises StartFailed when its configuration is not installed."""
     found = importlib.util.find_spec("configs.flowerconfig")
     if found is None or found.origin is None:
         raise StartFailed("configs/flowerconfig.py is missing: install pdtasks again")
     argv = ["celery", "-A", "pdtasks", "flower", f"--conf={found.origin}"]
-    argv += ["--address=127.0.0.1", f"--port={settings.flower_port}"]
-    env = {
+    argv += [f"--address={settings.flower_host}", f"--port={settings.flower_port}"]
+    env = {name: value for name, value in os.environ.items() if name.startswith(FLOWER_PREFIX)}
+    # The same after a restart, so that open pages go on.
+    env |= {"FLOWER_COOKIE_SECRET": cookie_secret}
+    if not has_login():
         # Only this host can connect, and the configuration allows looking only.
-        "FLOWER_UNAUTHENTICATED_API": "true",
-        # The same after a restart, so that open pages go on.
-        "FLOWER_COOKIE_SECRET": cookie_secret,
-    }
+        env |= {"FLOWER_UNAUTHENTICATED_API": "true"}
     return _python("flower", argv, settings, env)
 
 
 def api_url(settings: Settings, port: int | None = None) -> str:
     """Where the API answers on this host. `port`: of one among several."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.api_host, settings.api_host)
-    port = settings.api_port if port is None else port
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return _url(settings.api_host, settings.api_port if port is None else port)
 
 
 def flower_url(settings: Settings) -> str:
-    """Where Flower answers."""
-    return f"http://127.0.0.1:{settings.flower_port}"
+    """Where Flower answers on this host."""
+    return _url(settings.flower_host, settings.flower_port)
+
+
+def _url(listens_on: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listens_on, listens_on)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def stack_urls(
@@ -139,7 +143,7 @@ def make_temporary(settings: Settings) -> Path:
 
 def common_env(settings: Settings) -> dict[str, str]:
     """The environment of any child."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PDTASKS_", FLOWER_PREFIX))}
     env |= settings.to_env()
     env |= {
         "PYTHONUNBUFFERED": "1",

@@ -395,7 +395,9 @@ def _api_port(settings: Settings) -> Check:
 
 
 def _flower_port(settings: Settings) -> Check:
-    return _port(settings, "flower", "127.0.0.1", settings.flower_port, "PDTASKS_FLOWER_PORT")
+    return _port(
+        settings, "flower", settings.flower_host, settings.flower_port, "PDTASKS_FLOWER_PORT"
+    )
 
 
 def _port(settings: Settings, role: str, host: str, port: int, variable: str) -> Check:

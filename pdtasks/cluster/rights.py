@@ -158,6 +158,10 @@ _BE_SEEN: Final = (
     "+get +pttl +set +del +watch +zadd +zrem +zremrangebyscore +expire) "
     "+unwatch +multi +exec +discard"
 )
+_TELL_OTHER_APIS: Final = (
+    f"(~{keys.API}* ~{keys.APIS} "
+    "+set +mget +del +zadd +zrem +zrange +zcard +zremrangebyscore +expire)"
+)
 _ORDER_DRAINS: Final = f"(%W~{keys.DRAIN}* +set)"
 _HEAR_DRAINS: Final = f"(%R~{keys.DRAIN}* +get)"
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
@@ -187,7 +191,7 @@ _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
-    *(_STORE_RESULTS, _ORDER_DRAINS),
+    *(_STORE_RESULTS, _ORDER_DRAINS, _TELL_OTHER_APIS),
 )
 _WORKER_ON_BUS: Final = (
     *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_DRAINS),

@@ -32,6 +32,7 @@ from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
 from pdtasks.drained import Drained
 from pdtasks.engine.models import is_ready, resolve_model
 from pdtasks.errors import PdtasksError
+from pdtasks.flower_login import require_login
 from pdtasks.keys import require_keys
 from pdtasks.links import is_loopback
 from pdtasks.naming import STAGES
@@ -71,6 +72,8 @@ def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int
         settings = children.stack_settings(**overrides)
         require_keys(settings, settings.api_host)
         tracing.require_usable()
+        if size.flower:
+            require_login(settings.flower_host)
         with StopSignals() as signals:
             return Supervisor(settings, size, console, signals).run()
 
@@ -165,7 +168,9 @@ class Supervisor:
         ]
         update = {"api_port": self._api_ports[0]}
         if self._size.flower:
-            port = choose_port("Flower", "127.0.0.1", settings.flower_port, "--flower-port")
+            port = choose_port(
+                "Flower", settings.flower_host, settings.flower_port, "--flower-port"
+            )
             update["flower_port"] = port
         self.settings = settings.model_copy(update=update)
 

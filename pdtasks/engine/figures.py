@@ -32,6 +32,9 @@ _KV_SECONDS = Histogram(
     ["op"],
     buckets=_SECONDS,
 )
+_KV_UNSENT = Counted(
+    "pdtasks_kv_unsent_blocks", "KV blocks that left the ring without reaching the store"
+)
 _KV_FAILURES = Counted("pdtasks_kv_transfer_failures", "Transfers that ended with an error", ["op"])
 
 
@@ -69,6 +72,8 @@ class EngineFigures:
         self._running = stats.num_running_reqs
         self._waiting = stats.num_waiting_reqs
         self._deferred = stats.num_skipped_waiting_reqs
+        if stats.kv_connector_stats:
+            _KV_UNSENT.inc(stats.kv_connector_stats.get("unsent", 0))
         local, store = stats.prefix_cache_stats, stats.connector_prefix_cache_stats
         if local.queries or (store is not None and store.queries):
             before = self.totals

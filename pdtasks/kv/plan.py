@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -86,17 +86,25 @@ class TransferRecord:
     error: str = ""  #: why it failed; empty when it did not
 
 
+_NOTHING: Final[dict[str, Any]] = {"records": (), "unsent": 0}
+
+
 class TransferStats(KVConnectorStats):
-    """Carries `TransferRecord`s through vLLM's scheduler statistics."""
+    """Carries `TransferRecord`s through vLLM's scheduler statistics.
+
+    And `unsent`: how many blocks the store did not get meanwhile.
+    """
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
-        super().__init__(data=data or {"records": []})
+        super().__init__(data=_NOTHING | (data or {}))
+        self.data["records"] = list(self.data["records"])
 
     def reset(self) -> None:
-        self.data = {"records": []}
+        self.data = _NOTHING | {"records": []}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         self.data["records"].extend(other.data["records"])
+        self.data["unsent"] += other.data["unsent"]
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -108,4 +116,4 @@ class TransferStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not self.data["records"]
+        return not (self.data["records"] or self.data["unsent"])

@@ -119,10 +119,17 @@ class Saves:
         self._held: set[str] = set()  # the scheduler keeps their blocks until they are saved
         self._waiting: dict[int, tuple[Block, _Question]] = {}  # by slot, to be sent
         self.num_unsent = 0  #: blocks that the store did not get because it did not keep up
+        self._told_unsent = 0
         self._store_rests_until = 0.0  # monotonic
         self._closing = threading.Event()
 
     # -- in the engine's thread ----------------------------------------------------------------
+
+    def take_unsent(self) -> int:
+        """Blocks more that the store did not get, since the last call."""
+        now = self.num_unsent
+        before, self._told_unsent = self._told_unsent, now
+        return now - before
 
     def start(self, plan: TransferPlan, after: Marks) -> None:
         """Start with the blocks that the step completes, at `after`."""

@@ -231,9 +231,10 @@ class BlockTransfer:
         return KVConnectorTransferResults(sent, received, failed)
 
     def take_stats(self) -> TransferStats | None:
-        """The records since the last call that nobody was told at once."""
-        records = self._ledger.take()
-        return TransferStats({"records": [asdict(r) for r in records]}) if records else None
+        """What there is to tell since the last call, and nobody was told at once."""
+        records = [asdict(record) for record in self._ledger.take()]
+        stats = TransferStats({"records": records, "unsent": self._saves.take_unsent()})
+        return None if stats.is_empty() else stats
 
     # ------------------------------------------------------------------------------------------
 

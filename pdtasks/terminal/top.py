@@ -100,7 +100,8 @@ def _head(found: Overview) -> Text:
     at = time.strftime("%H:%M:%S", time.localtime(found.at))
     head = Text.assemble(
         ("pdtasks ", "bold"), f"{api.version}  {api.model}  {at}",
-        (f"   API process {api.pid} on {api.host}, up {duration(found.at - api.since)}", "dim"),
+        (f"   API process {api.pid} on {api.host}, up {duration(found.at - api.since)}"
+         + (f"; with {len(found.others)} more" if found.others else ""), "dim"),
     )  # fmt: skip
     flight, span = found.in_flight, duration(window.seconds)
     loaded, lost = kv.blocks_loaded, kv.blocks_recomputed
@@ -145,7 +146,7 @@ def _workers(found: Overview) -> RenderableType:
 
 
 def _queues(found: Overview) -> Table:
-    columns = ("queue", "waiting", "consumers", "oldest here")
+    columns = ("queue", "waiting", "consumers", "oldest")
     table = _table(*columns, right=frozenset(columns[1:]))
     for queue in found.queues:
         counts = (queue.ready, queue.consumers)

@@ -69,6 +69,12 @@ class HeartStep(Heart):  # type: ignore[misc]
 
     requires = (EventsStep,)
 
+    def shutdown(self, c: Consumer) -> None:
+        # Said at the stop already. Who listens takes the events of tasks that ended since for signs
+        # of life.
+        if c.event_dispatcher is not None and self.enabled:
+            c.event_dispatcher.send("worker-offline", freq=self.heartbeat_interval or 2.0)
+
 
 class TasksStep(Tasks):  # type: ignore[misc]
     """Celery's, without mingle before it; what runs may be handed on when it has stopped."""

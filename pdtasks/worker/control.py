@@ -22,6 +22,7 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.control import Control
 from celery.worker.control import Panel
 from celery.worker.pidbox import Pidbox
+from kombu.exceptions import EncodeError
 
 from pdtasks import naming
 from pdtasks.errors import where
@@ -67,7 +68,8 @@ class _Mailbox(Pidbox):  # type: ignore[misc]  # Celery has no types
         super().__init__(c)
         # Celery's registry is for all apps of a process: ours stay here.
         asking = {name: Panel.data[name] for name in _ANSWERED}
-        self.node.handlers = {**asking, naming.ABORT: _abort, "revoke": _revoke}
+        own = {naming.ABORT: _abort, "revoke": _revoke, "stats": _stats}
+        self.node.handlers = {**asking, **own}
         self.node.mailbox = copy(self.node.mailbox)
         self.node.mailbox.get_queue = partial(_own_queue, self.node.mailbox)
 
@@ -91,7 +93,12 @@ class _Mailbox(Pidbox):  # type: ignore[misc]  # Celery has no types
         if command.reply_to is not None:
             # Elsewhere the worker may not write, and would lose its connection for trying.
             if command.reply_to.exchange == self.node.mailbox.reply_exchange.name:
-                self._reply({self.hostname: answer}, command.reply_to.routing_key, command.ticket)
+                try:
+                    self._reply(answer, command.reply_to.routing_key, command.ticket)
+                except EncodeError as exc:  # it would end the main loop
+                    logger.error("answer to %s: %s", command.method, where(exc))  # noqa: TRY400
+                    error = {"error": "the answer cannot be sent"}
+                    self._reply(error, command.reply_to.routing_key, command.ticket)
             else:
                 logger.error("refused to answer a control command elsewhere")
 
@@ -111,17 +118,18 @@ class _Mailbox(Pidbox):  # type: ignore[misc]  # Celery has no types
             logger.error("control command %s failed: %s", command.method, where(exc))  # noqa: TRY400
             return {"error": type(exc).__name__}
 
-    def _reply(self, data: Any, routing_key: str, ticket: str | None) -> None:
+    def _reply(self, answer: Any, routing_key: str, ticket: str | None) -> None:
         """Over the node's own channel, once.
 
         kombu's own takes a connection of a pool, and tries for ever while RabbitMQ is away.
+        Raises EncodeError.
         """
         mailbox = self.node.mailbox
         exchange = kombu.Exchange(
             mailbox.reply_exchange.name, type="direct", delivery_mode="transient", durable=False
         )
         kombu.Producer(self.node.channel, auto_declare=False).publish(
-            data,
+            {self.hostname: answer},
             exchange=exchange,
             routing_key=routing_key,
             declare=[exchange],
@@ -148,6 +156,14 @@ def _own_queue(mailbox: Any, hostname: str) -> Any:
     lost connection for alive.
     """
     return type(mailbox).get_queue(mailbox, f"{hostname}.{uuid4().hex}")
+
+
+def _stats(state: Any, **_: Any) -> dict[str, Any]:
+    """Control command: Celery's `stats`, and what this worker is; Flower shows both."""
+    own = service.current().presence.status()
+    stats: dict[str, Any] = Panel.data["stats"](state)
+    stats["broker"].pop("transport_options")  # a function is in them, which no message can carry
+    return stats | {name: getattr(own, name) for name in ("role", "device", "model", "engine")}
 
 
 def _abort(_state: Any, request_ids: Any) -> dict[str, str]:

@@ -167,7 +167,9 @@ def _only_shared_blocks_soon(stack: Stack) -> None:
         return all(
             bus.xlen(key) == 0
             if key.startswith(b"pd:reply:")
-            else key.startswith((b"pd:worker:", b"pd:workers", b"celery-task-meta-"))
+            else key.startswith(
+                (b"pd:worker:", b"pd:workers", b"pd:api:", b"pd:apis", b"celery-task-meta-")
+            )
             and cast("int", bus.ttl(key)) > 0
             for key in bus.scan_iter()
             # What tests before had the stack keep for them is theirs.

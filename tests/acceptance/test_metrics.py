@@ -41,7 +41,7 @@ def test_every_part_tells_what_it_does_while_it_does_it(stack: Stack, client: ht
     # Given where Prometheus finds everybody
     groups = client.get("/pdtasks/targets").json()
     at = {group["labels"]["role"]: group["targets"][0] for group in groups}
-    assert set(at) == {"prefill", "decode"}
+    assert set(at) == {"prefill", "decode", "api"}
     api = stack.api_url.removeprefix("http://")
 
     def told() -> Samples:
@@ -140,7 +140,9 @@ def test_vllms_dashboards_find_every_name_that_its_server_has(stack: Stack) -> N
 
 def test_each_metric_of_rules_and_dashboard_is_there(stack: Stack, client: httpx.Client) -> None:
     groups = client.get("/pdtasks/targets").json()
-    addresses = [stack.api_url.removeprefix("http://"), *(g["targets"][0] for g in groups)]
+    addresses = [group["targets"][0] for group in groups]
+    urls = [stack.api_url, stack.other_api_url]
+    assert {url.removeprefix("http://") for url in urls} <= set(addresses)
     there = set().union(*(families(scrape(address)) for address in addresses))
 
     asked = [ROOT / "deploy" / name for name in ("prometheus/alerts.yml", "grafana/pdtasks.json")]
@@ -162,7 +164,8 @@ def test_the_command_prints_what_prometheus_needs(stack: Stack) -> None:
         check=True,
     ).stdout
 
-    api, workers = yaml.safe_load(printed)["scrape_configs"]
+    (found,) = yaml.safe_load(printed)["scrape_configs"]
     urls = [stack.api_url, stack.other_api_url]
-    assert api["static_configs"][0]["targets"] == [url.removeprefix("http://") for url in urls]
-    assert workers["http_sd_configs"][0]["url"] == f"{stack.api_url}/pdtasks/targets"
+    assert [one["url"] for one in found["http_sd_configs"]] == [
+        f"{url}/pdtasks/targets" for url in urls
+    ]

@@ -16,7 +16,8 @@ def wait_until_nothing_is_left(services: Services, *but: str) -> None:
         keys = {
             key.decode() for server in (services.bus, services.kv) for key in server.scan_iter()
         }
-        return {k for k in keys - set(but) if not k.startswith(("pd:worker:", "pd:workers"))}
+        presence = ("pd:worker:", "pd:workers", "pd:api:", "pd:apis")
+        return {k for k in keys - set(but) if not k.startswith(presence)}
 
     with suppress(AssertionError):
         wait_until(lambda: not left(), 5)

@@ -279,6 +279,27 @@ def test_no_control_message_hurts_a_worker(
     assert "refused a control message that is no command" in worker.log
 
 
+def test_every_command_that_asks_is_answered_and_ends_no_worker(
+    start_worker: StartWorker, asker: Asker, services: Services, our_app: Any
+) -> None:
+    """Flower sends most of them; an answer that no message can carry would end the main loop."""
+    from pdtasks.worker.control import _ANSWERED
+
+    worker = start_worker("prefill")
+    start_worker("decode")
+    for command in _ANSWERED:
+        arguments = {"ids": ["r"]} if command == "query_task" else {}
+        answers = our_app.control.broadcast(
+            command, arguments=arguments, reply=True, limit=2, timeout=10
+        )
+        told = {name: said for answer in answers for name, said in answer.items()}
+        assert set(told) == {"prefill1@test", "decode1@test"}, command
+        failed = [said for said in told.values() if isinstance(said, dict) and "error" in said]
+        assert failed == [], command
+    require_right(asker, "after")
+    require_well(services, worker)
+
+
 def test_what_lies_among_the_dead_letters_stops_no_command(
     start_worker: StartWorker, services: Services, channel: Any
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -103,3 +104,35 @@ def test_a_dead_job_is_answered_for_when_the_bus_is_back(
     # Then its caller hears of it all the same
     with pytest.raises(Exception, match="cannot read it"):
         result.get(timeout=60)
+
+
+def test_a_workers_last_event_says_that_it_is_offline(
+    start_worker: StartWorker, our_app: Any
+) -> None:
+    """Those of tasks that end after its stop began would be taken for signs of life."""
+    start_worker("prefill")
+    decode = start_worker("decode", held=True)
+    events: list[dict[str, Any]] = []
+    with our_app.connection_for_read() as connection:
+        receiver = our_app.events.Receiver(connection, handlers={"*": events.append})
+        listener = threading.Thread(
+            target=lambda: receiver.capture(limit=None, timeout=None), daemon=True
+        )
+        listener.start()
+        wait_until(lambda: any(e["hostname"] == "decode1@test" for e in events))
+        result = submit("hello", max_tokens=20)
+        wait_until(decode.steering.added)
+
+        # When it stops, and what it has begun ends meanwhile
+        decode.signal(signal.SIGTERM)
+        wait_until(lambda: any(e["type"] == "worker-offline" for e in events))
+        decode.steering.release()
+        assert result.get(timeout=20)["text"]
+        decode.wait()
+
+        def of_it() -> list[str]:
+            return [e["type"] for e in events if e["hostname"] == "decode1@test"]
+
+        wait_until(lambda: "task-succeeded" in of_it() and of_it()[-1] == "worker-offline")
+        receiver.should_stop = True
+        listener.join(5)

@@ -256,7 +256,7 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
     ),
     User.WORKER: (
         *("XREAD STREAMS pd:reply:x 0", "XRANGE pd:reply:x - +", "DEL pd:reply:x"),
-        "SET pd:drain:x y",
+        *("SET pd:drain:x y", "MGET pd:api:x", "ZADD pd:apis 1 x"),
         *("HGETALL pd:batch:x", "GET pd:file:x:0", "DEL pd:file:x", "LRANGE pd:batch:x:lines 0 -1"),
         *("HGETALL pd:job:x", "DEL pd:job:x", "ZRANGE pd:jobs 0 -1", "EVALSHA x 0"),
         *("SCRIPT LOAD return(1)", "RPUSH pd:progress:r:1 x", "SUBSCRIBE celery-task-meta-x"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import STUB_MODEL, ChaosStack
 from pdtasks.cli import main
 from pdtasks.cluster.console import Console
+from pdtasks.cluster.probes import free_ports
+from pdtasks.cluster.process import Process
 from pdtasks.keys import Key, add, digest_of
 from pdtasks.overview import Overview, RequestReport
+from pdtasks.scraping import scrape_configuration
 from tests.browser import Tab, chromium
+from tests.scraping import PROMTOOL
 from tests.waiting import wait_until
 
 ALICE, BOB, OLGA = "pdt-alice", "pdt-bob", "pdt-olga"
@@ -127,6 +133,87 @@ def test_nothing_that_was_asked_or_answered_is_shown(url: str) -> None:
     assert not [text for text in texts if str(CANARY) in text]
 
 
+def test_whichever_api_process_is_asked_all_is_shown(stack: ChaosStack, url: str) -> None:
+    one, other = stack.urls.values()
+    before = overview(other, OLGA).window
+    request_id = ask(one, ALICE)
+
+    def seen() -> Overview | None:
+        found = overview(other, OLGA)
+        return found if request_id in [request.id for request in found.requests] else None
+
+    found = wait_until(seen, what="the other API process knows the request")
+    assert len(found.others) == 1
+    assert {found.api.pid, found.others[0].pid} == {part.process.pid for part in stack.apis}
+    assert found.window.ttft.count > before.ttft.count
+    assert found.window.tokens >= before.tokens + 5
+    with client(other, ALICE) as caller:
+        report = caller.get(f"/pdtasks/requests/{request_id}").raise_for_status()
+    decoded = msgspec.json.decode(report.content, type=RequestReport)
+    assert list(decoded.sequences[0]) == ["prefill", "decode"]
+    # Others' keys see it there as little as where it was asked
+    with client(other, BOB) as caller:
+        assert caller.get(f"/pdtasks/requests/{request_id}").status_code == 404
+    assert request_id not in [request.id for request in overview(other, BOB).requests]
+    # Prometheus hears of both
+    with client(other, OLGA) as caller:
+        groups = caller.get("/pdtasks/targets").raise_for_status().json()
+    apis = [g["targets"][0] for g in groups if g["labels"].get("job") == "pdtasks-api"]
+    assert sorted(f"http://{address}" for address in apis) == sorted(stack.urls.values())
+    assert len(groups) == 6
+
+
+def test_prometheus_finds_all_by_what_one_api_process_tells(
+    stack: ChaosStack, url: str, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text(OLGA)
+    text = scrape_configuration(list(stack.urls.values()), asks_for_keys=True)
+    text = text.replace("/etc/prometheus/pdtasks-api-key", str(key))
+    configuration = tmp_path / "prometheus.yml"
+    configuration.write_text(f"global: {{scrape_interval: 1s}}\n{text}")
+    (port,) = free_ports(1)
+    prometheus = Process(
+        "prometheus",
+        [
+            str(Path(PROMTOOL).with_name("prometheus")),
+            f"--config.file={configuration}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        env=dict(os.environ),
+        log=tmp_path / "prometheus.log",
+    )
+    prometheus.start()
+    try:
+
+        def asked(query: str) -> list[Any]:
+            address = f"http://127.0.0.1:{port}/api/v1/query"
+            try:
+                answer = httpx.get(address, params={"query": query}, trust_env=False)
+            except httpx.TransportError:
+                return []  # it is coming up
+            result: list[Any] = answer.json().get("data", {}).get("result", [])
+            return result
+
+        # Each API process once, although both tell of both
+        wait_until(lambda: len(asked("up == 1")) == 6, 60, "all are scraped")
+        jobs = [one["metric"]["job"] for one in asked("up")]
+        assert Counter(jobs) == {"pdtasks-api": 2, "pdtasks-workers": 4}
+        before = asked("sum(vllm:request_success_total)")[0]["value"][1]
+        for address in stack.urls.values():
+            ask(address, ALICE)
+        wait_until(
+            lambda: (
+                float(asked("sum(vllm:request_success_total)")[0]["value"][1]) >= float(before) + 2
+            ),
+            30,
+            "what both count is summed",
+        )
+    finally:
+        prometheus.stop(10)
+
+
 def test_a_jobs_way_is_shown_to_its_owner(url: str) -> None:
     with client(url, BOB) as caller:
         body = {"model": STUB_MODEL, "prompt": [CANARY] * 9, "max_tokens": 3}
@@ -197,11 +284,27 @@ def test_the_page_shows_the_stack_and_loads_nothing_from_elsewhere(url: str, tab
     assert min(tab.run(widths)) > 50
     assert {address.partition("/dashboard")[0] for address in tab.requested} <= {
         url,
-        f"{url}/pdtasks/overview?limit=15",
+        f"{url}/pdtasks/overview?limit=16",
     }
     # (a browser tells of each 401; of a page that breaks its own policy it tells, too)
     assert [one for one in tab.complaints if "401" not in one] == []
     assert OLGA not in tab.run("document.documentElement.outerHTML")
+
+
+def test_more_is_offered_where_there_is_more(url: str, tab: Tab) -> None:
+    ask(url, BOB)
+    tab.go(f"{url}/dashboard")
+    give_key(tab, BOB)
+    tab.wait("document.querySelectorAll('#requests tr').length > 0")
+    assert tab.run("document.querySelector('#more').hidden")
+
+    for _ in range(16):
+        ask(url, BOB, tokens=1)
+    tab.wait("!document.querySelector('#more').hidden")
+    assert tab.run("document.querySelectorAll('#requests tr').length") == 15
+    tab.run("document.querySelector('#more').click()")
+    tab.wait("document.querySelectorAll('#requests tr').length > 16")
+    assert tab.text("#more") == "Show fewer"
 
 
 def test_a_request_opens_by_keyboard_and_shows_its_report(url: str, tab: Tab) -> None:

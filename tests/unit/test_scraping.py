@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,9 @@ import valkey
 import yaml
 from fastapi import HTTPException
 
-from api.targets import worker_targets
-from pdtasks.scraping import scrape_configuration, targets
+from api.targets import all_targets
+from pdtasks.scraping import address_of, api_targets, scrape_configuration, targets
+from pdtasks.settings import Settings
 from tests.unit.api.core_bench import READY
 
 WORKERS = [
@@ -32,23 +34,42 @@ def test_each_worker_that_serves_metrics_is_a_target_by_its_name() -> None:
     ]
 
 
-def test_the_configuration_is_yaml_that_names_every_api_process() -> None:
-    urls = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
-    apis, workers = yaml.safe_load(scrape_configuration(urls, asks_for_keys=False))[
-        "scrape_configs"
+def test_api_processes_are_targets_of_a_job_of_their_own() -> None:
+    assert api_targets(["a:8000", "b:8000"]) == [
+        {"targets": [address], "labels": {"job": "pdtasks-api", "role": "api"}}
+        for address in ("a:8000", "b:8000")
     ]
 
-    assert apis["static_configs"] == [{"targets": ["127.0.0.1:8000", "127.0.0.1:8001"]}]
-    (found,) = workers["http_sd_configs"]
-    assert found["url"] == "http://127.0.0.1:8000/pdtasks/targets"
-    assert "authorization" not in found
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000"),
+        ("::1", "[::1]:8000"),
+        ("0.0.0.0", f"{socket.gethostname()}:8000"),
+    ],
+)
+def test_an_api_process_is_found_where_it_listens(host: str, address: str) -> None:
+    assert address_of(Settings(api_host=host, api_port=8000, device="cpu")) == address
+
+
+def test_the_configuration_is_yaml_that_asks_every_api_process() -> None:
+    urls = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    (job,) = yaml.safe_load(scrape_configuration(urls, asks_for_keys=False))["scrape_configs"]
+
+    assert [found["url"] for found in job["http_sd_configs"]] == [
+        "http://127.0.0.1:8000/pdtasks/targets",
+        "http://127.0.0.1:8001/pdtasks/targets",
+    ]
+    assert "authorization" not in str(job)
 
 
 def test_where_keys_are_asked_for_the_configuration_has_a_place_for_one() -> None:
     text = scrape_configuration(["https://api.example"], asks_for_keys=True)
-    _, workers = yaml.safe_load(text)["scrape_configs"]
+    (job,) = yaml.safe_load(text)["scrape_configs"]
 
-    (found,) = workers["http_sd_configs"]
+    (found,) = job["http_sd_configs"]
+    assert found["url"] == "https://api.example/pdtasks/targets"
     assert found["authorization"]["credentials_file"]
 
 
@@ -65,14 +86,25 @@ class StubWorkers:
             raise self._error
 
 
+class StubNeighbours:
+    """What other API processes say."""
+
+    async def others(self) -> list[Any]:
+        return [SimpleNamespace(metrics="other:8000"), SimpleNamespace(metrics="127.0.0.1:8000")]
+
+
 def asked(workers: StubWorkers) -> Any:
-    core = SimpleNamespace(engine_core=SimpleNamespace(workers=workers))
-    request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(pdtasks_client=core)))
-    return asyncio.run(worker_targets(request))
+    state = SimpleNamespace(
+        pdtasks_client=SimpleNamespace(engine_core=SimpleNamespace(workers=workers)),
+        pdtasks_overviews=SimpleNamespace(neighbours=StubNeighbours(), metrics="127.0.0.1:8000"),
+    )
+    request: Any = SimpleNamespace(app=SimpleNamespace(state=state))
+    return asyncio.run(all_targets(request))
 
 
-def test_the_api_tells_prometheus_which_workers_there_are() -> None:
-    assert json.loads(json.dumps(asked(StubWorkers()))) == targets(WORKERS)
+def test_the_api_tells_prometheus_who_is_there_each_once() -> None:
+    apis = api_targets(["127.0.0.1:8000", "other:8000"])
+    assert json.loads(json.dumps(asked(StubWorkers()))) == apis + targets(WORKERS)
 
 
 def test_while_the_bus_is_away_prometheus_is_to_keep_what_it_knew() -> None:

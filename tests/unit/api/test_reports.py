@@ -137,3 +137,19 @@ def test_the_way_of_an_answer_of_one_worker_has_no_hand_over() -> None:
     assert (view.state, view.route) == ("done", "short_prompt")
     flow = reports.recently.window().kv
     assert (flow.prompt_tokens, flow.cached_tokens, flow.blocks_loaded) == (10, 3, 0)
+
+
+def test_a_request_waits_for_the_stage_whose_first_token_it_has_not() -> None:
+    reports = Reports()
+    split, whole = (reports.expect(a_request(name)) for name in ("split", "whole"))
+    assert (split.waits_for, whole.waits_for) == ("prefill", "prefill"), "in line"
+    split.published(Route.SPLIT)
+    whole.published(Route.SHORT_PROMPT)
+    assert (split.waits_for, whole.waits_for) == ("prefill", "decode")
+    for one in (split, whole):
+        one.take_tokens(1, 1.0)
+    assert (split.waits_for, whole.waits_for) == ("decode", "")
+    split.take_tokens(1, 2.0)
+    assert split.waits_for == ""
+    split.end("done", 3.0)
+    assert split.waits_for == ""

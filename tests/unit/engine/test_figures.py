@@ -10,7 +10,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import PrefillStats, PrefixCacheStats, SchedulerStats
 
 from pdtasks.engine.figures import EngineFigures
-from pdtasks.kv.plan import TransferRecord
+from pdtasks.kv.plan import TransferRecord, TransferStats
 from tests.unit.factories import an_output
 
 
@@ -111,3 +111,17 @@ def test_a_transfer_counts_its_bytes_and_what_became_of_its_blocks() -> None:
     EngineFigures.take_record(asdict(record))
 
     assert [b - a for a, b in zip(before, counts(), strict=True)] == [300, 3, 2, 1, 1]
+
+
+def test_blocks_that_did_not_reach_the_store_are_counted_with_the_steps() -> None:
+    def now() -> float:
+        return REGISTRY.get_sample_value("pdtasks_kv_unsent_blocks_total") or 0.0
+
+    before = now()
+    figures, _ = registered()
+    stats = TransferStats({"unsent": 3}).aggregate(TransferStats({"unsent": 2}))
+    for data in (stats.data, {"records": []}):
+        step = EngineCoreOutputs(scheduler_stats=SchedulerStats(kv_connector_stats=data))
+        figures.take(step)
+
+    assert now() - before == 5

@@ -162,7 +162,7 @@ def test_a_store_that_does_not_keep_up_holds_up_no_hand_over_that_was_read(
     assert time.monotonic() - began < 5
     assert not any(r["missing"] or r["error"] for r in decode.records + side.records)
     saved(side, store)
-    assert side.transfer._saves.num_unsent
+    side.step_until(lambda: side.unsent)
 
 
 def test_what_nobody_has_read_is_sent_first_and_nothing_waits_for_ever(

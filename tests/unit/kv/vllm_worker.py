@@ -79,6 +79,7 @@ class Side:
         self._next_number = 0
         self.transfer.attach(self.pages)
         self.records: list[dict[str, Any]] = []
+        self.unsent = 0
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -103,6 +104,7 @@ class Side:
         self.failed.update(results.failed_recving)
         if (stats := self.transfer.take_stats()) is not None:
             self.records += stats.data["records"]
+            self.unsent += stats.data["unsent"]
 
     def _numbered(self, save: BlockSave) -> BlockSave:
         """As the scheduler numbers blocks for the ring."""

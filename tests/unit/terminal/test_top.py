@@ -24,6 +24,12 @@ def text_of(found: Overview, width: int = 120, height: int = 50) -> str:
     return console.file.getvalue()
 
 
+def test_other_api_processes_are_told_of() -> None:
+    other = msgspec.structs.replace(an_overview().api, pid=7)
+    assert "with 1 more" in text_of(an_overview(others=(other,)))
+    assert "more" not in text_of(an_overview()).splitlines()[0]
+
+
 def test_everything_is_there() -> None:
     text = text_of(an_overview())
 
