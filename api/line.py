@@ -205,7 +205,7 @@ class Line:
     def _route(self, one: _Waiting, room: Room) -> Route | None:
         """The way that it can take now; None: it waits."""
         on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
-        if len(self._on_their_way) + len(self._whole) >= on_their_way:
+        if len(self._on_their_way) >= on_their_way:
             return None
         if one.wish is not Wish.SPLIT and (why := self._why_whole(one, room)):
             workers, slots = max(1, room.decode_workers), room.decode_slots
@@ -226,10 +226,20 @@ class Line:
             return None
         if one.wish is Wish.WHOLE:
             return Route.WISHED
-        most = _SHORT_PROMPTS * short * max(1, room.decode_workers)
-        if one.tokens <= short and sum(self._whole.values()) + one.tokens <= most:
+        if one.tokens <= short and self._computes_soon(one, room):
             return Route.SHORT_PROMPT
         return None if room.prefill_workers else Route.NO_PREFILL
+
+    def _computes_soon(self, one: _Waiting, room: Room) -> bool:
+        """Would a decode worker compute this short prompt in a step that keeps nobody waiting?"""
+        most = _SHORT_PROMPTS * room.short_tokens
+        if not (self._answered or self._on_their_way or room.decode_active):
+            # There is nobody: prompts that come together share a step that is full.
+            most = max(most, room.step_tokens)
+        workers = max(1, room.decode_workers)
+        places = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
+        has_place = len(self._whole) < places
+        return has_place and sum(self._whole.values()) + one.tokens <= most * workers
 
     def _may_help(self, one: _Waiting, room: Room) -> bool:
         """Have decode workers nothing to do, nor soon?"""

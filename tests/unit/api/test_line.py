@@ -247,7 +247,7 @@ def test_nothing_is_short_where_decode_workers_compute_no_prompts() -> None:
 
 
 def test_decode_workers_compute_few_short_prompts_at_once_and_the_rest_is_prefilled() -> None:
-    traffic = Traffic(short_tokens=50, decode_workers=2, step_tokens=1000)
+    traffic = Traffic(short_tokens=50, decode_workers=2, step_tokens=1000, decode_active=1)
     for n in range(5):
         traffic.enter(f"r{n}", tokens=50)
     assert list(traffic.routes.values()) == [SHORT] * 4 + [SPLIT]
@@ -258,6 +258,25 @@ def test_decode_workers_compute_few_short_prompts_at_once_and_the_rest_is_prefil
     for name in ("a", "b", "c"):
         traffic.enter(name, tokens=50)
     assert [traffic.routes[name] for name in ("a", "b", "c")] == [SHORT, SHORT, SPLIT]
+
+
+def test_short_prompts_that_come_together_fill_a_step_that_keeps_nobody_waiting() -> None:
+    traffic = Traffic(short_tokens=50, step_tokens=400, decode_slots=100)
+    for n in range(9):
+        traffic.enter(f"r{n}", tokens=50)
+    assert list(traffic.routes.values()) == [SHORT] * 8 + [SPLIT]
+
+    # Then their answers are written, and steps are kept short
+    traffic.line.has_first_token("r0")
+    traffic.enter("a", tokens=50)
+    assert traffic.routes["a"] == SPLIT
+
+
+def test_decode_workers_compute_a_part_of_their_places_at_once() -> None:
+    traffic = Traffic(short_tokens=50, step_tokens=1000, decode_slots=40)
+    for n in range(12):
+        traffic.enter(f"r{n}", tokens=1)
+    assert list(traffic.routes.values()) == [SHORT] * 10 + [SPLIT] * 2
 
 
 def test_without_prefill_workers_decode_workers_do_all_of_it_as_far_as_they_have_room() -> None:
