@@ -140,7 +140,10 @@ def test_whichever_api_process_is_asked_all_is_shown(stack: ChaosStack, url: str
 
     def seen() -> Overview | None:
         found = overview(other, OLGA)
-        return found if request_id in [request.id for request in found.requests] else None
+        by_id = {request.id: request for request in found.requests}
+        # (What the other one has told may be of while it was under way.)
+        is_all = request_id in by_id and len(by_id[request_id].stages) == 2
+        return found if is_all else None
 
     found = wait_until(seen, what="the other API process knows the request")
     assert len(found.others) == 1
