@@ -63,6 +63,7 @@ def scrape_configuration(api_urls: Sequence[str], *, asks_for_keys: bool) -> str
     key = (
         """
         authorization:  # the file holds a key of the API: `pdtasks keys new prometheus`
+          type: Bearer  # said, for Prometheus 2.42 sends the bare key here otherwise
           credentials_file: /etc/prometheus/pdtasks-api-key"""
         if asks_for_keys
         else ""

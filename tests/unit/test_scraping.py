@@ -71,6 +71,7 @@ def test_where_keys_are_asked_for_the_configuration_has_a_place_for_one() -> Non
     (found,) = job["http_sd_configs"]
     assert found["url"] == "https://api.example/pdtasks/targets"
     assert found["authorization"]["credentials_file"]
+    assert found["authorization"]["type"] == "Bearer"
 
 
 class StubWorkers:
