@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutputs
@@ -120,7 +121,8 @@ def test_blocks_that_did_not_reach_the_store_are_counted_with_the_steps() -> Non
     before = now()
     figures, _ = registered()
     stats = TransferStats({"unsent": 3}).aggregate(TransferStats({"unsent": 2}))
-    for data in (stats.data, {"records": []}):
+    told: list[dict[str, Any]] = [stats.data, {"records": []}]
+    for data in told:
         step = EngineCoreOutputs(scheduler_stats=SchedulerStats(kv_connector_stats=data))
         figures.take(step)
 
