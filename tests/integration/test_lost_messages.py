@@ -7,9 +7,6 @@ different from here.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +18,12 @@ import pytest
 
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bus.presence import read_workers
-from pdtasks.cluster.rights import User
 from pdtasks.errors import RequestTimeout
 from pdtasks.naming import DECODE, PREFILL
 from pdtasks.pipeline import submit
 from pdtasks.settings import load_settings
-from tests.integration.conftest import ROOT, Services, StartWorker
+from tests.integration.conftest import Services, StartWorker
+from tests.integration.real_api import running_api
 from tests.waiting import wait_until
 
 #: Of every request. (One whose time is over lies in its queue all the same.)
@@ -39,39 +36,8 @@ LATE_S = 5.0
 def api(
     start_worker: StartWorker, services: Services, bench_nursery: Nursery, tmp_path: Path
 ) -> Iterator[httpx.Client]:
-    """A real API process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {
-        "PDTASKS_BROKER_URL": services.rabbit.url_for(User.API),
-        "PDTASKS_BUS_URL": services.bus_server.url_for(User.API),
-        "PDTASKS_REQUEST_TIMEOUT_S": str(DEADLINE_S),
-        "PYTHONPATH": str(ROOT),
-    }
-    process = bench_nursery.make(
-        "api",
-        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-        env=os.environ | services.env | own,
-        log=tmp_path / "api.log",
-        cwd=tmp_path,
-    )
-    process.start()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url, timeout=DEADLINE_S + 20, trust_env=False) as client:
-
-            def answers() -> bool:
-                assert process.poll() is None, process.log_tail()
-                try:
-                    return client.get("/health").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            wait_until(answers, 90)
-            yield client
-    finally:
-        process.kill()
+    with running_api(services, bench_nursery, tmp_path, DEADLINE_S) as client:
+        yield client
 
 
 Ended = tuple[float, dict[str, Any]]  # after so many seconds, with this error

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
+import httpx
 from vllm.v1.engine import FinishReason
 
+from pdtasks.bench.chaos.nursery import Nursery
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker
 from tests.integration.leftovers import wait_until_nothing_is_left
+from tests.integration.real_api import running_api
 from tests.waiting import wait_until
 
 #: No second attempt makes the same tokens.
@@ -121,3 +125,32 @@ def test_a_caller_that_hangs_up_frees_its_worker(
     worker.steering.step()
 
     wait_until_nothing_is_left(services)
+
+
+def test_without_prefill_workers_decode_workers_answer_until_there_is_one(
+    start_worker: StartWorker, services: Services, bench_nursery: Nursery, tmp_path: Path
+) -> None:
+    start_worker("decode", short_prompt_tokens="1")
+    with running_api(services, bench_nursery, tmp_path, 30) as api:
+        wait_until(lambda: api.get("/ready").status_code == 200)
+        model = api.get("/v1/models").json()["data"][0]["id"]
+        body = {"model": model, "prompt": "a b c", "max_tokens": 4, "temperature": 0}
+
+        assert asked(api, body, "a") == ({"decode"}, "no_prefill_worker")
+        job = api.post("/v1/jobs", json=body).raise_for_status().json()["id"]
+        wait_until(lambda: api.get(f"/v1/jobs/{job}").json()["state"] == "succeeded")
+        (stage,) = api.get(f"/v1/jobs/{job}").json()["stages"]
+        assert (stage["stage"], stage["route"]) == ("decode", "no_prefill_worker")
+        assert api.get("/ready", params={"split": True}).status_code == 503
+
+        start_worker("prefill")
+        wait_until(lambda: api.get("/ready", params={"split": True}).status_code == 200)
+        assert asked(api, body, "b") == ({"prefill", "decode"}, "split")
+
+
+def asked(api: httpx.Client, body: dict[str, Any], name: str) -> tuple[set[str], str]:
+    """Which stages have answered, and the way."""
+    response = api.post("/v1/completions", json=body, headers={"X-Request-Id": name})
+    assert response.json()["usage"]["completion_tokens"] == 4
+    found = api.get(f"/pdtasks/requests/cmpl-{name}").json()
+    return set(found["sequences"][0]), found["times"][0]["route"]

@@ -1,0 +1,59 @@
+"""A real API process, on services whose workers are stubs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.cluster.rights import User
+from tests.integration.conftest import ROOT, Services
+from tests.waiting import wait_until
+
+
+@contextmanager
+def running_api(
+    services: Services, nursery: Nursery, folder: Path, deadline_s: float
+) -> Iterator[httpx.Client]:
+    """Args:
+    folder: for its log.
+    deadline_s: of every request.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {
+        "PDTASKS_BROKER_URL": services.rabbit.url_for(User.API),
+        "PDTASKS_BUS_URL": services.bus_server.url_for(User.API),
+        "PDTASKS_REQUEST_TIMEOUT_S": str(deadline_s),
+        "PYTHONPATH": str(ROOT),
+    }
+    process = nursery.make(
+        "api",
+        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
+        env=os.environ | services.env | own,
+        log=folder / "api.log",
+        cwd=folder,
+    )
+    process.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=deadline_s + 20, trust_env=False) as client:
+
+            def answers() -> bool:
+                assert process.poll() is None, process.log_tail()
+                try:
+                    return client.get("/health").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_until(answers, 90)
+            yield client
+    finally:
+        process.kill()
