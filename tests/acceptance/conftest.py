@@ -9,13 +9,22 @@ import httpx
 import pytest
 
 from tests.acceptance import exact_cases, parameter_cases
+from tests.acceptance.nursery import Nursery
+from tests.acceptance.nursery import nursery as started_nursery
 from tests.acceptance.parameter_cases import ENGINE_ARGS, FLAGS
 from tests.acceptance.reference import Reference, answering
 from tests.acceptance.running_stack import Stack, started_stack, wedge_by_signal
 
 
 @pytest.fixture(scope="package")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Where workers and engines fork off whose start is not what is tested."""
+    with started_nursery(tmp_path_factory.mktemp("nursery") / "log") as started:
+        yield started
+
+
+@pytest.fixture(scope="package")
+def stack(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Stack]:
     changes = wedge_by_signal(tmp_path_factory.mktemp("wedge"))
     # Seconds, beyond the 10 after which a worker counts as silent or stalled: no test that pauses
     # one takes so long.
@@ -23,7 +32,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     # What no request notices that does not ask for it.
     changes["PDTASKS_API_ARGS"] = FLAGS["tools"]
     changes["PDTASKS_ENGINE_ARGS"] = json.dumps(ENGINE_ARGS)
-    with started_stack(tmp_path_factory.mktemp("stack"), changes) as running:
+    with started_stack(tmp_path_factory.mktemp("stack"), changes, nursery) as running:
         yield running
 
 
@@ -34,10 +43,13 @@ def client(stack: Stack) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="package")
-def reference(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+def reference(
+    stack: Stack, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reference]:
     """A single engine, which answers beside the tests."""
     cases = exact_cases.CASES | parameter_cases.CASES
-    with answering(cases, stack.env, tmp_path_factory.mktemp("reference")) as answers:
+    folder = tmp_path_factory.mktemp("reference")
+    with answering(cases, stack.env, folder, nursery) as answers:
         yield answers
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.acceptance.nursery import Forked, Nursery
 from tests.acceptance.parameter_cases import FLAGS, REASONING, Case
 from tests.acceptance.running_stack import MODEL
 from tests.waiting import wait_until
@@ -29,7 +31,7 @@ _PIECES = {"text", "content", "reasoning", "arguments", "partial_json", "delta",
 class Reference:
     """The answers to some cases, while they are being made."""
 
-    def __init__(self, program: subprocess.Popen[bytes], folder: Path, names: list[str]) -> None:
+    def __init__(self, program: Forked, folder: Path, names: list[str]) -> None:
         self._program = program
         self._log = folder / "log"
         self._answers = folder / "answers"
@@ -52,7 +54,7 @@ class Reference:
 
 @contextmanager
 def answering(
-    cases: Mapping[str, Case], env: Mapping[str, str], folder: Path
+    cases: Mapping[str, Case], env: Mapping[str, str], folder: Path, nursery: Nursery
 ) -> Iterator[Reference]:
     """A program that answers the cases one after the other, beside everything else."""
     requests = [[case.flags, case.path, case.body(MODEL)] for case in cases.values()]
@@ -62,17 +64,13 @@ def answering(
     (folder / "answers").touch()
     script = Path(__file__).with_name("single_app.py")
     with (folder / "requests.json").open() as asked, (folder / "log").open("w") as log:
-        program = subprocess.Popen(
-            [sys.executable, str(script), str(folder / "answers")],
-            env=env,
-            stdin=asked,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        argv = [sys.executable, str(script), str(folder / "answers")]
+        program = nursery.start(argv, env, log, stdin=asked)
         try:
             yield Reference(program, folder, list(cases))
         finally:
-            program.kill()
+            # Its engine's process is in the group, and would stay.
+            os.killpg(program.pid, signal.SIGKILL)
             program.wait()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +22,15 @@ import psutil
 import valkey
 
 from pdtasks.bus.presence import read_workers
+from pdtasks.cluster.probes import http_status
 from pdtasks.messages import WorkerStatus
+from tests.acceptance.nursery import Forked, Nursery
 from tests.waiting import wait_until
 
 MODEL = "SmolLM2-135M-Instruct"
 START_TIMEOUT_S = 240.0
+#: All is plain HTTP here, and to load the system's certificates takes a client 50 ms.
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 #: Makes a process's main thread stand still for ever, where `wedge_by_signal` has arranged it.
 WEDGE_SIGNAL = signal.SIGRTMIN
@@ -118,7 +123,7 @@ class Stack:
         return f"{start}:{int(port) + 1}"
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.api_url, timeout=120)
+        return httpx.Client(base_url=self.api_url, timeout=120, verify=_NO_TLS)
 
     @cached_property
     def bus(self) -> valkey.Valkey:
@@ -160,20 +165,26 @@ class Stack:
 
     @contextmanager
     def joined_by(
-        self, role: str, folder: Path, changes: dict[str, str]
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker other@…, started by hand in `folder`, is there in between."""
+        self, role: str, folder: Path, changes: dict[str, str], nursery: Nursery | None = None
+    ) -> Iterator[int]:
+        """A worker other@…, started by hand in `folder`, is there in between; yields its pid.
+
+        Args:
+            changes: to its environment.
+            nursery: it forks off there.
+        """
         log = (folder / "worker.log").open("w")
-        worker = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "celery", "-A", "pdtasks", "worker", "-Q", role),
-                *("-P", "threads", "-c", "2", "-n", "other@%h"),
-            ],
-            env=self.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            start_new_session=True,
+        argv = [
+            *(sys.executable, "-m", "celery", "-A", "pdtasks", "worker", "-Q", role),
+            *("-P", "threads", "-c", "2", "-n", "other@%h"),
+        ]
+        env = self.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"}
+        worker: subprocess.Popen[bytes] | Forked = (
+            nursery.start(argv, env, log, cwd=folder)
+            if nursery
+            else subprocess.Popen(
+                argv, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True
+            )
         )
         try:
 
@@ -182,7 +193,7 @@ class Stack:
                 return any(w.pid == worker.pid and w.state == "ready" for w in self.workers())
 
             wait_until(it_has_joined, 120)
-            yield worker
+            yield worker.pid
         finally:
             worker.terminate()
             worker.wait(timeout=60)
@@ -197,29 +208,33 @@ class Stack:
 
 
 @contextmanager
-def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Iterator[Stack]:
+def started_stack(home: Path, changes: Mapping[str, str], nursery: Nursery) -> Iterator[Stack]:
     """`pdtasks up` with one worker for each stage and two API processes, ready.
 
     Stopped cleanly in the end.
 
-    `changes`: to its environment.
+    Args:
+        changes: to its environment.
+        nursery: where it and its workers fork off.
     """
+    nursery.wait()
     api_port, flower_port = free_pair(), free_ports(1)[0]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
     # A small cache: touching it for the first time is a part of each engine's start.
     env |= {"PDTASKS_HOME": str(home), "PDTASKS_CPU_KV_CACHE_GIB": "1"}
     # Prompts of tests are short; nearly all tests are about the way through both stages.
-    env |= {"PDTASKS_SHORT_PROMPT_TOKENS": "1"} | dict(changes or {})
+    env |= {"PDTASKS_SHORT_PROMPT_TOKENS": "1"}
+    # An engine takes a thread for each core of the host: where several engines share two cores,
+    # threads mostly wait for each other, at twice the CPU time.
+    env |= {"OMP_NUM_THREADS": "1"} | dict(changes)
     log = (home / "up.txt").open("w")
-    up = subprocess.Popen(
+    up = nursery.start(
         [
             *(sys.executable, "-m", "pdtasks.cli", "up", "--prefill", "1", "--decode", "1"),
             *("--api", "2", "--port", str(api_port), "--flower-port", str(flower_port)),
         ],
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        env,
+        log,
     )
     running = Stack(home, f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{flower_port}", env)
     try:
@@ -233,14 +248,11 @@ def started_stack(home: Path, changes: Mapping[str, str] | None = None) -> Itera
             return len(workers) == 2 and all(w.state == "ready" for w in workers)
 
         def api_and_flower_answer() -> bool:
-            try:
-                return (
-                    httpx.get(running.api_url + "/ready?split=true").status_code == 200
-                    and httpx.get(running.other_api_url + "/ready?split=true").status_code == 200
-                    and httpx.get(running.flower_url + "/healthcheck").status_code == 200
-                )
-            except httpx.HTTPError:
-                return False
+            return (
+                http_status(running.api_url + "/ready?split=true") == 200
+                and http_status(running.other_api_url + "/ready?split=true") == 200
+                and http_status(running.flower_url + "/healthcheck") == 200
+            )
 
         wait_until(workers_are_ready, START_TIMEOUT_S)
         wait_until(api_and_flower_answer, START_TIMEOUT_S)

@@ -63,7 +63,7 @@ async def answer(
 if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1")
     # One core, as a worker has: with other threads the last bits of long prompts differ.
-    os.environ.update(VLLM_CPU_OMP_THREADS_BIND="1", HF_HUB_OFFLINE="1")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     # It is in nobody's way: what it answers is waited for, what runs beside it may be timed.
     os.nice(10)
     case = json.load(sys.stdin)

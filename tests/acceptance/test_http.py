@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ import psutil
 import pytest
 
 from pdtasks.bus.presence import read_workers
+from pdtasks.cluster.probes import http_status
 from pdtasks.worker import discarding
+from tests.acceptance.nursery import Nursery
 from tests.acceptance.running_stack import MODEL, Stack, ask, free_ports
 from tests.waiting import wait_until
 
@@ -262,19 +263,13 @@ def test_a_client_cannot_name_somebody_elses_kv(
 
 
 @pytest.fixture
-def api_without_workers(stack: Stack, tmp_path: Path) -> Iterator[str]:
+def api_without_workers(stack: Stack, nursery: Nursery, tmp_path: Path) -> Iterator[str]:
     """An API on another database of the bus, where no worker has announced itself."""
     (port,) = free_ports(1)
     bus = stack.operator_url("bus").rpartition("/")[0] + "/1"
-    env = stack.env | {"PDTASKS_BUS_URL": bus}
+    argv = [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)]
     with (tmp_path / "api.log").open("w") as log:
-        api = subprocess.Popen(
-            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        api = nursery.start(argv, stack.env | {"PDTASKS_BUS_URL": bus}, log)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -284,10 +279,7 @@ def api_without_workers(stack: Stack, tmp_path: Path) -> Iterator[str]:
 
 def test_without_a_worker_the_answer_is_503_with_the_reason(api_without_workers: str) -> None:
     def it_answers() -> bool:
-        try:
-            return httpx.get(api_without_workers + "/health").status_code == 200
-        except httpx.HTTPError:
-            return False
+        return http_status(api_without_workers + "/health") == 200
 
     wait_until(it_answers, 90)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from pdtasks.cluster.valkey import ValkeyServer
+from tests.acceptance.nursery import Nursery
 from tests.acceptance.tiny_model import PROMPT_TOKENS
 
 _SHAPE: dict[str, Any] = {
@@ -77,40 +77,38 @@ TWO_RANKS = {"tensor parallelism 2": LLAMA}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> dict[str, dict[str, Any]]:
     """What the engines have found, by kind."""
     folder = tmp_path_factory.mktemp("kinds")
     with ValkeyServer(folder, "kv") as server, ThreadPoolExecutor(2) as both:
-        one = both.submit(_hand_over, ONE_RANK, 1, server, folder / "one.json")
-        two = both.submit(_hand_over, TWO_RANKS, 2, server, folder / "two.json")
+        one = both.submit(_hand_over, ONE_RANK, 1, server, folder / "one", nursery)
+        two = both.submit(_hand_over, TWO_RANKS, 2, server, folder / "two", nursery)
         return one.result() | two.result()
 
 
 def _hand_over(
-    configs: dict[str, dict[str, Any]], ranks: int, server: ValkeyServer, out: Path
+    configs: dict[str, dict[str, Any]],
+    ranks: int,
+    server: ValkeyServer,
+    folder: Path,
+    nursery: Nursery,
 ) -> dict[str, dict[str, Any]]:
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("tiny_model.py")), str(out)],
-        env=os.environ
-        | {
-            "PDTASKS_KV_URLS": server.url,
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
-        },
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as program:
-        try:
-            printed, _ = program.communicate(
-                json.dumps({"configs": configs, "ranks": ranks}), timeout=200
-            )
-        finally:
-            # vLLM's processes are in the group.
-            with suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-    assert program.returncode == 0, printed[-3000:]
+    folder.mkdir()
+    out, log, asked = folder / "found.json", folder / "log", folder / "asked.json"
+    asked.write_text(json.dumps({"configs": configs, "ranks": ranks}))
+    env = os.environ | {
+        "PDTASKS_KV_URLS": server.url,
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+    }
+    argv = [sys.executable, str(Path(__file__).with_name("tiny_model.py")), str(out)]
+    with log.open("w") as said, asked.open() as stdin:
+        program = nursery.start(argv, env, said, stdin=stdin)
+    try:
+        assert program.wait(timeout=200) == 0, log.read_text()[-3000:]
+    finally:
+        # vLLM's processes are in the group.
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return found
 

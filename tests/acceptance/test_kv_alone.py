@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pdtasks.cluster.probes import http_status
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
@@ -66,13 +67,6 @@ def _serving(core: int, port: int, kv: ValkeyServer, folder: Path) -> Iterator[s
                 os.killpg(server.pid, signal.SIGKILL)
 
 
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     folder = tmp_path_factory.mktemp("alone")
@@ -84,7 +78,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         ]
 
         def both_are_up() -> bool:
-            return all(map(_is_up, urls))
+            return all(http_status(f"{url}/health") == 200 for url in urls)
 
         wait_until(both_are_up, START_TIMEOUT_S)
         yield urls

@@ -128,12 +128,12 @@ def test_a_decode_worker_of_another_fingerprint_recomputes(
     # Given a decode worker, started by hand, whose blocks have another size.  (That other weights
     # under the same name make another fingerprint: unit/kv/test_identity.py.)
     changes = {"PDTASKS_ENGINE_ARGS": '{"block_size": 32}'}
-    with stack.joined_by("decode", tmp_path, changes) as other:
+    with stack.joined_by("decode", tmp_path, changes) as pid:
         # When it takes a job
         foreign = answers_by(
             stack,
             "decode",
-            other.pid,
+            pid,
             lambda n: ask(client, prompt, f"foreign-{n}", max_tokens=8),
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
+from pdtasks.cluster.probes import http_status
+from tests.acceptance.nursery import Nursery
 from tests.acceptance.parameter_cases import CASES, FLAGS, REASONING
 from tests.acceptance.reference import TIMEOUT_S, Reference, said
 from tests.acceptance.running_stack import MODEL, Stack, free_ports
@@ -21,18 +22,15 @@ pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 
 
 @pytest.fixture(scope="module")
-def other_api_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def other_api_url(
+    stack: Stack, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """An API of the same workers with the flags "reasoning"; it is starting."""
     (port,) = free_ports(1)
     flags = [*FLAGS["reasoning"].split(), "--reasoning-parser", REASONING["reasoning"]]
+    argv = [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port), *flags]
     with (tmp_path_factory.mktemp("other_api") / "log").open("w") as log:
-        api = subprocess.Popen(
-            [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port), *flags],
-            env=stack.env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        api = nursery.start(argv, stack.env, log)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -45,10 +43,7 @@ def answer(stack: Stack, other_api_url: str) -> Iterator[Callable[[str], tuple[i
     """What the stack answers to a case: status and text."""
 
     def it_is_ready() -> bool:
-        try:
-            return httpx.get(other_api_url + "/ready").status_code == 200
-        except httpx.HTTPError:
-            return False
+        return http_status(other_api_url + "/ready") == 200
 
     found: dict[str, tuple[int, str]] = {}
     with stack.client() as client:

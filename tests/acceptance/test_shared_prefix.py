@@ -8,6 +8,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from tests.acceptance.nursery import Nursery
 from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask
 
 PREFIX = "Tell me about the moon and its phases. " * 40
@@ -15,9 +16,12 @@ BLOCK = 128  # tokens, vLLM's default on a CPU
 
 
 @pytest.fixture(scope="module")
-def second_worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with stack.joined_by("prefill", tmp_path_factory.mktemp("second"), {}) as other:
-        yield other.pid
+def second_worker(
+    stack: Stack, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
+    folder = tmp_path_factory.mktemp("second")
+    with stack.joined_by("prefill", folder, {}, nursery) as pid:
+        yield pid
 
 
 def _cached_tokens(body: dict[str, Any]) -> int:

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pdtasks import collecting
+
 PROMPT_TOKENS = 300
 OUTPUT_TOKENS = 6
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -91,6 +93,8 @@ if __name__ == "__main__":
     os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
     # In this process: another one would import everything once more.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Those of a tensor-parallel group are other processes.
+    collecting.rarely_in_children()
     case = json.load(sys.stdin)
     found: dict[str, Any] = {}
     for name, config in case["configs"].items():
