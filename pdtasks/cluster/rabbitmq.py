@@ -2,13 +2,13 @@
 
 ::
 
-    with RabbitNode(home / "rabbitmq") as node:
+    with RabbitNode(home / "rabbitmq") as node:  # killed in the end
         node.url                         # amqp://pdtasks:<password>@127.0.0.1:<port>/pdtasks
         node.url_for(User.WORKER)        # with that user's rights and no more (`rights.py`)
         node.operator_url                # with all rights, for a person
         node.api_url                     # http://pdtasks:<password>@127.0.0.1:<port>/api/
 
-`start(tick=None) -> url` and `stop()` do the same by hand; `restart()` keeps every address.  The
+`start(tick=None) -> url`, `stop()` and `kill()` by hand; `restart()` keeps every address.  The
 node runs as the current user from the distribution's package (3.10 on Debian 12) or a newer one on
 PATH, with everything it keeps inside `directory`.  Each start takes free ports, all on loopback,
 and new random passwords; queues and their messages stay from one start to the next.
@@ -275,6 +275,14 @@ class RabbitNode:
             if self._epmd is not None:
                 self._epmd.kill()
 
+    def kill(self) -> None:
+        """End both at once: for a node whose data nobody wants any more.
+
+        (`stop` takes 6 s: in 5 of them RabbitMQ's management plugin waits for what is stopping.)
+        """
+        for process in self.processes:
+            process.kill()
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -285,7 +293,7 @@ class RabbitNode:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.kill()
 
 
 def server_programs() -> tuple[Path, str]:

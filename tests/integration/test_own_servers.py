@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import split
 from urllib.parse import urlsplit
 
+import httpx
 import kombu
 import pytest
 import valkey
@@ -93,9 +94,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServers]:
 
 def _set_up_as_in_the_manual(node: RabbitNode, bus: ValkeyServer, kv: ValkeyServer) -> None:
     """Servers that know nobody but the operator, then what the manual says."""
-    node.control("delete_vhost", "pdtasks")
-    for user in BROKER_RIGHTS:
-        node.control("delete_user", user)
+    with httpx.Client(base_url=node.operator_api_url, timeout=20) as management:
+        for place in ("vhosts/pdtasks", *(f"users/{user}" for user in BROKER_RIGHTS)):
+            management.delete(place).raise_for_status()
     for line in commands("rabbitmqctl "):
         _, command, *arguments = split(line)
         password = f"{password_of(User(arguments[0]))}\n" if command == "add_user" else ""

@@ -240,8 +240,9 @@ time.sleep(300)
         processes = [identify(p.pid) for p in _family([p.pid for p in again.processes])]
         assert len(processes) >= 3
 
-    # and a stop leaves no process either, epmd included
-    assert not any(process is not None and process.alive() for process in processes)
+        # and a stop leaves no process either, epmd included
+        again.stop()
+        assert not any(process is not None and process.alive() for process in processes)
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

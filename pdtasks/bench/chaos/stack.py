@@ -150,7 +150,9 @@ class ChaosStack:
         settings = self.settings
         resolve_model(settings.model, settings.cache_dir, self._console.line)  # made ready once
         for service in (self.bus, self.kv, self.broker):
-            self._ends.callback(service.stop)
+            # What the broker keeps is nobody's concern any more.
+            end = service.kill if isinstance(service, RabbitNode) else service.stop
+            self._ends.callback(end)
             service.start()
         self.settings = self.settings.model_copy(
             update={
