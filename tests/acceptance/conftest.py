@@ -14,6 +14,7 @@ from tests.acceptance.nursery import nursery as started_nursery
 from tests.acceptance.parameter_cases import ENGINE_ARGS, FLAGS
 from tests.acceptance.reference import Reference, answering
 from tests.acceptance.running_stack import Stack, started_stack, wedge_by_signal
+from tests.collector import Collector
 
 
 @pytest.fixture(scope="package")
@@ -24,7 +25,16 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="package")
-def stack(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Stack]:
+def collector() -> Iterator[Collector]:
+    """Where traces of the stack go."""
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def stack(
+    tmp_path_factory: pytest.TempPathFactory, nursery: Nursery, collector: Collector
+) -> Iterator[Stack]:
     changes = wedge_by_signal(tmp_path_factory.mktemp("wedge"))
     # Seconds, beyond the 10 after which a worker counts as silent or stalled: no test that pauses
     # one takes so long.
@@ -32,6 +42,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterato
     # What no request notices that does not ask for it.
     changes["PDTASKS_API_ARGS"] = FLAGS["tools"]
     changes["PDTASKS_ENGINE_ARGS"] = json.dumps(ENGINE_ARGS)
+    # Traced is who asks for it, no other test.
+    changes |= collector.env | {"OTEL_TRACES_SAMPLER": "parentbased_always_off"}
     with started_stack(tmp_path_factory.mktemp("stack"), changes, nursery) as running:
         yield running
 
