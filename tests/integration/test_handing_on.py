@@ -105,10 +105,11 @@ def test_what_rabbitmq_does_not_take_is_given_back_to_it(
         wait_until(asker.questions)
         asker.tell(begun)
         wait_until(asker.finished)
-
-    assert asker.tokens()[:3] == begun
-    assert len(asker.tokens()) == 6
-    assert asker.failures() == {}
+        # Here: what RabbitMQ has not confirmed it may take all the same when the alarm is over, and
+        # of two attempts an API would count one.
+        assert asker.tokens()[:3] == begun
+        assert len(asker.tokens()) == 6
+        assert asker.failures() == {}
 
 
 def test_the_last_worker_of_a_stage_finishes_what_it_has(
