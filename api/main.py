@@ -88,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         from pdtasks.broker.depths import Depths
 
         client = RecordingLLM(config, settings)
+        tracer = tracer_of(app)  # vLLM takes the app's state away in the end
         app.state.pdtasks_client = client
         try:
             core = client.engine_core
@@ -105,7 +106,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await client.engine_core.close()
             client.shutdown()
-            await asyncio.to_thread(tracer_of(app).close)
+            await asyncio.to_thread(tracer.close)
 
     app.router.lifespan_context = lifespan
     return app
