@@ -27,7 +27,7 @@ from pdtasks.errors import NoWorker
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import Settings
-from pdtasks.tracing import NO_TRACER, make_tracer, require_usable
+from pdtasks.tracing import NO_TRACER, Tracer, make_tracer, require_usable
 
 if TYPE_CHECKING:
     from api.parameters import Parameters
@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
 
     parameters = Parameters(priorities=config.scheduler_config.policy == "priority")
-    _add_layers(app, settings, parameters)
+    tracer = _add_layers(app, settings, parameters)
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
@@ -84,11 +84,9 @@ def create_app(settings: Settings) -> FastAPI:
         from api.metrics import observed
         from api.overview import telling
         from api.recording import RecordingLLM
-        from api.tracing import tracer_of
         from pdtasks.broker.depths import Depths
 
         client = RecordingLLM(config, settings)
-        tracer = tracer_of(app)  # vLLM takes the app's state away in the end
         app.state.pdtasks_client = client
         try:
             core = client.engine_core
@@ -106,14 +104,15 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await client.engine_core.close()
             client.shutdown()
+            # (not from the app's state: vLLM has taken that away by now)
             await asyncio.to_thread(tracer.close)
 
     app.router.lifespan_context = lifespan
     return app
 
 
-def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> None:
-    """What a request passes before any route."""
+def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Tracer:
+    """What a request passes before any route. Returns what traces it, to be closed."""
     from api import files
     from api.access import Access
     from api.admission import Visits
@@ -152,6 +151,7 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Non
     app.user_middleware.append(Middleware(Scrapes, state=app.state))
     # vLLM has built it already, without what came since.
     app.middleware_stack = app.build_middleware_stack()
+    return tracer
 
 
 @asynccontextmanager
