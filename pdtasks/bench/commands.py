@@ -361,6 +361,27 @@ def stream(*, rounds: int, streams: int, tokens: int, json_file: Path | None) ->
 
 
 @bench.command()
+@click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=6.0, show_default=True)
+@click.option("--streams", type=click.IntRange(min=1, max=10_000), default=128, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=400, show_default=True)
+@_JSON
+def observed(
+    *, rounds: int, seconds: float, streams: int, tokens: int, json_file: Path | None
+) -> None:
+    """Measure what it costs to be looked at.
+
+    The same stub stack as in `control` and `stream`, in turns with Flower, events of tasks and a
+    scraper of all metrics every 5 s, and without. Ratios are of the same round. Nothing else should
+    run.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.observed import Plan, run_command
+
+    run_command(Plan(rounds=rounds, seconds=seconds, streams=streams, tokens=tokens), json_file)
+
+
+@bench.command()
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),

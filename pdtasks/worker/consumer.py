@@ -44,6 +44,10 @@ _STEADY_S = 60.0
 _PAUSES_S = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 3.0}
 
 
+#: By name: of none named Celery says "all", and then takes `disable_events` for done already.
+_ALL_EVENTS = ("task", "worker")
+
+
 class EventsStep(Events):  # type: ignore[misc]  # Celery has no types
     """Events without a connection of the main loop's."""
 
@@ -55,7 +59,7 @@ class EventsStep(Events):  # type: ignore[misc]  # Celery has no types
                 c.app,
                 c.hostname,
                 service.current().background,
-                groups=self.groups or (),
+                groups=self.groups or _ALL_EVENTS,
                 enabled=self.send_events,
             )
 

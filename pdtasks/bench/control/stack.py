@@ -104,15 +104,18 @@ class ControlStack:
         threads: int,
         prompt_tokens: int,
         nursery: Nursery | None = None,
+        stock: bool = True,
     ) -> None:
         """Args:
         home: a folder of its own.
         nursery: where stub engines fork off; None: one of its own.
+        stock: is the other side there?
         threads: of each worker.
         prompt_tokens: ids in a prompt.
         """
         self._services = services
         self._nursery = nursery
+        self._has_stock = stock
         self._threads = threads
         self._prompt_tokens = prompt_tokens
         self.settings: Settings = children.stack_settings(
@@ -128,7 +131,7 @@ class ControlStack:
             short_prompt_tokens=0,  # it is the way through both stages that is measured
         )
         self._ends = ExitStack()
-        self.sides: tuple[Side, Side]
+        self.sides: tuple[Side, ...]
 
     def __enter__(self) -> Self:
         with ExitStack() as ends:
@@ -138,8 +141,8 @@ class ControlStack:
             self._temporary = children.make_temporary(self.settings)
             ends.callback(shutil.rmtree, self._temporary, ignore_errors=True)
             # The nursery imports vLLM meanwhile.
-            theirs = self._stock(ends)
-            self.sides = self._ours(ends, make), theirs
+            theirs = (self._stock(ends),) if self._has_stock else ()
+            self.sides = (self._ours(ends, make), *theirs)
             self._ends = ends.pop_all()
         return self
 
