@@ -102,7 +102,7 @@ _ENDED_HERE = "ended_here"
 
 #: Called with stage, worker and route when a worker begins a stage of a request made in this
 #: context.
-StageWatch = Callable[[str, str, Route], None]
+StageWatch = Callable[[str, str, str], None]
 _stage_watch: ContextVar[StageWatch | None] = ContextVar("stage_watch", default=None)
 
 
@@ -159,7 +159,6 @@ class _Open:
     stage_watch: StageWatch | None = None
     token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
-    route: Route = Route.SPLIT
     sent: Future[None] | None = None  #: when RabbitMQ has it
     attempts: Attempts = field(default_factory=Attempts)
     owner: str = ""  #: whose API key asked
@@ -367,7 +366,6 @@ class PipelineCore(EngineCoreClient):
         _ROUTES.labels(route).inc(len(job.request_ids))
         for request_id in job.request_ids:
             if entry := self._open.get(request_id):
-                entry.route = route
                 entry.record.published(route)
                 if not route.is_split:
                     entry.stage_waited_for = STAGES[-1]
@@ -484,7 +482,7 @@ class PipelineCore(EngineCoreClient):
             self.reports.take(request_id, reports, said_by=reply.stage)
         for request_id in reply.started:
             if (entry := self._open.get(request_id)) and entry.stage_watch is not None:
-                entry.stage_watch(reply.stage, reply.worker, entry.route)
+                entry.stage_watch(reply.stage, reply.worker, entry.record.route or "")
         for request_id, ask in reply.asks.items():
             self._tell_progress(request_id, reply.stage, ask)
         for request_id, failure in reply.failures.items():

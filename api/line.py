@@ -74,6 +74,11 @@ class Room:
     short_tokens: int = 0
 
     @property
+    def arrivals(self) -> int:
+        """Requests that may be on their way to the decode workers, or be computed there."""
+        return max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * self.decode_slots))
+
+    @property
     def together(self) -> int:
         """Answers to one prompt that one message may carry."""
         if not self.prefill_slots:
@@ -204,8 +209,7 @@ class Line:
 
     def _route(self, one: _Waiting, room: Room) -> Route | None:
         """The way that it can take now; None: it waits."""
-        on_their_way = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
-        if len(self._on_their_way) >= on_their_way:
+        if len(self._on_their_way) >= room.arrivals:
             return None
         if one.wish is not Wish.SPLIT and (why := self._why_whole(one, room)):
             workers, slots = max(1, room.decode_workers), room.decode_slots
@@ -237,8 +241,7 @@ class Line:
             # There is nobody: prompts that come together share a step that is full.
             most = max(most, room.step_tokens)
         workers = max(1, room.decode_workers)
-        places = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * room.decode_slots))
-        has_place = len(self._whole) < places
+        has_place = len(self._whole) < room.arrivals
         return has_place and sum(self._whole.values()) + one.tokens <= most * workers
 
     def _may_help(self, one: _Waiting, room: Room) -> bool:

@@ -333,13 +333,12 @@ function facts(pairs) {
   return el("dl", { className: "facts" }, ...pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
-// One worker, where it is not both stages.
+// Why a request was left to one worker; nothing is said of both stages.
 const WAYS = {
-  split: "prefill, then decode",
-  short_prompt: "one worker: a short prompt",
-  no_prefill_worker: "one worker: no prefill worker",
-  prefill_busy: "one worker: prefill was busy",
-  wished: "one worker, as wished",
+  short_prompt: "One worker did all of it: the prompt is short.",
+  no_prefill_worker: "One worker did all of it: no prefill worker took jobs.",
+  prefill_busy: "One worker did all of it: prefill was busy, decode was not.",
+  wished: "One worker did all of it, as its caller wished.",
 };
 
 export function reportOf(found) {
@@ -354,12 +353,12 @@ export function reportOf(found) {
     return [
       facts([
         ["state", NAMES[times.state] ?? times.state],
-        ["way", WAYS[times.route] ?? (times.route || NOTHING)],
         ["first token", duration(times.first_s)],
         ["gap", times.second_s === null ? NOTHING : duration(times.second_s - times.first_s)],
         ["total", duration(times.seconds)],
         ["tokens/s", decoded > 0 ? ((times.output_tokens - 1) / decoded).toFixed(1) : NOTHING],
       ]),
+      ...(WAYS[times.route] ? [el("p", { className: "quiet" }, WAYS[times.route])] : []),
       bar,
       el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)),
     ];

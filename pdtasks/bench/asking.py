@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -56,6 +58,37 @@ def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaita
                 ) from exc
 
     return asyncio.run(run())
+
+
+async def stream_tokens(
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: list[int],
+    answer: int,
+    *,
+    at: list[float],
+    headers: dict[str, str],
+) -> None:
+    """Have `answer` tokens streamed; when each came (`time.perf_counter`) is added to `at` at once.
+
+    Raises httpx.HTTPError.
+    """
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": answer,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        # Also of tokens that make no text.
+        "logprobs": 0,
+    }
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
+                at += [time.perf_counter()] * num_tokens
 
 
 async def _refusal(url: str, response: httpx.Response) -> str:

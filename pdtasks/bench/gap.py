@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from pdtasks.bench.asking import ROUTE_HEADER, ask_stack, format_table, new_prompt
+from pdtasks.bench.asking import ROUTE_HEADER, ask_stack, format_table, new_prompt, stream_tokens
 from pdtasks.settings import Settings
 
 #: Tokens of each answer.
@@ -94,24 +94,10 @@ def format_gap(rows: Sequence[Row]) -> str:
 
 async def _ask(client: httpx.AsyncClient, model: str, length: int) -> _Sample:
     name = uuid.uuid4().hex
-    body = {
-        "model": model,
-        "prompt": new_prompt(length),
-        "max_tokens": _ANSWER,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        # Also of tokens that make no text.
-        "logprobs": 0,
-    }
-    began, at = time.perf_counter(), []
+    prompt, at = new_prompt(length), list[float]()
     headers = {"X-Request-Id": name, ROUTE_HEADER: "split"}
-    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
-                at += [time.perf_counter()] * num_tokens
+    began = time.perf_counter()
+    await stream_tokens(client, model, prompt, _ANSWER, at=at, headers=headers)
     report = await client.get(f"/pdtasks/requests/cmpl-{name}")
     (stages,) = report.raise_for_status().json()["sequences"]
     between = [later - earlier for earlier, later in itertools.pairwise(at)]

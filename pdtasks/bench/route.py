@@ -20,8 +20,13 @@ from typing import Final
 
 import httpx
 
-from pdtasks.bench.asking import ROUTE_HEADER as HEADER
-from pdtasks.bench.asking import ask_stack, format_table, new_prompt
+from pdtasks.bench.asking import (
+    ROUTE_HEADER,
+    ask_stack,
+    format_table,
+    new_prompt,
+    stream_tokens,
+)
 from pdtasks.errors import InvalidRequest
 from pdtasks.settings import Settings
 
@@ -64,24 +69,8 @@ class _Stack:
     async def ask(
         self, prompt: list[int], answer: int, at: list[float], headers: dict[str, str]
     ) -> None:
-        """Stream `answer` tokens; each one's time is added to `at` at once."""
-        body = {
-            "model": self._model,
-            "prompt": prompt,
-            "max_tokens": answer,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            # Also of tokens that make no text.
-            "logprobs": 0,
-        }
-        path = "/v1/completions"
-        async with self._client.stream("POST", path, json=body, headers=headers) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
-                    at += [time.perf_counter()] * num_tokens
+        """As `stream_tokens`."""
+        await stream_tokens(self._client, self._model, prompt, answer, at=at, headers=headers)
 
     async def require_way(self, name: str, route: str) -> None:
         """Raises InvalidRequest when request `name` has gone another one."""
@@ -97,7 +86,7 @@ class _Stack:
 async def _stream_on(stack: _Stack, times: list[float]) -> None:
     prompt, answer = _OTHERS
     while True:
-        await stack.ask(new_prompt(prompt), answer, times, {HEADER: "split"})
+        await stack.ask(new_prompt(prompt), answer, times, {ROUTE_HEADER: "split"})
 
 
 def run_route(
@@ -138,7 +127,9 @@ async def _measure(
         name = uuid.uuid4().hex
         at: list[float] = []
         began = time.perf_counter()
-        await stack.ask(new_prompt(length), _ANSWER, at, {"X-Request-Id": name, HEADER: route})
+        await stack.ask(
+            new_prompt(length), _ANSWER, at, {"X-Request-Id": name, ROUTE_HEADER: route}
+        )
         await stack.require_way(name, route)
         if number:  # the first of its kind warms up
             samples[route].append(_Sample(began, at))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from vllm.v1.engine import FinishReason
 
 from pdtasks.bench.chaos.nursery import Nursery
@@ -53,32 +54,16 @@ def test_several_answers_to_a_prompt_are_answered_each(
     assert [asker.tokens(name) for name in names] == [[100, 101, 102, 103]] * 3
 
 
-def test_one_that_is_lost_before_its_first_token_begins_again(
-    start_worker: StartWorker, asker: Asker
+@pytest.mark.parametrize("tokens", [0, 3], ids=["before its first token", "in its answer"])
+def test_one_that_is_lost_goes_on_after_the_last_token(
+    start_worker: StartWorker, asker: Asker, tokens: int
 ) -> None:
     victim = start_worker("decode", held=True)
     asker.ask_whole("r", **RANDOM)
     wait_until(victim.steering.added)
-    victim.signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
-
-    start_worker("decode", 2)
-    wait_until(asker.questions)
-    asker.tell([])
-
-    wait_until(asker.finished)
-    assert len(asker.tokens()) == 6
-    assert asker.failures() == {}
-
-
-def test_one_that_is_lost_in_its_answer_goes_on_after_the_last_token(
-    start_worker: StartWorker, asker: Asker
-) -> None:
-    victim = start_worker("decode", held=True)
-    asker.ask_whole("r", **RANDOM)
-    wait_until(victim.steering.added)
-    victim.steering.step(3)
-    wait_until(lambda: len(asker.tokens()) == 3)
+    for _ in range(tokens):
+        victim.steering.step()
+    wait_until(lambda: len(asker.tokens()) == tokens)
     begun = asker.tokens()
     victim.signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
@@ -88,7 +73,7 @@ def test_one_that_is_lost_in_its_answer_goes_on_after_the_last_token(
     asker.tell(begun)
 
     wait_until(asker.finished)
-    assert asker.tokens()[:3] == begun
+    assert asker.tokens()[:tokens] == begun
     assert len(asker.tokens()) == 6
     assert asker.failures() == {}
 
