@@ -32,6 +32,7 @@ from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import load_settings
+from tests.browser import Tab, chromium
 from tests.integration.steering import Steering, steering_url
 from tests.integration.store_calls import MakeStore
 from tests.waiting import wait_until
@@ -454,3 +455,16 @@ def half_answered(
 
 
 HalfAnswered = Callable[..., tuple[StubWorker, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def open_tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Tab]]:
+    with chromium(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def tab(open_tab: Callable[[], Tab]) -> Tab:
+    made = open_tab()
+    made.look(1280, 900)
+    return made

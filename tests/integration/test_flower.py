@@ -10,7 +10,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import free_ports, http_status
 from pdtasks.cluster.process import Process
 from pdtasks.cluster.rights import User
-from tests.browser import Tab, chromium
+from tests.browser import Tab
 from tests.waiting import wait_until
 
 CANARY = 12_345  # a token of the prompt
@@ -87,19 +87,6 @@ def closed_url(stack: ChaosStack) -> Iterator[str]:
         patch.setenv("FLOWER_BASIC_AUTH", LOGIN)
         with flower(stack) as (found, _):
             yield found
-
-
-@pytest.fixture(scope="module")
-def open_tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Tab]]:
-    with chromium(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def tab(open_tab: Callable[[], Tab]) -> Tab:
-    made = open_tab()
-    made.look(1280, 900)
-    return made
 
 
 def as_olga(url: str) -> str:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pdtasks.cluster.process import Process
 from pdtasks.keys import Key, add, digest_of
 from pdtasks.overview import Overview, RequestReport
 from pdtasks.scraping import scrape_configuration
-from tests.browser import Tab, chromium
+from tests.browser import Tab
 from tests.scraping import PROMTOOL
 from tests.waiting import wait_until
 
@@ -249,19 +249,6 @@ def test_top_shows_a_running_stack(url: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # -- the page --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def open_tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Tab]]:
-    with chromium(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def tab(open_tab: Callable[[], Tab]) -> Tab:
-    made = open_tab()
-    made.look(1280, 900)
-    return made
 
 
 def give_key(tab: Tab, key: str) -> None:
