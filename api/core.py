@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import (
     AsyncIterator,
@@ -17,13 +16,11 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
-    Mapping,
     Sequence,
 )
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
@@ -34,11 +31,13 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
 from api.admission import Admission
-from api.attempts import Attempts
+from api.answer import Answer, leave_what_can_be
 from api.engine_stats import EngineStats
+from api.family import Family
 from api.line import Flow, Line
+from api.publishing import Publishing, SendsJobs
 from api.reports import Record, Reports
-from api.route import Route, Wish, route_wish
+from api.route import Route, route_wish
 from api.service_class import ServiceClass, service_class
 from api.tracing import AskedSpan
 from api.usage import Usage
@@ -49,9 +48,8 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
 from pdtasks.engine.arguments import ENGINE_VERSION
-from pdtasks.engine.wire import decode_outputs, encode_request
+from pdtasks.engine.wire import decode_outputs
 from pdtasks.errors import (
-    BrokerUnavailable,
     IncompatibleWorker,
     InvalidRequest,
     NoWorker,
@@ -62,20 +60,14 @@ from pdtasks.errors import (
     where,
 )
 from pdtasks.keys import asker_name
-from pdtasks.messages import Ask, DecodeJob, PrefillJob, Sibling, StepReply, is_name
+from pdtasks.messages import Ask, DecodeJob, PrefillJob, StepReply
 from pdtasks.naming import STAGES
-from pdtasks.pipeline import CONFIRM_TIMEOUT_S, Publisher
+from pdtasks.pipeline import Publisher
 from pdtasks.settings import Settings
 from pdtasks.siblings import whole
 
 logger = logging.getLogger(__name__)
 
-#: RabbitMQ's limit for an identifier is 255 bytes; vLLM and Celery add some.
-_MAX_ID_BYTES = 200
-#: Seconds without a further try after RabbitMQ could not be reached.
-_BROKER_PAUSE_S = 2.0
-#: Seconds that the publisher's thread may be late with its answer: it may hang in a write.
-_LATE_S = 1.0
 #: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
 #: the `Aborter`, which says what is left, takes 5.
 _CLOSE_S = 6.0
@@ -116,16 +108,6 @@ def stage_watcher(watch: StageWatch) -> Iterator[None]:
         _stage_watch.reset(before)
 
 
-class SendsJobs(Protocol):
-    """`pdtasks.pipeline.Publisher`, as far as this module needs it."""
-
-    def send(
-        self, job: PrefillJob | DecodeJob, reply_to: str | None, trace: Mapping[str, str]
-    ) -> Future[None]: ...
-
-    def close(self) -> None: ...
-
-
 class TellsAborts(Protocol):
     """`pdtasks.broker.aborting.Aborter`, as far as this module needs it."""
 
@@ -156,55 +138,16 @@ class _Open:
     request: EngineCoreRequest
     deadline: float  # UNIX seconds
     record: Record
+    answer: Answer
     stage_watch: StageWatch | None = None
-    token_ids: list[int] = field(default_factory=list)
     stage_waited_for: str = STAGES[0]
-    sent: Future[None] | None = None  #: when RabbitMQ has it
-    attempts: Attempts = field(default_factory=Attempts)
     owner: str = ""  #: whose API key asked
     kind: ServiceClass = ServiceClass.INTERACTIVE
 
     @property
     def num_tokens(self) -> int:
         """Of the prompt and the answer so far."""
-        return len(self.request.prompt_token_ids or ()) + len(self.token_ids)
-
-
-class _Family:
-    """Requests that one message carries: one, or several answers to the same prompt."""
-
-    def __init__(
-        self,
-        request: EngineCoreRequest,
-        flow: Flow,
-        submitted_at: float,
-        most: int,
-        *,
-        span: AskedSpan,
-        wish: Wish,
-    ) -> None:
-        self.requests = [request]
-        self.wish = wish
-        self.flow = flow
-        self.most = most  # requests that it takes
-        self.submitted_at = submitted_at  # UNIX seconds
-        self.span = span
-
-    @property
-    def request_ids(self) -> list[str]:
-        return [request.request_id for request in self.requests]
-
-    def takes(self, request: EngineCoreRequest) -> bool:
-        """Is `request` one more of those that vLLM makes of one with n > 1?
-
-        They are copies of it, but for id and seed.
-        """
-        first = self.requests[0]
-        return (
-            len(self.requests) < self.most
-            and request.prompt_token_ids is first.prompt_token_ids
-            and request.external_req_id == first.external_req_id
-        )
+        return len(self.request.prompt_token_ids or ()) + len(self.answer.token_ids)
 
 
 class PipelineCore(EngineCoreClient):
@@ -250,10 +193,9 @@ class PipelineCore(EngineCoreClient):
         self._line = Line(self.workers.room)
         self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
         self.background = Background()
-        self._publisher: SendsJobs = publisher or Publisher(self.background)
-        self._broker_away_until = 0.0  # monotonic
+        self._publishing = Publishing(publisher or Publisher(self.background))
         self._publications: set[asyncio.Task[None]] = set()
-        self._family: _Family | None = None  # the last one, until it is published
+        self._family: Family | None = None  # the last one, until it is published
         self._aborter: TellsAborts = aborter or Aborter(self.background)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -288,7 +230,7 @@ class PipelineCore(EngineCoreClient):
             [
                 ("closing the bus", self._bus.aclose()),
                 # Each joins its thread for some seconds at most.
-                ("closing the publisher", asyncio.to_thread(self._publisher.close)),
+                ("closing the publisher", asyncio.to_thread(self._publishing.close)),
                 ("closing the aborter", asyncio.to_thread(self._aborter.close)),
             ]
         )
@@ -323,7 +265,7 @@ class PipelineCore(EngineCoreClient):
         record = self.reports.expect(request, owner)
         kind = service_class()
         self._open[request.request_id] = _Open(
-            request, deadline, record, watch, owner=owner, kind=kind
+            request, deadline, record, Answer(self._vocabulary), watch, owner=owner, kind=kind
         )
         self._admission.enter(request.request_id)
         if self._family is not None and self._family.takes(request):
@@ -331,7 +273,7 @@ class PipelineCore(EngineCoreClient):
         else:
             flow, most = Flow(kind, owner), self.workers.room().together
             span = AskedSpan(request, now, kind, self._settings.model_name)
-            self._family = _Family(request, flow, now, most, span=span, wish=route_wish())
+            self._family = Family(request, flow, now, most, span=span, wish=route_wish())
             self._in_background(self._line_up(self._family))
         record.traced_by(self._family.span)
 
@@ -340,24 +282,27 @@ class PipelineCore(EngineCoreClient):
         self._publications.add(publishing)
         publishing.add_done_callback(self._publications.discard)
 
-    async def _line_up(self, family: _Family) -> None:
+    async def _line_up(self, family: Family) -> None:
         """Have `family` published when it is its turn."""
         # By now it is complete: this is another turn of the loop.
         if self._family is family:
             self._family = None
-        first = family.requests[0]
-        entry = self._open.get(first.request_id)
+        entry = self._open.get(family.first.request_id)
         if entry is None:
             return
         try:
-            job = self._job_of(family, entry)
+            job = family.job(
+                self._settings.model_name,
+                entry.deadline,
+                tells_start=entry.stage_watch is not None,
+            )
         except InvalidRequest as exc:
             await self._give_up_all(family.request_ids, exc)
             return
         self._line.enter(
             family.flow,
             job.request_ids,
-            len(first.prompt_token_ids or ()),
+            len(family.first.prompt_token_ids or ()),
             lambda route: self._go(job, route),
             family.wish,
         )
@@ -378,58 +323,18 @@ class PipelineCore(EngineCoreClient):
             self._in_background(self._publish(one))
 
     async def _publish(self, job: PrefillJob | DecodeJob) -> None:
+        entry = self._open.get(job.request_id)
+        if entry is None:
+            return
         try:
-            await self._send(job)
+            if await self._publishing.publish(job, self._stream.name, entry.record.trace):
+                entry.record.confirmed()
         except PdtasksError as exc:
             await self._give_up_all(job.request_ids, exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is, one request fails
             logger.error("could not publish %s: %s", job.request_id, where(exc))  # noqa: TRY400
             error = PdtasksError(f"the request was not published: {type(exc).__name__}")
             await self._give_up_all(job.request_ids, error)
-
-    async def _send(self, job: PrefillJob | DecodeJob) -> None:
-        """Returns when RabbitMQ has it, or nobody wants it. Raises PdtasksError."""
-        entry = self._open.get(job.request_id)
-        if entry is None:
-            return
-        if time.monotonic() < self._broker_away_until:
-            # At once, not each after its own wait.
-            raise BrokerUnavailable("RabbitMQ cannot be reached: is it running?")
-        try:
-            entry.sent = self._publisher.send(job, self._stream.name, entry.record.trace)
-            async with asyncio.timeout(CONFIRM_TIMEOUT_S + _LATE_S):
-                await asyncio.wrap_future(entry.sent)
-            entry.record.confirmed()
-        except asyncio.CancelledError:
-            if job.request_id in self._open:
-                raise
-            # Nobody wants it any more.
-        except BrokerUnavailable:
-            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
-            raise
-        except TimeoutError:
-            self._broker_away_until = time.monotonic() + _BROKER_PAUSE_S
-            raise BrokerUnavailable("RabbitMQ did not confirm the request in time") from None
-
-    def _job_of(self, family: _Family, entry: _Open) -> PrefillJob:
-        """Raises InvalidRequest."""
-        first, *others = family.requests
-        for request_id in family.request_ids:
-            _require_usable_id(request_id)
-        return PrefillJob(
-            request_id=first.request_id,
-            engine=ENGINE_VERSION,
-            model=self._settings.model_name,
-            request=encode_request(first),
-            submitted_at=family.submitted_at,
-            deadline=entry.deadline,
-            tells_start=entry.stage_watch is not None,
-            siblings=tuple(
-                Sibling(request_id=one.request_id, seed=one.sampling_params.seed)
-                for one in others
-                if one.sampling_params is not None
-            ),
-        )
 
     async def _give_up_all(self, request_ids: Sequence[str], error: PdtasksError) -> None:
         for request_id in request_ids:
@@ -487,7 +392,7 @@ class PipelineCore(EngineCoreClient):
             self._tell_progress(request_id, reply.stage, ask)
         for request_id, failure in reply.failures.items():
             entry = self._open.get(request_id)
-            if entry is not None and entry.attempts.ended_by(reply.stage, failure.attempt):
+            if entry is not None and entry.answer.ended_by(reply.stage, failure.attempt):
                 await self._give_up(request_id, failure.to_error())
         if reply.outputs and reply.engine == ENGINE_VERSION:
             await self._take_outputs(reply)
@@ -499,10 +404,10 @@ class PipelineCore(EngineCoreClient):
         entry = self._open.get(request_id)
         if entry is None:
             progress = Progress(state="gone")
-        elif stage == STAGES[-1] and not entry.attempts.takes_over(ask):
+        elif stage == STAGES[-1] and not entry.answer.takes_over(ask):
             progress = Progress(state="elsewhere")
         else:
-            progress = Progress(state="wanted", token_ids=tuple(entry.token_ids))
+            progress = Progress(state="wanted", token_ids=tuple(entry.answer.token_ids))
         if entry is not None:  # else it is whatever somebody calls a request
             logger.info("%s is run again: its %s is %s", request_id, stage, progress.state)
 
@@ -529,8 +434,9 @@ class PipelineCore(EngineCoreClient):
                 unknown.append(output.request_id)
                 continue
             # Each host has a monotonic clock of its own: shift the worker's times to ours.
-            _leave_what_can_be(entry.request, output, shift=now - step.timestamp)
-            if await self._takes(entry, position, output, reply.stage, attempt, now=now):
+            leave_what_can_be(entry.request, output, shift=now - step.timestamp)
+            if await self._takes(entry, position, output, reply.stage, attempt):
+                self._account(entry, output, now)
                 wanted.append(output)
         if wanted:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=wanted, timestamp=now))
@@ -539,59 +445,26 @@ class PipelineCore(EngineCoreClient):
             self._tell_workers_to_drop(unknown)
 
     async def _takes(
-        self,
-        entry: _Open,
-        position: int,
-        output: EngineCoreOutput,
-        stage: str,
-        attempt: int,
-        *,
-        now: float,
+        self, entry: _Open, position: int, output: EngineCoreOutput, stage: str, attempt: int
     ) -> bool:
-        """`_merge`, if the attempt counts; what is raised fails this request and no other."""
+        """Is there something new in it? What is raised fails this request and no other."""
         try:
-            new = output.new_token_ids
-            if new and not 0 <= min(new) <= max(new) < self._vocabulary:
-                raise IncompatibleWorker("tokens that the model does not have")  # noqa: TRY301
-            fits = _fits(entry.token_ids, position, new)
-            if stage == STAGES[-1] and not entry.attempts.counts(attempt, fits=fits):
-                return False
-            return await self._merge(entry, position, output, now=now, fits=fits)
+            return entry.answer.take(position, output, stage=stage, attempt=attempt)
+        except WorkerLost as exc:
+            await self._give_up(output.request_id, exc)
         except Exception as exc:  # noqa: BLE001
             logger.error("output of %s: %s", output.request_id, where(exc))  # noqa: TRY400
             error = WorkerLost(f"an output could not be used: {type(exc).__name__}")
             await self._drop(output.request_id, error)
-            return False
+        return False
 
-    async def _merge(
-        self, entry: _Open, position: int, output: EngineCoreOutput, *, now: float, fits: bool
-    ) -> bool:
-        """Add `output` to the answer; False when there is nothing new in it.
-
-        `now`: monotonic seconds.
-
-        A stage whose worker died is run again by another and repeats what we have.
-        """
-        if not fits:
-            await self._give_up(
-                output.request_id,
-                WorkerLost("a worker was lost and its successor's answer differs: ask again"),
-            )
-            return False
-        if repeated := entry.token_ids[position : position + len(output.new_token_ids)]:
-            if len(repeated) == len(output.new_token_ids) and output.finish_reason is None:
-                return False
-            output.new_token_ids = output.new_token_ids[len(repeated) :]
-            if output.new_logprobs is not None:
-                output.new_logprobs = output.new_logprobs.slice_request(
-                    len(repeated), len(output.new_token_ids)
-                )
-        entry.token_ids.extend(output.new_token_ids)
+    def _account(self, entry: _Open, output: EngineCoreOutput, now: float) -> None:
+        """Note how far the request is, with what is new in `output`. `now`: monotonic seconds."""
         if output.new_token_ids:
             entry.record.take_tokens(len(output.new_token_ids), now)
         entry.stage_waited_for = STAGES[1]
         self._line.has_first_token(output.request_id)
-        if len(entry.token_ids) > 1 or output.finish_reason is not None:
+        if len(entry.answer.token_ids) > 1 or output.finish_reason is not None:
             self._admission.begin(output.request_id)
             self._line.has_second_token(output.request_id)
         if output.finish_reason is not None:
@@ -600,7 +473,6 @@ class PipelineCore(EngineCoreClient):
             del self._open[output.request_id]
             entry.record.end("done", now)
             self._line.leave(output.request_id)
-        return True
 
     async def _give_up(self, request_id: str, error: PdtasksError) -> None:
         entry = self._open.get(request_id)
@@ -614,12 +486,11 @@ class PipelineCore(EngineCoreClient):
         entry = self._open.pop(request_id, None)
         self._admission.leave(request_id)
         self._line.leave(request_id)
-        if entry is not None and entry.token_ids:
+        self._publishing.withdraw(request_id)
+        if entry is not None and entry.answer.token_ids:
             self.usage.charge(entry.owner, entry.num_tokens)
         if entry is not None:
             _ENDED.labels(entry.kind, outcome).inc()
-        if entry is not None and entry.sent is not None:
-            entry.sent.cancel()  # what has not left yet need not
         return entry is not None
 
     # -- watching ----------------------------------------------------------------------------------
@@ -655,7 +526,7 @@ class PipelineCore(EngineCoreClient):
             self._engine_stats.look(
                 self.workers.ours(),
                 open_=len(self._open),
-                begun=sum(bool(entry.token_ids) for entry in self._open.values()),
+                begun=sum(bool(entry.answer.token_ids) for entry in self._open.values()),
                 in_line=len(self._line),
             )
         )
@@ -702,39 +573,6 @@ class PipelineCore(EngineCoreClient):
     async def _drop(self, request_id: str, error: PdtasksError) -> None:
         self._tell_workers_to_drop([request_id])
         await self._give_up(request_id, error)
-
-
-def _require_usable_id(request_id: str) -> None:
-    if len(request_id.encode()) > _MAX_ID_BYTES:
-        raise InvalidRequest(
-            f"the X-Request-Id is too long: {_MAX_ID_BYTES} bytes at most, with what vLLM adds"
-        )
-    if not is_name(request_id):
-        raise InvalidRequest("the X-Request-Id has control characters")
-
-
-def _fits(have: Sequence[int], position: int, new: Sequence[int]) -> bool:
-    """Do `new` tokens, the first at `position`, repeat those that we `have`, or follow on them?"""
-    repeated = have[position : position + len(new)]
-    return position <= len(have) and repeated == new[: len(repeated)]
-
-
-def _leave_what_can_be(
-    request: EngineCoreRequest, output: EngineCoreOutput, *, shift: float
-) -> None:
-    """Take from `output` what is none of a text's, and figures that cannot be.
-
-    vLLM's front half adds them up over all requests. `shift`: to be added to its times.
-    """
-    output.pooling_output = output.kv_transfer_params = output.ec_transfer_params = None
-    output.mm_cache_miss_hashes = output.trace_headers = None
-    stats, num_prompt = output.prefill_stats, len(request.prompt_token_ids or ())
-    if stats is not None and not all(0 <= count <= num_prompt for count in astuple(stats)):
-        output.prefill_stats = None
-    for event in output.events or ():
-        event.timestamp += shift
-        if not math.isfinite(event.timestamp):
-            output.events = None
 
 
 async def _end(steps: Iterable[tuple[str, Awaitable[object]]]) -> None:

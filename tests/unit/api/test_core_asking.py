@@ -11,7 +11,7 @@ import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 
-from api import core
+from api import core, publishing
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import decode_request
 from pdtasks.errors import (
@@ -194,8 +194,8 @@ def test_a_request_that_is_hung_up_before_it_was_sent_is_not_sent() -> None:
 def test_a_publisher_that_hangs_fails_the_request_long_before_its_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "CONFIRM_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(core, "_LATE_S", 0.05)
+    monkeypatch.setattr(publishing, "CONFIRM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(publishing, "_LATE_S", 0.05)
 
     async def test(bench: Bench) -> None:
         bench.broker.hangs = True
@@ -227,7 +227,7 @@ def test_a_request_that_has_ended_is_not_sent_any_more(
 def test_while_the_broker_is_away_requests_fail_at_once_and_it_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "_BROKER_PAUSE_S", 0.1)
+    monkeypatch.setattr(publishing, "_BROKER_PAUSE_S", 0.1)
 
     async def test(bench: Bench) -> None:
         bench.broker.away = True

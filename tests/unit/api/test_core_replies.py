@@ -288,7 +288,7 @@ def test_one_bad_reply_does_not_end_the_answers_of_others(
 def test_an_output_that_cannot_be_used_fails_its_own_request_alone() -> None:
     async def test(bench: Bench) -> None:
         await bench.ask("odd", "r")
-        bench.core._open["odd"].token_ids = None  # type: ignore[assignment]  # whatever is wrong
+        bench.core._open["odd"].answer.token_ids = None  # type: ignore[assignment]  # whatever is wrong
 
         await bench.core._take(
             a_reply(
