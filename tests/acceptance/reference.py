@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.acceptance.nursery import Forked, Nursery
-from tests.acceptance.parameter_cases import FLAGS, REASONING, Case
+from tests.acceptance.parameter_cases import FLAGS, REASONING, Case, in_company
 from tests.acceptance.running_stack import MODEL
 from tests.waiting import wait_until
 
@@ -56,8 +56,11 @@ class Reference:
 def answering(
     cases: Mapping[str, Case], env: Mapping[str, str], folder: Path, nursery: Nursery
 ) -> Iterator[Reference]:
-    """A program that answers the cases one after the other, beside everything else."""
-    requests = [[case.flags, case.path, case.body(MODEL)] for case in cases.values()]
+    """A program that answers the cases, beside everything else."""
+    requests = [
+        [[cases[name].flags, cases[name].path, cases[name].body(MODEL)] for name in group]
+        for group in in_company(cases)
+    ]
     (folder / "requests.json").write_text(
         json.dumps({"flags": FLAGS, "reasoning": REASONING, "requests": requests})
     )

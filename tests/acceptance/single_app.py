@@ -1,8 +1,9 @@
 """The reference: vLLM's own OpenAI app over one ordinary engine, no connector. Run as a program.
 
-Reads from standard input `{"flags": {name: "…"}, "reasoning": {name: parser}, "requests": [[name,
-path, body], …]}`, sends the requests one after the other, each to the app with the flags of that
-name, and appends each answer, a line `[status, text]`, to the file named on the command line.
+Reads from standard input `{"flags": {name: "…"}, "reasoning": {name: parser}, "requests": [[[name,
+path, body], …], …]}`, sends one group of requests after the other, each request to the app with the
+flags of that name, and appends each answer, a line `[status, text]`, to the file named on the
+command line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pdtasks.settings import load_settings
 
 
 async def answer(
-    flags: dict[str, str], reasoning: dict[str, str], requests: list[list[Any]], out: TextIO
+    flags: dict[str, str], reasoning: dict[str, str], groups: list[list[list[Any]]], out: TextIO
 ) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -50,9 +51,10 @@ async def answer(
         await init_app_state(engine, app.state, arguments, ("generate",))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         clients[name] = httpx.AsyncClient(transport=transport, base_url="http://one", timeout=120)
-    for name, path, body in requests:
-        response = await clients[name].post(path, json=body)
-        out.write(json.dumps([response.status_code, response.text]) + "\n")
+    for group in groups:
+        asked = [clients[name].post(path, json=body) for name, path, body in group]
+        answers = await asyncio.gather(*asked)
+        out.writelines(json.dumps([a.status_code, a.text]) + "\n" for a in answers)
         out.flush()
     for client in clients.values():
         await client.aclose()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from pdtasks.cluster.probes import http_status
 from tests.acceptance.nursery import Nursery
-from tests.acceptance.parameter_cases import CASES, FLAGS, REASONING
+from tests.acceptance.parameter_cases import CASES, FLAGS, REASONING, in_company
 from tests.acceptance.reference import TIMEOUT_S, Reference, said
 from tests.acceptance.running_stack import MODEL, Stack, free_ports
 from tests.waiting import wait_until
@@ -45,17 +46,21 @@ def answer(stack: Stack, other_api_url: str) -> Iterator[Callable[[str], tuple[i
     def it_is_ready() -> bool:
         return http_status(other_api_url + "/ready") == 200
 
+    urls = {"tools": stack.api_url, "reasoning": other_api_url}
+    groups = {name: group for group in in_company(CASES) for name in group}
     found: dict[str, tuple[int, str]] = {}
-    with stack.client() as client:
+    with stack.client() as client, ThreadPoolExecutor(8) as callers:
+
+        def asked(name: str) -> tuple[int, str]:
+            case = CASES[name]
+            response = client.post(urls[case.flags] + case.path, json=case.body(MODEL))
+            return response.status_code, response.text
 
         def answered(name: str) -> tuple[int, str]:
-            case = CASES[name]
-            if case.flags == "reasoning":
+            if CASES[name].flags == "reasoning":
                 wait_until(it_is_ready, 120)
             if name not in found:
-                url = {"tools": stack.api_url, "reasoning": other_api_url}[case.flags]
-                response = client.post(url + case.path, json=case.body(MODEL))
-                found[name] = response.status_code, response.text
+                found.update(zip(groups[name], callers.map(asked, groups[name]), strict=True))
             return found[name]
 
         yield answered
