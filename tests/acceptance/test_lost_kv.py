@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from pdtasks.kv.ring import RingReader, ring_names
+from tests.acceptance.nursery import Nursery
 from tests.acceptance.running_stack import Stack, answers_by, ask
 from tests.waiting import wait_until
 
@@ -120,7 +121,7 @@ def test_a_block_damaged_in_the_store_is_recomputed(stack: Stack, client: httpx.
 
 
 def test_a_decode_worker_of_another_fingerprint_recomputes(
-    stack: Stack, client: httpx.Client, tmp_path: Path
+    stack: Stack, client: httpx.Client, nursery: Nursery, tmp_path: Path
 ) -> None:
     prompt = "C. Name three rivers. " * 12 + SURE
     expected = ask(client, prompt, "foreign-0", max_tokens=8)
@@ -128,7 +129,7 @@ def test_a_decode_worker_of_another_fingerprint_recomputes(
     # Given a decode worker, started by hand, whose blocks have another size.  (That other weights
     # under the same name make another fingerprint: unit/kv/test_identity.py.)
     changes = {"PDTASKS_ENGINE_ARGS": '{"block_size": 32}'}
-    with stack.joined_by("decode", tmp_path, changes) as pid:
+    with stack.joined_by("decode", tmp_path, changes, nursery) as pid:
         # When it takes a job
         foreign = answers_by(
             stack,

@@ -21,7 +21,7 @@ _REPLACED_S = 120.0
 
 #: The model is sure of what follows: a recompute that differs in the last bits changes no token.
 _PROMPT = "The sea is wide. " * 20
-_TOKENS = 100
+_TOKENS = 60
 #: Requests that a lost worker leaves half answered. The last one no second attempt would repeat.
 _KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
