@@ -44,7 +44,7 @@ class EngineStats:
         """
         ready = [w for w in workers if w.state == "ready"]
         # Whether a published one is in an engine or in the queue before it, its worker knows.
-        in_engines = sum(w.active for w in ready if w.role == PREFILL)
+        in_engines = sum(w.active for w in ready if w.serves(PREFILL))
         running = begun + min(max(0, open_ - begun - in_line), in_engines)
         local, store = self._looks(workers)
         return SchedulerStats(
@@ -58,7 +58,7 @@ class EngineStats:
     def _looks(self, workers: Sequence[WorkerStatus]) -> tuple[PrefixCacheStats, PrefixCacheStats]:
         local, store = PrefixCacheStats(), PrefixCacheStats()
         for worker in workers:
-            if worker.role != PREFILL:
+            if not worker.serves(PREFILL):
                 continue
             now = worker.totals
             # What was there before this process began is not counted, as in an engine of its own.
@@ -83,11 +83,11 @@ class EngineStats:
 
 def kv_blocks(workers: Sequence[WorkerStatus]) -> tuple[int, int]:
     """Blocks of the decode engines, where requests live, and tokens in each; 0: not known yet."""
-    decode = [w for w in workers if w.role == DECODE and w.kv_blocks]
+    decode = [w for w in workers if w.serves(DECODE) and w.kv_blocks]
     return sum(w.kv_blocks for w in decode), min((w.kv_block_size for w in decode), default=0)
 
 
 def _usage(workers: Sequence[WorkerStatus], stage: str) -> float:
     """Mean share of KV blocks that requests hold in the engines of a stage."""
-    shares = [w.kv_usage for w in workers if w.role == stage]
+    shares = [w.kv_usage for w in workers if w.serves(stage)]
     return sum(shares) / len(shares) if shares else 0.0

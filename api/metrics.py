@@ -26,7 +26,7 @@ from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.figures import BusFigures, read_figures
 from pdtasks.errors import BrokerUnavailable
 from pdtasks.messages import WORKER_STATES
-from pdtasks.naming import STAGES
+from pdtasks.naming import STAGES, stages_of
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Figures:
         workers = GaugeMetricFamily(
             "pdtasks_workers", "Workers for this API's model", labels=["stage", "state"]
         )
-        counts = Counter((worker.role, worker.state) for worker in ours)
+        counts = Counter((stage, w.state) for w in ours for stage in stages_of(w.role))
         for stage in STAGES:
             for state in WORKER_STATES:
                 workers.add_metric([stage, state], counts[stage, state])

@@ -9,12 +9,13 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import valkey.asyncio
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 
 import pdtasks
 from api.core import PipelineCore
@@ -30,7 +31,7 @@ from pdtasks.bus.jobs import Job, JobStore
 from pdtasks.bus.records import Unreadable
 from pdtasks.errors import BrokerUnavailable
 from pdtasks.messages import WorkerStatus
-from pdtasks.naming import DEAD_QUEUE, DECODE, PREFILL, STAGES
+from pdtasks.naming import DEAD_QUEUE, DECODE, PREFILL, ROLES
 from pdtasks.overview import (
     Api,
     InFlight,
@@ -43,6 +44,7 @@ from pdtasks.overview import (
     Viewer,
     WorkerView,
 )
+from pdtasks.roles import UnknownWorker, why_not, worker_called
 from pdtasks.scraping import address_of
 from pdtasks.settings import Settings
 
@@ -166,16 +168,27 @@ class Overviews:
 
         Raises HTTPException when there is none, what is in `BUS_ERRORS` when nobody can ask it.
         """
+        worker = await self._worker_called(name)
+        await self._core.workers.drain(worker)
+        return worker
+
+    async def change_role(self, name: str, role: str, *, force: bool) -> WorkerStatus:
+        """Ask a worker to take `role`, also where that leaves a stage without one: `force`.
+
+        Raises likewise.
+        """
+        worker = await self._worker_called(name)
+        if not force and (why := why_not(worker, role, self._core.workers.known)):
+            raise HTTPException(409, f"{why}; with `force` it is done all the same")
+        await self._core.workers.change_role(worker, role)
+        return worker
+
+    async def _worker_called(self, name: str) -> WorkerStatus:
         await self._core.workers.look()
-        known = self._core.workers.known
-        meant = [w for w in known if w.name == name] or [
-            w for w in known if w.name.partition("@")[0] == name
-        ]
-        if len(meant) != 1:
-            what = "several workers are" if meant else "no worker is"
-            raise HTTPException(404, f"{what} called {name!r}")
-        await self._core.workers.drain(meant[0])
-        return meant[0]
+        try:
+            return worker_called(name, self._core.workers.known)
+        except UnknownWorker as exc:
+            raise HTTPException(404, str(exc)) from None
 
     async def _read_jobs(self, viewer: Viewer, limit: int) -> Jobs:
         waiting, running = await self._jobs.counts()
@@ -205,7 +218,7 @@ async def telling(
 
 
 def _place(worker: WorkerStatus) -> tuple[int, str]:
-    return STAGES.index(worker.role), worker.name
+    return ROLES.index(worker.role), worker.name
 
 
 def _worker(status: WorkerStatus) -> WorkerView:
@@ -305,6 +318,22 @@ async def drain(name: str, request: Request) -> dict[str, str]:
     with from_bus("worker"):
         worker = await _overviews(request).drain(name)
     return {"worker": worker.name, "state": "asked to drain"}
+
+
+class RoleWish(BaseModel):
+    """What a worker is to serve from now on."""
+
+    role: Literal["prefill", "decode", "both"]
+    force: bool = False  #: also where that leaves a stage without a worker
+
+
+@router.post("/workers/{name}/role", status_code=202)
+async def role(name: str, wish: RoleWish, request: Request) -> dict[str, str]:
+    """Have a worker serve other stages, with its engine as it is; for admins."""
+    require_admin(request)
+    with from_bus("worker"):
+        worker = await _overviews(request).change_role(name, wish.role, force=wish.force)
+    return {"worker": worker.name, "state": f"asked to become {wish.role}"}
 
 
 @router.get("/requests/{request_id}")

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Final
 
 import valkey.asyncio
 
 from api.line import Room
 from pdtasks.bus.connection import BUS_ERRORS
-from pdtasks.bus.draining import ask_to_drain
+from pdtasks.bus.orders import ask_for_role, ask_to_drain
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import NoWorker
 from pdtasks.messages import WorkerStatus
-from pdtasks.naming import STAGES
+from pdtasks.naming import DECODE, STAGES
+
+#: What a worker in this state does, for people.
+_DOES: Final = {"starting": "starts", "draining": "stops", "changing": "changes its role"}
 
 
 class Workers:
@@ -51,6 +55,10 @@ class Workers:
         """Ask a worker to drain. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
         await ask_to_drain(self._bus, worker)
 
+    async def change_role(self, worker: WorkerStatus, role: str) -> None:
+        """Ask a worker to serve other stages. Raises what is in `BUS_ERRORS`."""
+        await ask_for_role(self._bus, worker, role)
+
     def require(self, *, split: bool = False) -> None:
         """Raises NoWorker when a stage has nobody who could begin it now.
 
@@ -70,27 +78,39 @@ class Workers:
 
     def ours(self) -> list[WorkerStatus]:
         """Those of this model and vLLM, in any state."""
-        return [worker for stage in STAGES for worker in self._of(stage)]
+        wanted = (self._model, ENGINE_VERSION)
+        return [w for w in self.known if (w.model, w.engine) == wanted]
 
     def room(self) -> Room:
         """What those that take jobs have room for."""
         prefill, decode = ([w for w in self._of(s) if w.state == "ready"] for s in STAGES)
+        if all(worker.serves(DECODE) for worker in prefill) and self.decode_does_all:
+            # To hand a prompt over from one of them to another would help nobody.
+            prefill = []
         return Room(
             prefill_workers=len(prefill),
             # One of an older release, which does not say, leaves the sum unknown.
-            prefill_slots=sum(w.slots for w in prefill) if all(w.slots for w in prefill) else 0,
+            prefill_slots=(
+                sum(map(_places_for_prompts, prefill)) if all(w.slots for w in prefill) else 0
+            ),
             step_tokens=min((w.step_tokens for w in prefill or decode), default=0),
             decode_workers=len(decode),
             decode_slots=sum(w.slots for w in decode),
             decode_active=sum(w.active for w in decode),
             # One of an older release computes no prompts, and any of them may take the job.
-            short_tokens=min((w.short_prompt_tokens for w in decode), default=0),
+            short_tokens=self._short_tokens,
         )
 
     @property
     def decode_does_all(self) -> bool:
         """Can requests be answered by decode workers alone?"""
-        return self.room().short_tokens > 0
+        return self._short_tokens > 0
+
+    @property
+    def _short_tokens(self) -> int:
+        """Tokens of prompts that whoever gets a decode job computes."""
+        decode = (w for w in self._of(DECODE) if w.state == "ready")
+        return min((w.short_prompt_tokens for w in decode), default=0)
 
     def missing_s(self, stage: str) -> float:
         """Seconds for which `stage` has had no worker in any state."""
@@ -102,10 +122,14 @@ class Workers:
         self._missing_since.clear()
 
     def _of(self, stage: str) -> list[WorkerStatus]:
-        ours = (stage, self._model, ENGINE_VERSION)
-        return [w for w in self.known if (w.role, w.model, w.engine) == ours]
+        return [worker for worker in self.ours() if worker.serves(stage)]
+
+
+def _places_for_prompts(worker: WorkerStatus) -> int:
+    """One that decodes too has its places for both."""
+    return max(1, worker.slots - worker.active) if worker.serves(DECODE) else worker.slots
 
 
 def _described(worker: WorkerStatus) -> str:
-    state = {"starting": "starts", "draining": "stops"}.get(worker.state, f"is {worker.state}")
+    state = _DOES.get(worker.state, f"is {worker.state}")
     return f"{worker.name} {state}" + (f": {worker.reason}" if worker.reason else "")

@@ -16,6 +16,7 @@ import click
 from pdtasks.bench.commands import bench
 from pdtasks.broker.commands import deadletter
 from pdtasks.errors import PdtasksError
+from pdtasks.naming import ROLES
 
 
 class _Verbs(click.Group):
@@ -65,13 +66,17 @@ def _front_end(flags: tuple[str, ...], reasoning_parser: str | None) -> dict[str
     return changes
 
 
+_COUNT = click.IntRange(min=0)
 #: `pdtasks up --enable-auto-tool-choice --tool-call-parser hermes`
 _FLAGS_PASS = {"ignore_unknown_options": True}
 
 
 @main.command(context_settings=_FLAGS_PASS)
-@click.option("--prefill", default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", default=1, show_default=True, help="Decode workers.")
+@click.option("--prefill", type=_COUNT, help="Prefill workers. [default: 1; with --both: 0]")
+@click.option("--decode", type=_COUNT, help="Decode workers. [default: 1; with --both: 0]")
+@click.option(
+    "--both", default=0, type=_COUNT, help="Workers that serve both stages: one is enough."
+)
 @click.option(
     "--api",
     default=1,
@@ -88,8 +93,9 @@ _FLAGS_PASS = {"ignore_unknown_options": True}
 @_takes_front_end_flags
 def up(
     *,
-    prefill: int,
-    decode: int,
+    prefill: int | None,
+    decode: int | None,
+    both: int,
     api: int,
     model: str | None,
     host: str | None,
@@ -111,7 +117,15 @@ def up(
     given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= _front_end(flags, reasoning_parser)
-    size = Size(prefill, decode, concurrency, api=api, flower=not no_flower)
+    others = 0 if both else 1
+    size = Size(
+        others if prefill is None else prefill,
+        others if decode is None else decode,
+        both,
+        concurrency,
+        api=api,
+        flower=not no_flower,
+    )
     sys.exit(run_stack(overrides, size, Console()))
 
 
@@ -154,6 +168,23 @@ def drain(workers: tuple[str, ...]) -> None:
     from pdtasks.settings import load_settings
 
     sys.exit(drain_workers(load_settings(), workers, Console()))
+
+
+@main.command()
+@click.argument("worker")
+@click.argument("role", type=click.Choice(ROLES))
+@click.option("--force", is_flag=True, help="Also where that leaves a stage without a worker.")
+def role(*, worker: str, role: str, force: bool) -> None:
+    """Have WORKER (as `decode1`, of any host) serve other stages: prefill, decode or both.
+
+    It takes no more jobs of a stage that it leaves; what it has begun there goes to another worker,
+    or is finished. Its engine stays. After a restart it has the role that it was started with.
+    """
+    from pdtasks.cluster.console import Console
+    from pdtasks.cluster.roles import change_role
+    from pdtasks.settings import load_settings
+
+    sys.exit(change_role(load_settings(), worker, role, Console(), force=force))
 
 
 @main.command()

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from pdtasks.errors import IncompatibleWorker, PdtasksError, from_code
-from pdtasks.naming import STAGES
+from pdtasks.naming import ROLES, STAGES, stages_of
 
 WIRE_VERSION = 1
 
@@ -29,6 +29,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _NAME = r"\A[^\x00-\x1f\x7f]*\Z"
 Name = Annotated[str, Meta(max_length=255, pattern=_NAME)]
 Stage = Annotated[str, Meta(pattern=rf"\A({'|'.join(STAGES)})\Z")]
+Role = Annotated[str, Meta(pattern=rf"\A({'|'.join(ROLES)})\Z")]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,15 +217,16 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True):
     kv_store_hits_by_source: dict[str, Count] = {}  #: vLLM's names of tiers
 
 
-#: States of a worker; one that is stalled lives, but takes no jobs.
-WORKER_STATES: Final = ("starting", "ready", "stalled", "draining", "stopped")
+#: States of a worker; one that is stalled lives, but takes no jobs, nor does one that is changing
+#: its role and has still to end what it has begun.
+WORKER_STATES: Final = ("starting", "ready", "changing", "stalled", "draining", "stopped")
 
 
 class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker says of itself on the bus."""
 
     name: Name
-    role: Stage
+    role: Role
     host: Name
     pid: Count
     state: str  #: one of `WORKER_STATES`
@@ -236,7 +238,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     model: str = ""
     max_model_len: Count = 0
     step_tokens: Count = 0  #: most that its engine computes at once
-    #: Tokens of prompts that are best computed where they are answered: here.  0: it computes none.
+    #: Tokens of prompts that it computes at best where it answers them; 0: it computes none there.
     short_prompt_tokens: Count = 0
     engine: str = ""
     since: float = 0.0  #: UNIX seconds of the process's start
@@ -249,6 +251,10 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     kv_block_size: Count = 0  #: tokens
     totals: EngineTotals = EngineTotals()
 
+    def serves(self, stage: str) -> bool:
+        """Does it take jobs of this stage, when it is ready?"""
+        return stage in stages_of(self.role)
+
     @property
     def process(self) -> tuple[str, str, int, int]:
         """The one process that says so, whatever its name."""
@@ -259,6 +265,13 @@ class DrainOrder(Message, frozen=True, kw_only=True):
     """A worker is to take nothing more, and to end."""
 
     process: tuple[str, str, int, int]  #: `WorkerStatus.process`
+
+
+class RoleOrder(Message, frozen=True, kw_only=True):
+    """A worker is to serve other stages."""
+
+    process: tuple[str, str, int, int]  #: `WorkerStatus.process`
+    role: Role
 
 
 M = TypeVar("M", bound=Message)

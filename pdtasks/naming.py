@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 PREFILL = "prefill"
 DECODE = "decode"
-#: Roles of workers, and their queues.
+#: Stages of a request, and the queues of their jobs.
 STAGES = (PREFILL, DECODE)
+#: A worker's role where it serves both.
+BOTH = "both"
+#: Roles of workers: which stages they serve.
+ROLES = (*STAGES, BOTH)
 
 EXCHANGE = "pdtasks"
 DEAD_EXCHANGE = "pdtasks.dead"
@@ -25,6 +31,22 @@ PREFILL_TASK = "pdtasks.prefill"
 DECODE_TASK = "pdtasks.decode"
 
 _PREFILL_SUFFIX = ".prefill"
+
+
+def stages_of(role: str) -> tuple[str, ...]:
+    """The stages that a worker of this role serves."""
+    return STAGES if role == BOTH else (role,)
+
+
+def role_of(stages: Iterable[str]) -> str:
+    """The role of a worker that serves these."""
+    found = set(stages)
+    return BOTH if found == set(STAGES) else found.pop()
+
+
+def stage_of(task: str) -> str:
+    """The stage that a task of this name is."""
+    return task.removeprefix("pdtasks.")
 
 
 def prefill_task_id(request_id: str) -> str:

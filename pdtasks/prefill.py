@@ -145,7 +145,7 @@ class _Prefill(Stage[PrefillJob]):
                 self.here.aborted.require_wanted(job.request_id)
                 await self._hand_over(wire, generation)
                 await self._saved(generation)
-                self.here.answers.report(self.reply_to, job.request_id, self.reports())
+                self.here.answers.report(self.reply_to, self.name, job.request_id, self.reports())
             else:
                 await self._saved(generation)
                 self.here.aborted.require_wanted(job.request_id)

@@ -1,6 +1,6 @@
 // The page's life: ask, show, ask again; dialogs.
 
-import { Refused, drain, hasKey, overview, report, useKey } from "./source.js";
+import { Refused, changeRole, drain, hasKey, overview, report, useKey } from "./source.js";
 import { el, text } from "./dom.js";
 import { clock } from "./format.js";
 import * as view from "./view.js";
@@ -33,7 +33,7 @@ async function look() {
     view.showProblems(said ? [said, ...seen.problems] : seen.problems);
     view.showFlow(seen);
     view.showCards(seen);
-    view.showWorkers(seen, askDrain);
+    view.showWorkers(seen, askDrain, askRole);
     view.showRequests(seen, openReport);
     view.showJobs(seen, openJob);
     text(byId("key"), seen.viewer.key ? `Key: ${seen.viewer.key}` : "Key …");
@@ -101,7 +101,7 @@ function askDrain(worker, isLast) {
   toDrain = worker;
   text(byId("drain-title"), `Drain ${worker}?`);
   const name = worker.split("@")[0];
-  const alone = isLast ? " No other worker of its stage is ready: new requests are refused until then." : "";
+  const alone = isLast ? " No other worker of its stages is ready: new requests may be refused until then." : "";
   text(byId("drain-text"), `It takes nothing more. What it has begun goes to another worker of its stage, or is finished. It stays away until \`pdtasks restart ${name}\` brings it back.${alone}`);
   byId("ask-drain").returnValue = "no";
   byId("ask-drain").showModal();
@@ -118,8 +118,31 @@ byId("ask-drain").addEventListener("close", async () => {
   look();
 });
 
+let toChange = "";
+
+function askRole(worker, role) {
+  toChange = worker;
+  text(byId("role-title"), `What is ${worker} to serve?`);
+  text(byId("role-text"), `It serves ${role === "both" ? "both stages" : role} now. What it has begun in a stage that it leaves goes to another worker, or is finished; its engine stays.`);
+  for (const button of byId("ask-role").querySelectorAll("button.act")) button.disabled = button.value === role;
+  byId("ask-role").returnValue = "no";
+  byId("ask-role").showModal();
+}
+
+byId("ask-role").addEventListener("close", async () => {
+  const role = byId("ask-role").returnValue;
+  if (role === "no") return;
+  said = "";
+  try {
+    await changeRole(toChange, role);
+  } catch (error) {
+    said = `${toChange} does not become ${role}: ${error.message}`;
+  }
+  look();
+});
+
 function askKey(words) {
-  text(byId("key-text"), `${words} It is kept in this tab until that is closed. An admin's key sees all requests and may drain workers.`);
+  text(byId("key-text"), `${words} It is kept in this tab until that is closed. An admin's key sees all requests and may drain workers and change their roles.`);
   byId("ask-key").returnValue = "no";
   if (!byId("ask-key").open) byId("ask-key").showModal();
 }

@@ -21,7 +21,7 @@ export function hasKey() {
 
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem(KEPT);
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   const response = await fetch(path, { cache: "no-store", ...options, headers, signal: AbortSignal.timeout(ANSWER_MS) });
   if (response.ok) return response.json();
   const told = await response.json().catch(() => null);
@@ -31,3 +31,9 @@ async function ask(path, options = {}) {
 export const overview = (limit) => ask(`pdtasks/overview?limit=${limit}`);
 export const report = (id) => ask(`pdtasks/requests/${encodeURIComponent(id)}`);
 export const drain = (worker) => ask(`pdtasks/workers/${encodeURIComponent(worker)}/drain`, { method: "POST" });
+export const changeRole = (worker, role) =>
+  ask(`pdtasks/workers/${encodeURIComponent(worker)}/role`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ role }),
+  });

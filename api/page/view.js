@@ -20,18 +20,20 @@ export function showProblems(lines) {
   text(place, lines.join("\n"));
 }
 
+const serves = (worker, stage) => worker.role === stage || worker.role === "both";
+
 // -- the pipeline ----------------------------------------------------------------------------------
 
 export function showFlow(seen) {
   const flight = seen.in_flight;
   const queues = new Map(seen.queues.map((queue) => [queue.name, queue]));
-  const ready = (role) => seen.workers.filter((worker) => worker.role === role && worker.state === "ready");
+  const ready = (stage) => seen.workers.filter((worker) => serves(worker, stage) && worker.state === "ready");
   const queued = (name) => {
     const queue = queues.get(name);
     return queue && queue.ready !== null ? `${count(queue.ready)} in queue` : "queue unknown";
   };
-  const busy = (role) => {
-    const workers = ready(role);
+  const busy = (stage) => {
+    const workers = ready(stage);
     const sum = (name) => workers.reduce((total, worker) => total + worker[name], 0);
     return workers.length ? `${plural(workers.length, "worker")}, ${sum("active")} of ${sum("slots")} slots` : "no worker is ready";
   };
@@ -162,7 +164,7 @@ function fillMeter(place, part, words) {
   text(place.lastChild, words);
 }
 
-export function showWorkers(seen, onDrain) {
+export function showWorkers(seen, onDrain, onRole) {
   const states = seen.workers.filter((worker) => worker.state === "ready").length;
   text(byId("workers-note"), `${states} of ${seen.workers.length} ready`);
   each(
@@ -172,21 +174,28 @@ export function showWorkers(seen, onDrain) {
     (worker) => {
       const drain = el("button", { type: "button", "aria-label": `Drain ${worker.name}` }, "Drain");
       drain.addEventListener("click", () => onDrain(worker.name, row.isLast));
+      const role = el("button", { type: "button", "aria-label": `Role of ${worker.name}` }, "Role");
+      role.addEventListener("click", () => onRole(worker.name, row.role));
       const cells = [
-        el("td", {}, el("span", { className: `role ${worker.role}`, title: worker.role }), worker.name),
+        el("td", {}, el("span"), worker.name),
         el("td", {}, el("span"), el("span", { className: "reason" })),
         el("td", { className: "slim" }),
-        el("td", { className: worker.role }, meter("slots in use")),
-        el("td", { className: worker.role }, meter("KV in use")),
+        el("td", {}, meter("slots in use")),
+        el("td", {}, meter("KV in use")),
         el("td", { className: "num" }),
-        el("td", {}, drain),
+        el("td", { className: "acts" }, role, " ", drain),
       ];
       const row = el("tr", {}, ...cells);
       return row;
     },
     (row, worker) => {
-      row.isLast = !seen.workers.some((other) => other.role === worker.role && other.name !== worker.name && other.state === "ready");
-      const [, state, device, slots, kv, up, act] = row.children;
+      const others = seen.workers.filter((other) => other.name !== worker.name && other.state === "ready");
+      row.isLast = ["prefill", "decode"].some((stage) => serves(worker, stage) && !others.some((other) => serves(other, stage)));
+      row.role = worker.role;
+      const [name, state, device, slots, kv, up, act] = row.children;
+      name.firstChild.className = `role ${worker.role}`;
+      name.firstChild.title = worker.role;
+      slots.className = kv.className = worker.role;
       text(state.firstChild, worker.state);
       state.firstChild.className = `pill ${worker.state}`;
       text(state.lastChild, worker.reason);
@@ -194,7 +203,9 @@ export function showWorkers(seen, onDrain) {
       fillMeter(slots.firstChild, worker.slots ? worker.active / worker.slots : 0, `${worker.active} of ${worker.slots}`);
       fillMeter(kv.firstChild, worker.kv_usage, `${Math.round(100 * worker.kv_usage)}%`);
       text(up, duration(seen.at - worker.since));
-      act.firstChild.hidden = !seen.viewer.may_act || !["ready", "stalled"].includes(worker.state);
+      const [change, drain] = act.querySelectorAll("button");
+      change.hidden = !seen.viewer.may_act || !["ready", "changing"].includes(worker.state);
+      drain.hidden = !seen.viewer.may_act || !["ready", "changing", "stalled"].includes(worker.state);
     },
   );
 }

@@ -215,7 +215,7 @@ class DeadLetters:
         headers = {
             name: value for name, value in letter.message.headers.items() if name in _HEADERS
         }
-        stage = next(s for s in naming.STAGES if letter.task == f"pdtasks.{s}")
+        stage = naming.stage_of(letter.task)
         with kombu.Producer(self._channel) as producer:
             _publish(letter.message, producer, naming.EXCHANGE, stage, headers=headers, body=body)
         self.drop(letter)

@@ -12,8 +12,8 @@ WORKERS: Final = "pd:workers"
 API: Final = "pd:api:"
 #: The names of API processes by the time of their last sign of life.
 APIS: Final = "pd:apis"
-#: Of the order to one worker that it is to drain; its name follows.
-DRAIN: Final = "pd:drain:"
+#: Of an order to one worker; its kind and the name follow.
+ORDER: Final = "pd:order:"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
 #: Of the answer to one question about a request; its id and the attempt's number follow.

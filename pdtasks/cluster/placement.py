@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdtasks.errors import ConfigurationError
-from pdtasks.naming import DECODE, PREFILL
+from pdtasks.naming import ROLES
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,30 @@ class Plan:
 
 
 def place_workers(
-    prefill: int, decode: int, *, device: str, engine_args: Mapping[str, object]
+    prefill: int, decode: int, both: int = 0, *, device: str, engine_args: Mapping[str, object]
 ) -> Plan:
     """Place the workers on what this host has.
 
+    Args:
+        both: workers that serve both stages.
+
     Raises ConfigurationError when a stage would be without a worker or GPUs are too few.
     """
-    if prefill < 1 or decode < 1:
-        raise ConfigurationError("at least one prefill and one decode worker are needed")
+    if not both and (prefill < 1 or decode < 1):
+        raise ConfigurationError(
+            "at least one prefill and one decode worker are needed, or one for both (--both)"
+        )
     ranks = ranks_per_worker(engine_args)
     if device == "cuda":
-        return place_on_gpus(prefill, decode, gpus=usable_gpus(), gpus_per_worker=ranks)
-    return place_on_cores(prefill, decode, cores=usable_cores(), ranks_per_worker=ranks)
+        return place_on_gpus(prefill, decode, both, gpus=usable_gpus(), gpus_per_worker=ranks)
+    return place_on_cores(prefill, decode, both, cores=usable_cores(), ranks_per_worker=ranks)
 
 
 def place_on_cores(
-    prefill: int, decode: int, *, cores: Sequence[int], ranks_per_worker: int = 1
+    prefill: int, decode: int, both: int = 0, *, cores: Sequence[int], ranks_per_worker: int = 1
 ) -> Plan:
     """Share `cores` out. With more engines than cores some share one, which the plan warns of."""
-    workers = _workers(prefill, decode)
+    workers = _workers(prefill, decode, both)
     ranks = len(workers) * ranks_per_worker
     share = max(1, len(cores) // max(1, ranks))
     placed = []
@@ -85,16 +90,17 @@ def place_on_cores(
 
 
 def place_on_gpus(
-    prefill: int, decode: int, *, gpus: Sequence[str], gpus_per_worker: int = 1
+    prefill: int, decode: int, both: int = 0, *, gpus: Sequence[str], gpus_per_worker: int = 1
 ) -> Plan:
     """Give each worker GPUs of its own. Raises ConfigurationError when there are too few."""
-    workers = _workers(prefill, decode)
+    workers = _workers(prefill, decode, both)
     needed = len(workers) * gpus_per_worker
     if needed > len(gpus):
         each = "" if gpus_per_worker == 1 else f" with {gpus_per_worker} GPUs each"
+        more = f" and {both} for both" if both else ""
         raise ConfigurationError(
-            f"{prefill} prefill and {decode} decode workers{each} need {needed} GPUs, "
-            f"but {len(gpus)} can be used here: start fewer workers (--prefill, --decode)"
+            f"{prefill} prefill and {decode} decode workers{more}{each} need {needed} GPUs, "
+            f"but {len(gpus)} can be used here: start fewer workers (--prefill, --decode, --both)"
         )
     placed = []
     for index, (role, number) in enumerate(workers):
@@ -130,10 +136,12 @@ def ranks_per_worker(engine_args: Mapping[str, object]) -> int:
     return ranks
 
 
-def _workers(prefill: int, decode: int) -> list[tuple[str, int]]:
+def _workers(*counts: int) -> list[tuple[str, int]]:
+    """With their numbers. `counts`: of each role in turn."""
     return [
-        *((PREFILL, number) for number in range(1, prefill + 1)),
-        *((DECODE, number) for number in range(1, decode + 1)),
+        (role, number)
+        for role, count in zip(ROLES, counts, strict=True)
+        for number in range(1, count + 1)
     ]
 
 

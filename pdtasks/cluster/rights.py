@@ -162,8 +162,8 @@ _TELL_OTHER_APIS: Final = (
     f"(~{keys.API}* ~{keys.APIS} "
     "+set +mget +del +zadd +zrem +zrange +zcard +zremrangebyscore +expire)"
 )
-_ORDER_DRAINS: Final = f"(%W~{keys.DRAIN}* +set)"
-_HEAR_DRAINS: Final = f"(%R~{keys.DRAIN}* +get)"
+_GIVE_ORDERS: Final = f"(%W~{keys.ORDER}* +set)"
+_HEAR_ORDERS: Final = f"(%R~{keys.ORDER}* +get)"
 _SEND_REPLIES: Final = f"(%W~{keys.REPLY}* +xadd)"
 _READ_REPLIES: Final = f"(~{keys.REPLY}* +xgroup|create +expire +xread +xdel +del)"
 _ASK_PROGRESS: Final = f"(~{keys.PROGRESS}* +blpop)"
@@ -191,10 +191,10 @@ _PROBE: Final = f"(%W~{keys.PROBE} +set)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
-    *(_STORE_RESULTS, _ORDER_DRAINS, _TELL_OTHER_APIS),
+    *(_STORE_RESULTS, _GIVE_ORDERS, _TELL_OTHER_APIS),
 )
 _WORKER_ON_BUS: Final = (
-    *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_DRAINS),
+    *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_ORDERS),
 )
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
 _COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE)

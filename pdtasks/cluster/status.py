@@ -19,7 +19,7 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.probes import broker_accepts, http_status, valkey_answers
 from pdtasks.cluster.stack import redact
 from pdtasks.messages import WorkerStatus
-from pdtasks.naming import PREFILL, STAGES
+from pdtasks.naming import ROLES
 from pdtasks.running_stack import Member, Stack, identify, read_stack
 from pdtasks.settings import Settings
 from pdtasks.tls import valkey_url
@@ -32,7 +32,7 @@ class Row:
     name: str
     role: str
     pid: int | None  #: None: configured, not started by this stack
-    state: str  #: "starting", "ready", "stalled", "draining" or "dead"
+    state: str  #: one of `WORKER_STATES`, or "dead"
     active: int | None = None  #: requests in the worker's engine
     kv_usage: float | None = None  #: share of the engine's KV blocks that requests hold, 0 to 1
     reason: str = ""  #: of a worker: why it takes no jobs, or what is wrong although it does
@@ -114,8 +114,8 @@ def _left_behind(stack: Stack) -> Status:
         if member.identity.alive()
     ]
     return Status(
-        services=tuple(row for row in left if row.role not in STAGES),
-        workers=tuple(row for row in left if row.role in STAGES),
+        services=tuple(row for row in left if row.role not in ROLES),
+        workers=tuple(row for row in left if row.role in ROLES),
     )
 
 
@@ -165,7 +165,7 @@ def _present_workers(bus_url: str | None) -> list[WorkerStatus]:
 def _workers(
     members: Sequence[Member], present: Sequence[WorkerStatus], draining: bool
 ) -> tuple[Row, ...]:
-    own = {member.pid: member for member in members if member.role in STAGES}
+    own = {member.pid: member for member in members if member.role in ROLES}
     names = {member.name for member in own.values()}
     here = socket.gethostname()
     rows = []
@@ -191,7 +191,7 @@ def _workers(
             alive = member.identity.alive()
             state = ("draining" if draining else "starting") if alive else "dead"
             rows.append(Row(member.name, member.role, member.pid, state, 0, 0.0))
-    return tuple(sorted(rows, key=lambda row: (row.role != PREFILL, row.name)))
+    return tuple(sorted(rows, key=lambda row: (ROLES.index(row.role), row.name)))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -35,7 +35,7 @@ from pdtasks.errors import PdtasksError
 from pdtasks.flower_login import require_login
 from pdtasks.keys import require_keys
 from pdtasks.links import is_loopback
-from pdtasks.naming import STAGES
+from pdtasks.naming import ROLES
 from pdtasks.running_stack import StackState
 from pdtasks.settings import Settings
 
@@ -51,6 +51,7 @@ class Size:
 
     prefill: int = 1
     decode: int = 1
+    both: int = 0  #: workers that serve both stages
     concurrency: int | None = None  #: jobs one worker takes at once; None: what its engine batches
     api: int = 1  #: API processes, on ports that follow each other
     flower: bool = True
@@ -140,6 +141,7 @@ class Supervisor:
         plan = place_workers(
             self._size.prefill,
             self._size.decode,
+            self._size.both,
             device=self.settings.device,
             engine_args=self.settings.engine_args,
         )
@@ -263,7 +265,7 @@ class Supervisor:
         deadline_s = self.settings.drain_timeout_s + _GRACE_S
         self._parts.stop("api", deadline_s=deadline_s)
         self._parts.request_stop("flower")
-        self._parts.stop(*STAGES, deadline_s=deadline_s)
+        self._parts.stop(*ROLES, deadline_s=deadline_s)
         self._parts.stop("flower", deadline_s=_FLOWER_STOP_S)
         self._services.stop()
 

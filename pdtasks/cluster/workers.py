@@ -19,7 +19,7 @@ from pdtasks.cluster.probes import wait_until
 from pdtasks.cluster.status import Status, read_status
 from pdtasks.drained import Drained
 from pdtasks.errors import PdtasksError
-from pdtasks.naming import STAGES
+from pdtasks.naming import ROLES, stages_of
 from pdtasks.running_stack import Member, read_stack
 from pdtasks.settings import Settings
 
@@ -61,7 +61,7 @@ def _workers(settings: Settings, names: Sequence[str]) -> dict[str, Member]:
     stack = read_stack(settings.home)
     if stack is None or not stack.supervisor.alive():
         raise PdtasksError("nothing runs here: start a stack with `pdtasks up`")
-    workers = {m.name: m for m in stack.services if m.role in STAGES}
+    workers = {m.name: m for m in stack.services if m.role in ROLES}
     for name in names:
         if name not in workers:
             raise PdtasksError(f"no worker is called {name!r}, only {', '.join(workers)}")
@@ -71,12 +71,16 @@ def _workers(settings: Settings, names: Sequence[str]) -> dict[str, Member]:
 def _ask_to_stop(
     settings: Settings, member: Member, console: Console, ask: Ask, until: str
 ) -> None:
-    others = [w for w in ask(settings).workers if w.role == member.role and w.pid != member.pid]
-    if not any(w.state == "ready" for w in others):
-        console.warn(
-            f"{member.name} is the only {member.role} worker: it finishes what it has, and new "
-            f"requests are refused until {until}"
-        )
+    workers = ask(settings).workers
+    # (It may have another one by now than it was started with.)
+    role = next((w.role for w in workers if w.pid == member.pid), member.role)
+    others = [w for w in workers if w.pid != member.pid and w.state == "ready"]
+    for stage in stages_of(role):
+        if not any(stage in stages_of(other.role) for other in others):
+            console.warn(
+                f"{member.name} is the only {stage} worker: it finishes what it has, and new "
+                f"requests are refused until {until}"
+            )
     if member.identity.alive():
         os.kill(member.pid, signal.SIGTERM)
 

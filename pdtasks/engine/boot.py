@@ -17,13 +17,12 @@ from pdtasks.tracing import not_vllms
 
 
 async def start_core(
-    settings: Settings, model: str, reports_to: str, *, hands_over: bool = True
+    settings: Settings, model: str, reports_to: str
 ) -> tuple[VllmConfig, EngineCoreClient]:
     """Start the engine core for `model`, a folder; may take minutes. Raises what vLLM raises.
 
     Args:
         reports_to: path of the socket that hears of transfers (`pdtasks.kv.reports`).
-        hands_over: other engines read what this one computes: it needs a ring.
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if settings.device == "cpu":
@@ -38,8 +37,8 @@ async def start_core(
         "timeout_s": settings.kv_timeout_s,
         "connections": settings.kv_connections,
         "min_prefix_tokens": settings.kv_min_prefix_tokens,
-        "ring_mib": settings.kv_ring_mib if hands_over else 0,
-        "device_ring_mib": settings.kv_device_ring_mib if hands_over else 0,
+        "ring_mib": settings.kv_ring_mib,
+        "device_ring_mib": settings.kv_device_ring_mib,
         "reports_to": reports_to,
         "exit_with_pid": os.getpid(),
     }

@@ -225,9 +225,14 @@ class Engine:
         """`generation` is of no further interest; late transfer records are dropped."""
         self._running.pop(generation.request.request_id, None)
 
-    def interrupt(self, error: type[Exception], at_most: int) -> int:
-        """Have `error` raised for those who wait for an answer under way; returns their number."""
-        found = [g for g in self._running.values() if g.state is State.RUNNING][:at_most]
+    def under_way(self, stage: str) -> list[Generation]:
+        """Generations of `stage` whose answer is under way here."""
+        found = self._running.values()
+        return [g for g in found if g.state is State.RUNNING and g.stage == stage]
+
+    def interrupt(self, stage: str, error: type[Exception], at_most: int) -> int:
+        """Have `error` raised for those who wait for `stage` here; returns their number."""
+        found = self.under_way(stage)[:at_most]
         for generation in found:
             generation.fail(error())
         return len(found)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+from pdtasks.naming import DECODE
+
 
 class State(Enum):
     """How far a generation has come."""
@@ -51,6 +53,7 @@ class Generation:
     request_id: str  #: as the asker knows it
     reply_to: str | None  #: reply stream, or None when nobody reads along
     position: int  #: tokens of the answer that were made before
+    stage: str = DECODE  #: whose part of the answer it makes
     attempt: int = 0  #: tells attempts at one request apart, in all processes
     judge: Judge = lambda _: Verdict()
     state: State = State.NEW

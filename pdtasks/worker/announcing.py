@@ -16,12 +16,11 @@ from prometheus_client import Counter
 
 from pdtasks.background import Background
 from pdtasks.bus.connection import BUS_ERRORS, connect
-from pdtasks.bus.draining import is_asked_to_drain
+from pdtasks.bus.orders import asked_role, is_asked_to_drain
 from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
 from pdtasks.messages import EngineTotals, StoreFigures, WorkerStatus
-from pdtasks.naming import DECODE
 from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
 from pdtasks.worker import counting
@@ -72,11 +71,13 @@ class Presence:
         background: Background,
         on_name_taken: Callable[[str], None],
         on_drain: Callable[[], None],
+        on_role: Callable[[str], None],
         metrics: str = "",
     ) -> None:
         """Args:
         on_name_taken: is told, once, who has this worker's name; then nothing more is said.
         on_drain: is called when somebody has asked this worker to drain.
+        on_role: is told which role somebody wants it to have, again and again for a while.
         metrics: where they are served, `host:port`.
         """
         self._settings = settings
@@ -88,6 +89,8 @@ class Presence:
         self._background = background
         self._on_name_taken = on_name_taken
         self._on_drain = on_drain
+        self._on_role = on_role
+        self._becomes = ""
         self._is_asked = False
         self._claim = Name(settings.worker_ttl_s)
         self._since = time.time()
@@ -137,6 +140,11 @@ class Presence:
         self._state = state
         self._changed.set()
 
+    def serve(self, role: str, becomes: str = "") -> None:
+        """Say from now on that it has this role; `becomes`: takes nothing until it has that one."""
+        self._role, self._becomes = role, becomes
+        self._changed.set()
+
     @property
     def is_draining(self) -> bool:
         """Does it take nothing more?"""
@@ -157,6 +165,8 @@ class Presence:
         if state == "ready":
             if stall := self._liveness.stall():
                 state, reason = "stalled", stall.reason
+            elif self._becomes:
+                state, reason = "changing", f"ends what it has begun, then serves {self._becomes}"
             else:
                 reason = "; ".join(self._background.problems())
         figures = self._figures() if self._state in ("ready", "draining") else NOTHING
@@ -174,7 +184,7 @@ class Presence:
             model=self._settings.model_name,
             max_model_len=figures.max_model_len,
             step_tokens=figures.step_tokens,
-            short_prompt_tokens=self._settings.short_prompts_up_to if self._role == DECODE else 0,
+            short_prompt_tokens=self._settings.short_prompts_up_to,
             engine=ENGINE_VERSION,
             since=self._since,
             device=_device(self._settings),
@@ -202,6 +212,8 @@ class Presence:
                 elif not self._is_asked and is_asked_to_drain(bus, self.status()):
                     self._is_asked = True  # a second signal would be a demand to hurry
                     self._on_drain()
+                elif self._state == "ready" and (role := asked_role(bus, status)):
+                    self._on_role(role)
             except NameTaken as exc:
                 self._on_name_taken(str(exc))
                 return

@@ -40,11 +40,10 @@ class _StreamStep:
 class Answers:
     """A worker's end of the reply streams. For one thread, the engine's loop."""
 
-    def __init__(self, replies: PutsReplies, *, worker: str, stage: str) -> None:
-        """`worker`, `stage`: who says it."""
+    def __init__(self, replies: PutsReplies, *, worker: str) -> None:
+        """`worker`: who says it."""
         self._replies = replies
         self._worker = worker
-        self._stage = stage
         self._encoder = MsgpackEncoder(size_threshold=1 << 60)
         self._reports: dict[Generation, Callable[[], Reports]] = {}
 
@@ -67,8 +66,8 @@ class Answers:
     def publish_step(
         self, step: list[tuple[Generation, int, EngineCoreOutput]], timestamp: float
     ) -> None:
-        """One message for each reply stream, however many requests are in the step."""
-        by_stream: dict[str, _StreamStep] = {}
+        """One message for each reply stream and stage, however many requests are in the step."""
+        by_stream: dict[tuple[str, str], _StreamStep] = {}
         for generation, position, output in step:
             if generation.reply_to is None:
                 continue
@@ -80,42 +79,41 @@ class Answers:
                     logger.error("no report of %s: %s", generation.request_id, where(exc))  # noqa: TRY400
                     generation.fail(EngineFailed(f"the answer was lost: {type(exc).__name__}"))
                     continue
-            part = by_stream.setdefault(generation.reply_to, _StreamStep())
+            part = by_stream.setdefault((generation.reply_to, generation.stage), _StreamStep())
             part.outputs.append(output)
             part.positions.append(position)
             part.attempts.append(generation.attempt)
             if reports is not None:
                 part.reports[generation.request_id] = reports
-        for stream, part in by_stream.items():
+        for (stream, stage), part in by_stream.items():
             outputs = EngineCoreOutputs(outputs=part.outputs, timestamp=timestamp)
             self._put(
                 stream,
+                stage,
                 outputs=bytes(cast("bytes", self._encoder.encode(outputs)[0])),
                 positions=tuple(part.positions),
                 attempts=tuple(part.attempts),
                 reports=part.reports,
             )
 
-    def fail(self, stream: str | None, request_id: str, error: PdtasksError) -> None:
-        """Tell the asker that there will be no answer."""
+    def fail(self, stream: str | None, stage: str, request_id: str, error: PdtasksError) -> None:
+        """Tell the asker that there will be no answer: `stage` has failed."""
         if is_reply_stream(stream):
-            self._put(stream, failures={request_id: Failure.of(error)})
+            self._put(stream, stage, failures={request_id: Failure.of(error)})
 
-    def report(self, stream: str | None, request_id: str, reports: Reports) -> None:
+    def report(self, stream: str | None, stage: str, request_id: str, reports: Reports) -> None:
         """Tell the asker what was done for a request that it ended itself."""
-        self._put(stream, reports={request_id: reports})
+        self._put(stream, stage, reports={request_id: reports})
 
-    def start(self, stream: str | None, request_id: str) -> None:
+    def start(self, stream: str | None, stage: str, request_id: str) -> None:
         """Tell the asker who does the stage that begins now."""
-        self._put(stream, started=(request_id,))
+        self._put(stream, stage, started=(request_id,))
 
-    def ask(self, stream: str, request_id: str, ask: Ask) -> None:
+    def ask(self, stream: str, stage: str, request_id: str, ask: Ask) -> None:
         """Ask the asker how much of the answer it has, for an attempt that begins now."""
-        self._put(stream, asks={request_id: ask})
+        self._put(stream, stage, asks={request_id: ask})
 
-    def _put(self, stream: str | None, **content: Any) -> None:
+    def _put(self, stream: str | None, stage: str, **content: Any) -> None:
         if stream is not None:
-            reply = StepReply(
-                worker=self._worker, stage=self._stage, engine=ENGINE_VERSION, **content
-            )
+            reply = StepReply(worker=self._worker, stage=stage, engine=ENGINE_VERSION, **content)
             self._replies.put(stream, reply)

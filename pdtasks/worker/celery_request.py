@@ -66,8 +66,9 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery has no types
         here = service.current()
         if self.store_errors or wants_result(self._context.chain):
             here.results.revoke(naming.request_id_of(self.id))
+        error = RequestAborted("the request was revoked")
         for request_id in self._asked:
-            here.fail(self.reply_to, request_id, RequestAborted("the request was revoked"))
+            here.fail(self.reply_to, naming.stage_of(self.name), request_id, error)
             here.discard(request_id)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:

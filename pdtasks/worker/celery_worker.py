@@ -1,7 +1,7 @@
 """How does a Celery worker of ours differ from a stock one?
 
-* It refuses another pool than threads, more than one stage and another worker's name, with one
-  sentence; without a name of its own it has its stage's.
+* It refuses another pool than threads, other queues than the stages' and another worker's name,
+  with one sentence; without a name of its own it has its role's.
 * Its engine is up before it consumes: no connection exists yet.
 * It says on the bus how it is, and ends when it stands.
 * Its main loop (`consumer.py`) and its jobs (`celery_request.py`) are ours.
@@ -15,6 +15,7 @@ import faulthandler
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 
 
 class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
-    """A worker of one stage, with its engine."""
+    """A worker of one stage or both, with its engine."""
 
     hostname: str
 
@@ -47,9 +48,10 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
 
     def on_init_blueprint(self) -> None:
         """Bring up the engine; a worker without one would consume all the same."""
-        (role,) = self.app.amqp.queues.consume_from
+        role = naming.role_of(self.app.amqp.queues.consume_from)
         try:
-            import_module(f"pdtasks.{role}")  # registers the stage's task
+            for stage in naming.STAGES:
+                import_module(f"pdtasks.{stage}")  # registers its task: the role may change
             super().on_init_blueprint()
             if sys.__stderr__ is not None:
                 faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True)
@@ -96,10 +98,9 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
     pool = str(getattr(pool, "__module__", pool))
     if "thread" not in pool or _asks_for_prefork(sys.argv):
         _refuse("pdtasks workers need the threads pool (-P threads): tasks share one engine")
-    queues = options.get("queues") or []
-    queues = queues.split(",") if isinstance(queues, str) else list(queues)
-    if len(queues) != 1 or queues[0] not in naming.STAGES:
-        _refuse("a pdtasks worker serves one stage: start it with -Q prefill or -Q decode")
+    queues = _listed(options.get("queues"))
+    if not queues or not set(queues) <= set(naming.STAGES):
+        _refuse("start a pdtasks worker with -Q prefill, -Q decode, or -Q prefill,decode for both")
     try:
         settings = load_settings()
         settings.require_broker()
@@ -111,14 +112,17 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
         _refuse(str(exc))
 
 
-def _name_of(name: str, stage: str | list[str]) -> str:
-    """`name`, or the stage's where none was given: a worker of either stage on one host needs none.
+def _listed(queues: str | Sequence[str] | None) -> list[str]:
+    return queues.split(",") if isinstance(queues, str) else list(queues or ())
 
-    Celery would call both the same.
+
+def _name_of(name: str, queues: str | Sequence[str]) -> str:
+    """`name`, or the role's where none was given: a worker of each role on one host needs none.
+
+    Celery would call all of them the same.
     """
     short, _, host = name.partition("@")
-    stage = stage if isinstance(stage, str) else stage[0]
-    return f"{stage}@{host}" if short == NODENAME_DEFAULT else name
+    return f"{naming.role_of(_listed(queues))}@{host}" if short == NODENAME_DEFAULT else name
 
 
 def _asks_for_prefork(arguments: list[str]) -> bool:

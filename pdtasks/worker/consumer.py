@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from typing import Any
 
 from celery.worker.consumer import Consumer
@@ -85,6 +86,10 @@ class TasksStep(Tasks):  # type: ignore[misc]
 
     requires = (EventsStep,)
 
+    def start(self, c: StageConsumer) -> None:
+        super().start(c)
+        service.current().serving.consumed_by(c)
+
     def stop(self, c: Consumer) -> None:
         super().stop(c)
         # Not before: what is handed on would come back here.
@@ -145,9 +150,29 @@ class StageConsumer(Consumer):  # type: ignore[misc]
 
     def _beat(self) -> None:
         consumer = self.task_consumer
-        queues = self.app.amqp.queues.consume_from
-        consumes = bool(queues) and all(consumer.consuming_from(name) for name in queues)
-        self._liveness.beat(consumes=consumes)
+        queues = self.app.amqp.queues.consume_from  # none while the role changes
+        self._liveness.beat(consumes=all(consumer.consuming_from(name) for name in queues))
+
+    def take_from(self, stages: Collection[str]) -> Future[None]:
+        """Take jobs of `stages` and of no others; done when RabbitMQ knows. From any thread.
+
+        A new connection takes them from the beginning, whatever comes of this one.
+        """
+        done: Future[None] = Future()
+        self.call_soon(self._take_from, stages, done)
+        return done
+
+    def _take_from(self, stages: Collection[str], done: Future[None]) -> None:
+        taken = tuple(self.app.amqp.queues.consume_from)
+        try:
+            for stage in set(taken) - set(stages):
+                self.cancel_task_queue(stage)
+            for stage in set(stages) - set(taken):
+                self.add_task_queue(stage)
+        except BaseException as exc:
+            done.set_exception(exc)
+            raise
+        done.set_result(None)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self._liveness.connecting("RabbitMQ closed the connection")

@@ -105,7 +105,10 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
             logger.error("gave up a message that is no task of ours")
             return None
         request_id = naming.request_id_of(address.id)
-        what = address.task if address.task in TASKS else "the job"
+        is_ours = address.task in TASKS
+        what = address.task if is_ours else "the job"
+        # (Of something else somebody may read along all the same.)
+        stage = naming.stage_of(address.task) if is_ours else naming.PREFILL
         error = WorkerLost(f"{what} {_why_dead(message)}")
         counting.dead_letter()
         logger.error("gave up %s: %s", request_id, error)
@@ -113,7 +116,7 @@ class DeadLetterStep(bootsteps.ConsumerStep):  # type: ignore[misc]  # Celery ha
         is_readable = why_refused(message) is None
         asked = asked_in(_job_in(message)) if is_readable else ()
         for one in asked or (request_id,):
-            here.fail(message.properties.get("reply_to"), one, error)
+            here.fail(message.properties.get("reply_to"), stage, one, error)
             here.discard(one)
         is_last = address.id == request_id and not address.ignore_result
         if is_last or (is_readable and wants_result(_rest_of_chain(message))):

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from celery import Celery
+from celery.worker import state as worker_state
 from prometheus_client import REGISTRY
 
 from pdtasks.background import Background
@@ -40,7 +41,7 @@ from pdtasks.kv.keys import tail_key
 from pdtasks.kv.ring import sweep
 from pdtasks.kv.store import BlockStore
 from pdtasks.messages import Ask
-from pdtasks.naming import DECODE, PREFILL
+from pdtasks.naming import DECODE
 from pdtasks.running_stack import read_stack
 from pdtasks.settings import Settings
 from pdtasks.tracing import make_tracer
@@ -53,6 +54,7 @@ from pdtasks.worker.exporting import Exporter
 from pdtasks.worker.kv_servers import KVServers
 from pdtasks.worker.liveness import EXIT_NO_ENGINE, Liveness, end_process, watch
 from pdtasks.worker.results import ResultStore
+from pdtasks.worker.serving import Serving
 from pdtasks.worker.stage_runner import StageRunner
 from pdtasks.worker.store_figures import StoreWatch
 
@@ -87,9 +89,9 @@ class Worker:
         """
         self.settings = settings
         self.name = name
-        self._role = role
         self._slots = slots
         self._hands_on = False
+        self.serving = Serving(role, self)
         self.background = Background()
         self.liveness = Liveness()
         # Seen from the start, also while the engine comes up.
@@ -103,6 +105,7 @@ class Worker:
             background=self.background,
             on_name_taken=_stop_without_name,
             on_drain=partial(_drain, settings.home),
+            on_role=self._on_role,
             metrics=self._exporter.address,
         )
         self.presence.claim()
@@ -118,14 +121,14 @@ class Worker:
         self.aborted = AbortMemory()
         self._bus = connect_async(settings)
         self._replies = ReplyWriter(self._bus, self._reader_is_gone)
-        self.answers = Answers(self._replies, worker=name, stage=role)
+        self.answers = Answers(self._replies, worker=name)
         self._waiting: set[asyncio.Task[None]] = set()
         # Unlike those of other processes, and of one of this name and pid before.
         self._attempts = itertools.count(secrets.randbits(31) << 32)
 
         model = resolve_model(settings.model, settings.cache_dir, logger.info)
         self.engine = Engine(
-            partial(start_core, settings, model, hands_over=role == PREFILL),
+            partial(start_core, settings, model),
             self.answers.publish_step,
             on_death=_exit_without_engine,
         )
@@ -198,12 +201,14 @@ class Worker:
         """A number that no other attempt at any request has, here or elsewhere."""
         return next(self._attempts)
 
-    async def ask_progress(self, stream: str, request_id: str, ask: Ask) -> Progress | None:
+    async def ask_progress(
+        self, stream: str, stage: str, request_id: str, ask: Ask
+    ) -> Progress | None:
         """What the asker has of an answer that is to be gone on with; None: it does not say.
 
         From here on the asker takes tokens from this attempt alone.
         """
-        self.answers.ask(stream, request_id, ask)
+        self.answers.ask(stream, stage, request_id, ask)
         return await read_progress(self._bus, request_id, ask.attempt)
 
     def check_origin(self, engine: str, model: str | None) -> None:
@@ -226,7 +231,7 @@ class Worker:
         Raises HandsOn when this worker stops and another one is to go on.
         """
         self.aborted.require_wanted(generation.request_id)
-        if self._hands_on:
+        if self._hands_on and generation.stage == DECODE:
             raise HandsOn
         self.answers.begin(generation, reports)
         try:
@@ -264,18 +269,18 @@ class Worker:
             if self.engine.abort(request_id):
                 logger.info("aborted %s", request_id)
 
-    def _reader_is_gone(self, stream: str) -> None:
-        self.abort(self.answers.readers_of(stream))
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that this worker has taken and that have not ended."""
+        return max(len(self.stages), len(worker_state.reserved_requests))
 
-    # -- for any thread --------------------------------------------------------------------------
+    async def hand_on(self) -> None:
+        """Leave answers under way to other workers, as far as they have room for them.
 
-    def consumes_no_more(self) -> None:
-        """No job comes any more: for good, or until there is another connection to RabbitMQ."""
-        # A prompt takes a moment to be computed, an answer may take minutes.
-        if self._role == DECODE and self.presence.is_draining:
-            self.engine.call(self._hand_on())
-
-    async def _hand_on(self) -> None:
+        A prompt takes a moment to be computed, an answer may take minutes.
+        """
+        if not self.stages:
+            return
         # Those that stop in the same moment have said so by then.
         await asyncio.sleep(_LOOK_AROUND_S)
         try:
@@ -283,18 +288,35 @@ class Worker:
         except BUS_ERRORS as exc:
             logger.warning("bus is away: %s: running requests are finished here", where(exc))
             return
-        ours = (self._role, self.settings.model_name, ENGINE_VERSION, "ready")
+        ours = (self.settings.model_name, ENGINE_VERSION, "ready")
         # Not more than begin at once elsewhere: the others are finished sooner here.
         room = sum(
             max(0, w.slots - w.active)
             for w in workers
-            if (w.role, w.model, w.engine, w.state) == ours
+            if w.name != self.name and w.serves(DECODE) and (w.model, w.engine, w.state) == ours
         )
         if room == 0:
             logger.info("no room elsewhere: running requests are finished here")
             return
-        self._hands_on = self.engine.num_running <= room
-        logger.info("handing on %d requests", self.engine.interrupt(HandsOn, room))
+        self._hands_on = len(self.engine.under_way(DECODE)) <= room
+        logger.info("handing on %d requests", self.engine.interrupt(DECODE, HandsOn, room))
+
+    def keeps_its_jobs(self) -> None:
+        """`hand_on` is over: answers that begin now end here."""
+        self._hands_on = False
+
+    def _reader_is_gone(self, stream: str) -> None:
+        self.abort(self.answers.readers_of(stream))
+
+    # -- for any thread --------------------------------------------------------------------------
+
+    def consumes_no_more(self) -> None:
+        """No job comes any more: for good, or until there is another connection to RabbitMQ."""
+        if self.presence.is_draining:
+            self.engine.call(self.hand_on())
+
+    def _on_role(self, role: str) -> None:
+        self.engine.loop.call_soon_threadsafe(self.serving.become, role)
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
         """`abort`, from any thread."""
@@ -306,9 +328,9 @@ class Worker:
         # Not waited for: a slow store must not keep a task's slot.
         self._discarder.discard(tail_key(request_id, rank) for rank in range(world))
 
-    def fail(self, stream: str | None, request_id: str, error: PdtasksError) -> None:
-        """Tell the asker, if one reads along, that there will be no answer."""
-        self.engine.loop.call_soon_threadsafe(self.answers.fail, stream, request_id, error)
+    def fail(self, stream: str | None, stage: str, request_id: str, error: PdtasksError) -> None:
+        """Tell the asker, if one reads along, that there will be no answer: `stage` has failed."""
+        self.engine.loop.call_soon_threadsafe(self.answers.fail, stream, stage, request_id, error)
 
     def wait_for_replies(self) -> None:
         """Return when the bus has what was published so far, or does not take it in time."""

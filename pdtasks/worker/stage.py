@@ -122,7 +122,7 @@ class Stage(ABC, Generic[J]):
         """Tell who wants to know. Raises IncompatibleWorker for a request that is not for us."""
         self.here.check_origin(self.job.engine, self.job.model)
         if self.job.tells_start:
-            self.here.answers.start(self.reply_to, self.job.request_id)
+            self.here.answers.start(self.reply_to, self.name, self.job.request_id)
 
     def read_request(self, wire: bytes) -> EngineCoreRequest:
         """vLLM's request in a job. Raises InvalidRequest for what the engine would not survive."""
@@ -144,7 +144,7 @@ class Stage(ABC, Generic[J]):
         if not self._is_again or self.reply_to is None:
             return ()
         ask = Ask(attempt=self.attempt, handed_on=handed_on)
-        progress = await self.here.ask_progress(self.reply_to, self.job.request_id, ask)
+        progress = await self.here.ask_progress(self.reply_to, self.name, self.job.request_id, ask)
         if progress is None:
             return ()
         if progress.state == "elsewhere":
@@ -167,6 +167,7 @@ class Stage(ABC, Generic[J]):
             request_id=self.job.request_id,
             reply_to=self.reply_to if is_told else None,
             position=position,
+            stage=self.name,
             attempt=self.attempt,
             judge=self.judge,
         )
@@ -191,7 +192,7 @@ class Stage(ABC, Generic[J]):
     def fail(self, error: PdtasksError) -> None:
         """Tell the asker that there will be no answer, for a task that goes on with others."""
         error.attempt = self.attempt
-        self.here.answers.fail(self.reply_to, self.job.request_id, error)
+        self.here.answers.fail(self.reply_to, self.name, self.job.request_id, error)
 
     @abstractmethod
     def reports(self) -> tuple[StageReport, ...]:
@@ -199,7 +200,7 @@ class Stage(ABC, Generic[J]):
 
     def tell_of_aborted(self) -> None:
         """What was done for a request that the asker ended: at a stop string, perhaps."""
-        self.here.answers.report(self.reply_to, self.job.request_id, self.reports())
+        self.here.answers.report(self.reply_to, self.name, self.job.request_id, self.reports())
 
     def prefix_figures(self) -> dict[str, Any]:
         """A report's figures of a prefix that earlier prompts have left in the store."""

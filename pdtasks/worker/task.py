@@ -23,7 +23,7 @@ from pdtasks.errors import (
     RequestTimeout,
 )
 from pdtasks.messages import Answer, asked_in
-from pdtasks.naming import request_id_of
+from pdtasks.naming import request_id_of, stage_of
 from pdtasks.tracing import Carried, carried_by
 from pdtasks.worker import service
 
@@ -85,7 +85,7 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
         """Tell whoever asked that there will be no answer; the chain ends with this task."""
         here = service.current()
         for request_id in request_ids:
-            here.fail(self.reply_stream, request_id, error)
+            here.fail(self.reply_stream, stage_of(self.name), request_id, error)
         here.wait_for_replies()
         if wants_result(self.request.chain):
             self.backend.store_result(request_ids[0], error, states.FAILURE)

@@ -30,7 +30,7 @@ from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.rights import User
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
-from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
+from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES, stages_of
 from pdtasks.settings import load_settings
 from tests.browser import Tab, chromium
 from tests.integration.steering import Steering, steering_url
@@ -380,7 +380,17 @@ def start_worker(
         }
         order = {
             "argv": [
-                *("-Q", role, "-P", "threads", "-c", str(concurrency), "-n", f"{name}@test", "-E"),
+                *(
+                    "-Q",
+                    ",".join(stages_of(role)),
+                    "-P",
+                    "threads",
+                    "-c",
+                    str(concurrency),
+                    "-n",
+                    f"{name}@test",
+                    "-E",
+                ),
                 *("--without-mingle", "--without-gossip", "-l", "INFO"),
             ],
             "env": services.worker_env

@@ -16,7 +16,7 @@ from celery.events import EventReceiver
 
 from pdtasks.broker.aborting import Aborter
 from pdtasks.bus.connection import connect_async
-from pdtasks.bus.draining import ask_to_drain, is_asked_to_drain
+from pdtasks.bus.orders import ask_to_drain, is_asked_to_drain
 from pdtasks.bus.presence import read_workers, read_workers_async
 from pdtasks.bus.progress import Progress, tell_progress
 from pdtasks.bus.reply import ReplyStream
@@ -148,10 +148,10 @@ def test_a_worker_drains_when_the_api_asks_and_its_successor_does_not(
 
     start_worker("prefill")  # it is ready although the order is still there
     (status,) = read_workers(services.bus)
-    assert services.bus.exists(f"pd:drain:{status.name}")
+    assert services.bus.exists(f"pd:order:drain:{status.name}")
     with valkey.Valkey.from_url(services.bus_server.url_for(User.WORKER)) as bus:
         assert not is_asked_to_drain(bus, status)
-    services.bus.delete(f"pd:drain:{status.name}")
+    services.bus.delete(f"pd:order:drain:{status.name}")
     assert refusals() == []
 
 
@@ -252,18 +252,18 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
         *("SET pd:worker:x y", "DEL pd:worker:x", "XADD pd:reply:x * m y", "GET pd:worker:x"),
         *("SUBSCRIBE celery-task-meta-x", "BLPOP pd:progress:r:1 1"),
         *("LRANGE pd:progress:r:1 0 -1", "DEL celery-task-meta-x", "SET pd:probe x"),
-        "GET pd:drain:x",
+        "GET pd:order:x",
     ),
     User.WORKER: (
         *("XREAD STREAMS pd:reply:x 0", "XRANGE pd:reply:x - +", "DEL pd:reply:x"),
-        *("SET pd:drain:x y", "MGET pd:api:x", "ZADD pd:apis 1 x"),
+        *("SET pd:order:x y", "MGET pd:api:x", "ZADD pd:apis 1 x"),
         *("HGETALL pd:batch:x", "GET pd:file:x:0", "DEL pd:file:x", "LRANGE pd:batch:x:lines 0 -1"),
         *("HGETALL pd:job:x", "DEL pd:job:x", "ZRANGE pd:jobs 0 -1", "EVALSHA x 0"),
         *("SCRIPT LOAD return(1)", "RPUSH pd:progress:r:1 x", "SUBSCRIBE celery-task-meta-x"),
         *("DEL celery-task-meta-x", "PUBLISH elsewhere x", "PERSIST pd:worker:x", "INFO"),
     ),
     User.CLIENT: (
-        *("SET pd:drain:x y", "GET pd:drain:x"),
+        *("SET pd:order:x y", "GET pd:order:x"),
         *("SCAN 0", "SETEX celery-task-meta-x 9 y", "PUBLISH celery-task-meta-x y"),
         *(
             "HGETALL pd:job:x",

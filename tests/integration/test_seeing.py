@@ -329,7 +329,7 @@ def test_on_a_phone_nothing_is_beyond_the_edge(url: str, tab: Tab) -> None:
     assert tab.run(background) == "rgb(14, 19, 26)"
 
 
-def test_who_is_no_admin_has_no_buttons_to_drain(url: str, tab: Tab) -> None:
+def test_who_is_no_admin_has_no_buttons_for_workers(url: str, tab: Tab) -> None:
     tab.go(f"{url}/dashboard")
     give_key(tab, ALICE)
     tab.wait("document.querySelectorAll('#workers tr').length === 4")
@@ -337,6 +337,8 @@ def test_who_is_no_admin_has_no_buttons_to_drain(url: str, tab: Tab) -> None:
     assert tab.run("[...document.querySelectorAll('#workers button')].every((b) => b.hidden)")
     with client(url, ALICE) as caller:
         assert caller.post("/pdtasks/workers/decode1/drain").status_code == 403
+        wish = {"role": "both"}
+        assert caller.post("/pdtasks/workers/decode1/role", json=wish).status_code == 403
 
 
 def test_an_admin_drains_a_worker_by_its_button(stack: ChaosStack, url: str, tab: Tab) -> None:
@@ -358,6 +360,46 @@ def test_an_admin_drains_a_worker_by_its_button(stack: ChaosStack, url: str, tab
     assert {w.name for w in overview(url, OLGA).workers} == set(before)
     with client(url, OLGA) as caller:
         assert caller.post("/pdtasks/workers/nobody/drain").status_code == 404
+
+
+def test_an_admin_changes_a_workers_role_by_its_button(
+    stack: ChaosStack, url: str, tab: Tab
+) -> None:
+    before = {w.name: w.pid for w in overview(url, OLGA).workers}
+    name = next(name for name in before if name.startswith("decode1"))
+
+    def takes(role: str) -> None:
+        button = f"document.querySelector('[aria-label=\"Role of {name}\"]')"
+        tab.wait(f"{button} !== null && !{button}.hidden")
+        tab.run(f"{button}.click()")
+        tab.wait("document.querySelector('#ask-role').open")
+        tab.run(f"document.querySelector('#ask-role [value={role}]').click()")
+        tab.wait(f"document.querySelector('#workers .role[title={role}]') !== null")
+        wait_until(lambda: (name, role, "ready") in seen())
+
+    def seen() -> list[tuple[str, str, str]]:
+        stack.tick()
+        return [(w.name, w.role, w.state) for w in overview(url, OLGA).workers]
+
+    tab.go(f"{url}/dashboard")
+    give_key(tab, OLGA)
+    takes("both")
+    assert {w.name: w.pid for w in overview(url, OLGA).workers} == before, "it is the same process"
+    takes("decode")
+
+
+def test_a_role_that_cannot_be_is_refused(url: str) -> None:
+    with client(url, OLGA) as caller:
+
+        def asked(name: str, **wish: Any) -> httpx.Response:
+            return caller.post(f"/pdtasks/workers/{name}/role", json=wish)
+
+        unknown = asked("nobody", role="both")
+        assert unknown.status_code == 404
+        assert "no worker is called 'nobody'" in unknown.json()["error"]["message"]
+        odd = asked("decode1", role="lord")
+        assert odd.status_code == 400
+        assert "role" in odd.json()["error"]["message"]
 
 
 def test_a_page_whose_api_is_gone_says_so(url: str, tab: Tab) -> None:

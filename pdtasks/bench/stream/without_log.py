@@ -22,9 +22,9 @@ def _count_all(*_: Any, **__: Any) -> bool:
 _put = Answers._put  # noqa: SLF001
 
 
-def _put_without_attempts(self: Answers, stream: str | None, **content: Any) -> None:
+def _put_without_attempts(self: Answers, stream: str | None, stage: str, **content: Any) -> None:
     content.pop("attempts", None)
-    _put(self, stream, **content)
+    _put(self, stream, stage, **content)
 
 
 Attempts.counts = _count_all  # type: ignore[method-assign]  # that is what this module is for

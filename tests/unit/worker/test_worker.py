@@ -19,7 +19,7 @@ from pdtasks.background import Background
 from pdtasks.drained import Drained
 from pdtasks.engine.generation import Generation, State
 from pdtasks.errors import RequestAborted
-from pdtasks.messages import DrainOrder, StageReport, StepReply, WorkerStatus
+from pdtasks.messages import DrainOrder, RoleOrder, StageReport, StepReply, WorkerStatus
 from pdtasks.running_stack import identify
 from pdtasks.settings import Settings
 from pdtasks.worker import aborted, announcing, liveness, name, service
@@ -37,15 +37,16 @@ class StubBus:
     def __init__(self) -> None:
         self.told: list[bytes] = []
         self.drained: list[bool] = []
-        self.order: bytes | None = None
+        self.order: bytes | None = None  # to drain
+        self.roles: list[str] = []
+        self.role_order: bytes | None = None
 
     def has_told_more_than(self, number: int) -> bool:
         return len(self.told) > number
 
     def get(self, key: str) -> bytes | None:
-        """What is under the one key that is read."""
-        assert key == "pd:drain:w@h"
-        return self.order
+        """What is under the two keys that are read."""
+        return {"pd:order:drain:w@h": self.order, "pd:order:role:w@h": self.role_order}[key]
 
     def leave(self, status: WorkerStatus, ttl_ms: int, is_gone: Any) -> None:
         self.told.append(status.to_wire())
@@ -83,6 +84,7 @@ def presence(bus: StubBus, beside: Background, alive: Liveness) -> Iterator[Pres
         background=beside,
         on_name_taken=pytest.fail,
         on_drain=lambda: bus.drained.append(True),
+        on_role=bus.roles.append,
     )
     made.start()
     yield made
@@ -103,6 +105,37 @@ def test_a_worker_that_is_asked_to_drain_does_so_once(presence: Presence, bus: S
     told = len(bus.told)
     wait_until(lambda: len(bus.told) > told + 2)
     assert bus.drained == [True]
+
+
+def test_a_worker_hears_its_role_when_it_is_ready_and_from_nobody_elses_order(
+    presence: Presence, bus: StubBus
+) -> None:
+    process = presence.status().process
+    bus.role_order = RoleOrder(process=process, role="both").to_wire()
+    told = len(bus.told)
+    wait_until(partial(bus.has_told_more_than, told + 2))
+    assert bus.roles == [], "it has no engine yet"
+
+    presence.enter("ready")
+    wait_until(lambda: bus.roles)
+    assert set(bus.roles) == {"both"}
+
+    for order in (b"canary", RoleOrder(process=(*process[:3], 1), role="prefill").to_wire()):
+        bus.role_order = order
+        told = len(bus.told)
+        wait_until(partial(bus.has_told_more_than, told + 2))
+    assert set(bus.roles) == {"both"}
+
+
+def test_a_worker_says_that_it_changes_until_it_serves(presence: Presence) -> None:
+    presence.enter("ready")
+    presence.serve("prefill", becomes="prefill")
+    changing = presence.status()
+    assert (changing.role, changing.state) == ("prefill", "changing")
+    assert changing.reason == "ends what it has begun, then serves prefill"
+
+    presence.serve("prefill")
+    assert presence.status().state == "ready"
 
 
 @pytest.mark.parametrize("is_own", [True, False])
@@ -232,7 +265,7 @@ def test_a_report_that_fails_ends_its_own_request_alone() -> None:
     # Given two requests whose last outputs come in one step
     sent: list[StepReply] = []
     replies: Any = type("StubReplies", (), {"put": lambda _, s, r: sent.append(r)})()
-    answers = Answers(replies, worker="w@h", stage="decode")
+    answers = Answers(replies, worker="w@h")
     loop_less: Any = Generation
     odd, good = (
         loop_less(

@@ -1,0 +1,118 @@
+"""Which stages does this worker serve, and how does that change while it runs?
+
+It takes no more jobs of what it leaves.  What it has begun there is handed on or ends here; then it
+takes jobs of what it is to serve.  Engine, weights and KV stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from concurrent.futures import Future
+from typing import Final, Protocol
+
+from pdtasks.errors import where
+from pdtasks.naming import DECODE, role_of, stages_of
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for RabbitMQ to hear of it; without a connection the next one is told so anyhow.
+_TAKE_FROM_S: Final = 5.0
+#: Seconds before it is told again.
+_PAUSE_S: Final = 0.5
+#: Seconds between two looks at what is still under way.
+_LOOK_S: Final = 0.02
+
+
+class TakesJobs(Protocol):
+    """`pdtasks.worker.consumer.StageConsumer`, as far as this module needs it."""
+
+    def take_from(self, stages: Collection[str]) -> Future[None]: ...
+
+
+class Announces(Protocol):
+    """`pdtasks.worker.announcing.Presence`, as far as this module needs it."""
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    def serve(self, role: str, becomes: str = "") -> None: ...
+
+
+class Serves(Protocol):
+    """`pdtasks.worker.service.Worker`, as far as this module needs it."""
+
+    @property
+    def presence(self) -> Announces: ...
+
+    @property
+    def num_jobs(self) -> int: ...
+
+    async def hand_on(self) -> None: ...
+
+    def keeps_its_jobs(self) -> None: ...
+
+
+class Serving:
+    """The stages of this worker. For the engine's loop."""
+
+    def __init__(self, role: str, here: Serves) -> None:
+        self._role = role
+        self._wanted = role
+        self._here = here
+        self._consumer: TakesJobs | None = None
+        self._changing: asyncio.Task[None] | None = None
+
+    def consumed_by(self, consumer: TakesJobs) -> None:
+        """Who takes jobs for this worker from RabbitMQ. From its thread."""
+        self._consumer = consumer
+
+    def become(self, role: str) -> None:
+        """Take `role`, as soon as what it leaves has ended; of several the last one counts."""
+        self._wanted = role
+        if self._changing is None or self._changing.done():
+            self._changing = asyncio.create_task(self._change())
+
+    async def _change(self) -> None:
+        while self._role != self._wanted and not self._here.presence.is_draining:
+            try:
+                await self._become(self._wanted)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the worker works on
+                logger.error("the role was not changed, trying again: %s", where(exc))  # noqa: TRY400
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _become(self, role: str) -> None:
+        here, before = self._here, self._role
+        old, new = set(stages_of(before)), set(stages_of(role))
+        kept = old & new
+        logger.info("changing from %s to %s", before, role)
+        if kept:
+            here.presence.serve(role_of(kept))
+        else:
+            here.presence.serve(role, becomes=role)
+        await self._take_from(kept)
+        if DECODE in old - new:
+            await here.hand_on()
+        # What it serves anyhow needs no wait, nor does a further stage.
+        while not kept and here.num_jobs and not here.presence.is_draining:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
+        here.keeps_its_jobs()
+        if here.presence.is_draining:
+            return
+        await self._take_from(new)
+        self._role = role
+        here.presence.serve(role)
+        logger.info("serving %s", role)
+
+    async def _take_from(self, stages: Collection[str]) -> None:
+        """Returns when RabbitMQ has heard of it. Tries until then, or until this worker stops."""
+        while self._consumer is not None and not self._here.presence.is_draining:
+            try:
+                async with asyncio.timeout(_TAKE_FROM_S):
+                    await asyncio.wrap_future(self._consumer.take_from(stages))
+            except Exception as exc:  # noqa: BLE001 - of a connection that was lost, perhaps
+                logger.warning("RabbitMQ has not heard yet what is served: %s", where(exc))
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return
