@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import click
 
+from pdtasks.naming import ROLES
+
 
 @click.group()
 def bench() -> None:
@@ -379,6 +381,39 @@ def observed(
     from pdtasks.bench.observed import Plan, run_command
 
     run_command(Plan(rounds=rounds, seconds=seconds, streams=streams, tokens=tokens), json_file)
+
+
+@bench.command()
+@click.argument("worker")
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(ROLES))
+@click.option("--rate", type=click.FloatRange(min=0.01), default=1.0, show_default=True)
+@click.option("--prompt", type=click.IntRange(min=2), default=300, show_default=True)
+@click.option("--answer", type=click.IntRange(min=2), default=60, show_default=True)
+@click.option("--hold", type=click.FloatRange(min=0), default=10.0, show_default=True)
+@_JSON
+def role(
+    *,
+    worker: str,
+    roles: tuple[str, ...],
+    rate: float,
+    prompt: int,
+    answer: int,
+    hold: float,
+    json_file: Path | None,
+) -> None:
+    """Have WORKER of the running stack take ROLES in turn, while requests come.
+
+    RATE requests/s of PROMPT and ANSWER tokens; HOLD seconds in each role. Shows how soon it
+    serves, and what the requests notice.
+    """
+    from pdtasks.bench.role import Load, format_role, run_role, to_json
+    from pdtasks.settings import load_settings
+
+    load = Load(rate, prompt, answer, hold)
+    result = run_role(load_settings(), worker, roles, load, lambda line: click.echo(line, err=True))
+    click.echo(format_role(result))
+    if json_file is not None:
+        json_file.write_text(to_json(result) + "\n")
 
 
 @bench.command()

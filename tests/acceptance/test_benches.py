@@ -49,6 +49,25 @@ def test_both_ways_of_a_prompt_are_measured_beside_other_answers(
         assert 0 < row["others_itl_ms"] <= row["others_longest_ms"]
 
 
+def test_a_change_of_roles_is_measured_while_requests_come(
+    bench: tuple[CliRunner, list[str]], tmp_path: Path
+) -> None:
+    runner, json_file = bench
+    options = ["--rate", "2", "--prompt", "40", "--answer", "6", "--hold", "3", *json_file]
+    done = runner.invoke(main, ["bench", "role", "decode1", "both", "decode", *options])
+    assert done.exit_code == 0, done.output
+
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one["role"] for one in (found["before"], *found["changes"])] == [
+        *("decode", "both", "decode")
+    ]
+    for one in found["changes"]:
+        assert one["requests"] > 0
+        assert one["failed"] == 0
+        assert 0 < one["serves_ms"]
+        assert 0 < one["worst_gap_ms"]
+
+
 def test_many_answers_to_a_prompt_are_measured_beside_many_prompts(
     bench: tuple[CliRunner, list[str]], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["engines", "nixl", "pdtasks"]  #: `engines`: nothing is handed over
     devices: list[list[int]]  #: GPUs (on a CPU: cores) of each engine
     prefill: int = 0  #: the first so many engines compute prompts; the others decode
+    both: int = 0  #: of pdtasks: the last so many engines do both
     engine: dict[str, Any] = {}  #: vLLM's arguments beside those of the plan
     env: dict[str, str] = {}
 
@@ -35,13 +36,17 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("`devices` needs a list of devices for each engine")
         if self.kind == "engines" and self.prefill:
             raise ValueError("`prefill` is for engines that hand over")
-        if self.kind != "engines" and not 0 < self.prefill < len(self.devices):
+        if self.both and self.kind != "pdtasks":
+            raise ValueError("`both` is for engines of pdtasks")
+        if self.decode < 0 or (
+            self.kind != "engines" and not self.both and not (self.prefill and self.decode)
+        ):
             raise ValueError("`prefill` needs to leave at least one engine for each stage")
 
     @property
     def decode(self) -> int:
         """Engines that decode what others have computed."""
-        return len(self.devices) - self.prefill
+        return len(self.devices) - self.prefill - self.both
 
     @property
     def num_devices(self) -> int:

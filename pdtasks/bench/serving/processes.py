@@ -104,12 +104,13 @@ class Host:
             "PDTASKS_DEVICE": self.device,
         }
         if self.device == "cuda":
-            # In this order they are given to prefill workers, then to decode workers.
+            # In this order they are given to prefill workers, decode workers, and those for both.
             devices = [str(device) for own in topology.devices for device in own]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         command = [
             *(sys.executable, "-m", "pdtasks.cli", "up", "--port", str(port), "--no-flower"),
             *("--prefill", str(topology.prefill), "--decode", str(topology.decode)),
+            *("--both", str(topology.both)),
         ]
         if "max_num_seqs" in engine:
             command += ["--concurrency", str(engine["max_num_seqs"])]
