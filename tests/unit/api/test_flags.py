@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from api.flags import check_flags, check_reasoning_parser, front_end_arguments
+from pdtasks.cli import main
 from pdtasks.errors import ConfigurationError
 
 
@@ -54,14 +55,12 @@ def test_an_unknown_reasoning_parser_is_refused_with_those_there_are() -> None:
         check_reasoning_parser("nobody")
 
 
-def test_up_says_it_before_it_starts_anything() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pdtasks.cli", "up", "--tool-call-parser", "nobody"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+def test_up_says_it_before_it_starts_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDTASKS_HOME", str(tmp_path / "home"))
+    done = CliRunner().invoke(main, ["up", "--tool-call-parser", "nobody"])
 
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "pdtasks: --tool-call-parser is one of" in done.stderr
+    assert not (tmp_path / "home").exists()
