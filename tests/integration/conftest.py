@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -237,7 +235,7 @@ class StubWorker:
     def wait(self) -> int:
         """The exit status, once it has ended."""
         if self.status is None:
-            self.status = int(self.nursery.ask({"wait": self.pid})["status"])
+            self.status = self.nursery.wait(self.pid)
         return self.status
 
     def has_ended(self) -> bool:
@@ -251,71 +249,60 @@ class StubWorker:
 
 
 class Nursery:
-    """Forks workers; see `stub_worker.py`."""
+    """Forks workers with the stub engine of tests, and programs of tests that need vLLM."""
 
-    def __init__(self, folder: Path) -> None:
-        self._log = (folder / "nursery.log").open("w")
-        env = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
-        # Threads do not survive a fork.
-        env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("stub_worker.py"))],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._ready = False
-        self._in, self._out = self._process.stdin, self._process.stdout
+    def __init__(self, forks: BenchNursery) -> None:
+        self._forks = forks
 
-    def wait_ready(self) -> None:
-        while not self._ready:  # vLLM says a word or two before
-            line = self._out.readline()
-            assert line, "the nursery has ended"
-            self._ready = line == "ready\n"
+    def start(
+        self,
+        argv: list[str],
+        env: dict[str, str],
+        log: Path,
+        program: str = "tests.integration.stub_worker",
+    ) -> int:
+        """Start a worker with nothing but `env` of the product's variables; returns its pid.
 
-    def run(self, argv: list[str], env: dict[str, str], log: Path) -> int:
-        """Run a worker that ends by itself; returns its exit status."""
-        self.wait_ready()
-        pid = self.ask({"argv": argv, "env": env, "log": str(log)})["pid"]
+        Args:
+            program: another module that is run.
+        """
+        base = {k: v for k, v in os.environ.items() if not k.startswith("PDTASKS_")}
+        base["PYTHONPATH"] = str(ROOT)
+        order = {
+            "argv": [sys.executable, "-m", program, *argv],
+            "env": base | env,
+            "log": str(log),
+            "cwd": str(ROOT),
+            "stub": "tests.integration.stub_engine",
+        }
+        return int(self._forks.ask(order)["pid"])
+
+    def wait(self, pid: int) -> int:
+        """The exit status of a worker, once it has ended."""
+        return int(self._forks.ask({"wait": pid})["status"])
+
+    def run(self, argv: list[str], env: dict[str, str], log: Path, **program: str) -> int:
+        """Run one that ends by itself; returns its exit status."""
+        pid = self.start(argv, env, log, **program)
         killer = threading.Timer(30, os.kill, (pid, signal.SIGKILL))
         killer.start()
         try:
-            return int(self.ask({"wait": pid})["status"])
+            return self.wait(pid)
         finally:
             killer.cancel()
-
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        self._in.write(json.dumps(order) + "\n")
-        self._in.flush()
-        answer: dict[str, Any] = json.loads(self._out.readline())
-        return answer
-
-    def close(self) -> None:
-        self._in.close()
-        self._process.wait(timeout=60)  # it may still be importing
-        self._out.close()
-        self._log.close()
-
-
-@pytest.fixture(scope="package")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    try:
-        yield nursery
-    finally:
-        nursery.close()
 
 
 @pytest.fixture(scope="package")
 def bench_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BenchNursery]:
-    """Where the stub workers and API processes of `pdtasks bench` fork off."""
-    with BenchNursery(tmp_path_factory.mktemp("bench") / "nursery.log") as nursery:
+    """Where all stub workers and API processes fork off, those of `pdtasks bench` too."""
+    with BenchNursery(tmp_path_factory.mktemp("nursery") / "log") as nursery:
         yield nursery
+
+
+@pytest.fixture(scope="package")
+def nursery(bench_nursery: BenchNursery) -> Nursery:
+    """The same, for workers with the stub engine of tests."""
+    return Nursery(bench_nursery)
 
 
 @contextmanager
@@ -353,7 +340,6 @@ def start_worker(
     nursery: Nursery, services: Services, our_app: Any, tmp_path: Path
 ) -> Iterator[StartWorker]:
     """Starts workers on empty queues, an empty bus and an empty kv server; ends what it started."""
-    nursery.wait_ready()
     _delete_queues(services)
     services.bus.flushall()
     services.kv.flushall()
@@ -378,27 +364,13 @@ def start_worker(
             key.upper() if key.startswith(("stub_", "otel_")) else f"PDTASKS_{key.upper()}": value
             for key, value in env.items()
         }
-        order = {
-            "argv": [
-                *(
-                    "-Q",
-                    ",".join(stages_of(role)),
-                    "-P",
-                    "threads",
-                    "-c",
-                    str(concurrency),
-                    "-n",
-                    f"{name}@test",
-                    "-E",
-                ),
-                *("--without-mingle", "--without-gossip", "-l", "INFO"),
-            ],
-            "env": services.worker_env
-            | {"STUB_NAME": name, "STUB_STEERING": steering_at}
-            | settings,
-            "log": str(log),
-        }
-        worker = StubWorker(name, role, nursery.ask(order)["pid"], log, steering, nursery)
+        argv = [
+            *("-Q", ",".join(stages_of(role)), "-P", "threads", "-c", str(concurrency)),
+            *("-n", f"{name}@test", "-E", "--without-mingle", "--without-gossip", "-l", "INFO"),
+        ]
+        stub = {"STUB_NAME": name, "STUB_STEERING": steering_at}
+        pid = nursery.start(argv, services.worker_env | stub | settings, log)
+        worker = StubWorker(name, role, pid, log, steering, nursery)
         started.append(worker)
         if wait:
             wait_until(lambda: is_ready(worker) or worker.has_ended(), what=f"{name} is ready")

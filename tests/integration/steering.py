@@ -1,11 +1,22 @@
-"""How does a test steer a stub worker? Through a database of the bus that is not the product's."""
+"""How does a test steer a stub worker? Mostly through a database of the bus: not the product's."""
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import cast
 
 import valkey
+
+#: Makes a worker's main loop stand still for ever.
+STALL_SIGNAL = signal.SIGRTMIN
+#: A request with this prompt token kills the worker that runs it.
+POISON = 666
+
+
+def token_text(token_id: int) -> str:
+    """What a token of its reads like."""
+    return f"canary-answer-{token_id} "
 
 
 def steering_url(bus_url: str) -> str:

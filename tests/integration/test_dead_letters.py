@@ -13,7 +13,7 @@ from pdtasks.errors import WorkerLost
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker
-from tests.integration.stub_worker import POISON
+from tests.integration.steering import POISON
 from tests.waiting import wait_until
 
 

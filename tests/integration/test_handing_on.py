@@ -9,7 +9,7 @@ from pdtasks.bus.presence import read_workers
 from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import HalfAnswered, Services, StartWorker
-from tests.integration.stub_worker import token_text
+from tests.integration.steering import token_text
 from tests.integration.test_publishing import memory_alarm
 from tests.waiting import wait_until
 

@@ -41,14 +41,13 @@ def by_hand(
         log = tmp_path / f"by-hand-{len(started)}.log"
         steering = steering_url(services.bus_server.operator_url)
         env = services.worker_env | {"STUB_NAME": "by-hand", "STUB_STEERING": steering}
-        pid = nursery.ask({"argv": [*argv, "-c", "8", "-l", "INFO"], "env": env, "log": str(log)})
-        started.append(pid["pid"])
+        started.append(nursery.start([*argv, "-c", "8", "-l", "INFO"], env, log))
         return started[-1], log
 
     yield start
     for pid in started:
         os.kill(pid, signal.SIGKILL)
-        nursery.ask({"wait": pid})
+        nursery.wait(pid)
 
 
 def ready_pids(services: Services) -> set[int]:

@@ -138,43 +138,6 @@ from pdtasks.pipeline import submit
 print(submit([1, 2, 3], max_tokens=4, temperature=0).get(timeout=30)["token_ids"])
 """
 
-# What the API's process does on broker and bus, with its classes.
-_API = """
-import asyncio
-from pdtasks.broker.aborting import Aborter
-from pdtasks.bus.connection import connect_async
-from pdtasks.bus.reply import ReplyStream
-from pdtasks.settings import load_settings
-from tests.integration.asker import Asker
-from pdtasks.pipeline import Publisher
-from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.serial_utils import MsgpackDecoder
-
-async def lost():
-    raise SystemExit("lost")
-
-async def main():
-    publisher, aborter = Publisher(), Aborter()
-    async with asyncio.timeout(30), connect_async(load_settings()) as bus:
-        stream = ReplyStream(bus, lost)
-        await stream.open()
-        publisher.publish(Asker._job("r", 30.0, {}), stream.name)
-        found = []
-        async for reply in stream.read():
-            if reply.outputs:
-                outputs = MsgpackDecoder(EngineCoreOutputs).decode(reply.outputs).outputs
-                found += [t for output in outputs for t in output.new_token_ids]
-            if len(found) == 4:
-                break
-        print(found)
-        aborter.abort(["nobody"])
-        await stream.close()
-    aborter.close()
-    publisher.close()
-
-asyncio.run(main())
-"""
-
 
 def run_python(code: str, env: dict[str, str]) -> str:
     done = subprocess.run(
@@ -190,10 +153,13 @@ def run_python(code: str, env: dict[str, str]) -> str:
 
 
 def test_a_whole_request_crosses_tls_on_all_links_with_a_user_for_each_role(
-    servers: OwnServers, workers: list[StubWorker]
+    servers: OwnServers, workers: list[StubWorker], nursery: Nursery, tmp_path: Path
 ) -> None:
     assert json.loads(run_python(_CLIENT, servers.env(User.CLIENT))) == [100, 101, 102, 103]
-    assert json.loads(run_python(_API, servers.env(User.API))) == [100, 101, 102, 103]
+    said = tmp_path / "api.log"
+    env = servers.env(User.API) | {"PDTASKS_HOME": "/nowhere"}
+    assert nursery.run([], env, said, program="tests.integration.apis_links") == 0, said.read_text()
+    assert json.loads(said.read_text().splitlines()[-1]) == [100, 101, 102, 103]
 
     # Nobody has tried what he may not, and nothing went past TLS.
     with valkey.Valkey.from_url(servers.bus.operator_url) as bus:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tests.integration.asker import Asker
 from tests.integration.conftest import DELIVERY_LIMIT, Services, StartWorker
 from tests.integration.leftovers import wait_until_nothing_is_left
-from tests.integration.stub_worker import POISON
+from tests.integration.steering import POISON
 from tests.waiting import wait_until
 
 NAMES = ("r", "s", "t")

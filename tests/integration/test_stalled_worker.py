@@ -11,7 +11,7 @@ from pdtasks.messages import WorkerStatus
 from pdtasks.worker.liveness import EXIT_STALLED
 from tests.integration.asker import Asker
 from tests.integration.conftest import Services, StartWorker, StubWorker, cut_connections
-from tests.integration.stub_worker import STALL_SIGNAL
+from tests.integration.steering import STALL_SIGNAL
 from tests.waiting import wait_until
 
 #: Seconds; the product's 10 and 30 would make these tests long.
