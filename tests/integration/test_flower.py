@@ -359,6 +359,7 @@ def test_a_frozen_flower_costs_no_request_and_no_worker_anything(
 
 
 def test_a_worker_that_has_stopped_is_offline(stack: ChaosStack, url: str, tab: Tab) -> None:
+    """The last one here: nobody starts the worker again."""
     with under_way(stack, tokens=100) as asked:
         task = task_of(url, asked.name, "pdtasks.decode", "STARTED")
         name = tasks(url)[task]["worker"]
@@ -373,4 +374,3 @@ def test_a_worker_that_has_stopped_is_offline(stack: ChaosStack, url: str, tab: 
     assert {worker: state for worker, state in states.items() if state != "Online"} == {
         name: "Offline"
     }
-    stack.tick()  # it is started again

@@ -174,7 +174,8 @@ def test_prometheus_finds_all_by_what_one_api_process_tells(
     text = scrape_configuration(list(stack.urls.values()), asks_for_keys=True)
     text = text.replace("/etc/prometheus/pdtasks-api-key", str(key))
     configuration = tmp_path / "prometheus.yml"
-    configuration.write_text(f"global: {{scrape_interval: 1s}}\n{text}")
+    # (As long as one scrape may take.)
+    configuration.write_text(f"global: {{scrape_interval: 3s}}\n{text}")
     (port,) = free_ports(1)
     prometheus = Process(
         "prometheus",
