@@ -107,6 +107,11 @@ class Tab:
         """Write where the focus is."""
         self.call("Input.insertText", text=text)
 
+    def close(self) -> None:
+        """Close the page; one that is left open goes on asking its server."""
+        self._socket.send(json.dumps({"id": next(self._ids), "method": "Page.close"}))
+        self._socket.close()
+
     def picture(self, file: Path, *, whole: bool = True) -> None:
         """Keep what is to be seen as PNG. `whole`: also what one would have to scroll to."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
@@ -136,7 +141,8 @@ def chromium(folder: Path) -> Iterator[Callable[[], Tab]]:
         def tab() -> Tab:
             made = httpx.put(f"http://127.0.0.1:{port}/json/new?about:blank", timeout=20)
             url = made.raise_for_status().json()["webSocketDebuggerUrl"]
-            opened = connect(url, max_size=None, open_timeout=20, proxy=None)
+            # (A page that is closed does not always say goodbye.)
+            opened = connect(url, max_size=None, open_timeout=20, close_timeout=1, proxy=None)
             return Tab(sockets.enter_context(opened))
 
         yield tab

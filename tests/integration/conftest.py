@@ -446,7 +446,8 @@ def open_tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
 
 
 @pytest.fixture
-def tab(open_tab: Callable[[], Tab]) -> Tab:
+def tab(open_tab: Callable[[], Tab]) -> Iterator[Tab]:
     made = open_tab()
     made.look(1280, 900)
-    return made
+    yield made
+    made.close()
