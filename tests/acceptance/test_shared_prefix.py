@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.nursery import Nursery
 from tests.acceptance.running_stack import MODEL, Stack, answers_by, ask
 
-PREFIX = "Tell me about the moon and its phases. " * 40
+PREFIX = "Tell me about the moon and its phases. " * 30  # two whole blocks, and a bit
 BLOCK = 128  # tokens, vLLM's default on a CPU
 
 
