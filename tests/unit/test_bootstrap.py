@@ -349,13 +349,23 @@ def test_linters_come_first_and_real_engines_last(checkout: Checkout) -> None:
         "ruff",
         "lint-imports",
     ]
-    assert sorted(after_set_up[4:-1]) == [
-        "-m pytest tests/integration",
+    assert sorted(note for note in after_set_up[4:-1] if "tests/integration" not in note) == [
         "-m pytest tests/unit",
         "mypy pdtasks api configs tests",
     ]
     assert after_set_up[-1] == "-m pytest tests/acceptance"
     assert output.splitlines()[-1] == "pd: acceptance tests"
+
+
+@pytest.mark.parametrize("folder", ["tests/integration"])
+def test_both_halves_of_a_folder_are_all_of_it(checkout: Checkout, folder: str) -> None:
+    checkout.run("test")
+
+    half, rest = sorted((note for note in checkout.notes() if folder in note), key=len)
+    files = half.removeprefix("-m pytest ").split()
+    assert len(files) > 1
+    assert all((ROOT / file).is_file() for file in files)
+    assert rest.split() == ["-m", "pytest", folder, *(f"--ignore={file}" for file in files)]
 
 
 def test_with_arguments_one_thing_comes_after_the_other(checkout: Checkout) -> None:
@@ -372,10 +382,11 @@ def test_with_arguments_one_thing_comes_after_the_other(checkout: Checkout) -> N
     ("tool", "told", "last"),
     [
         ("lint-imports", "lint-imports", "lint-imports"),
-        ("mypy", "types and unit tests", "-m pytest tests/integration"),
+        ("mypy", "types and unit tests", None),
         ("tests/unit", "types and unit tests", None),
         ("tests/integration", "integration tests", None),
-        ("tests/acceptance", "acceptance tests", "-m pytest tests/acceptance"),
+        ("tests/integration/test_bench_batch.py", "integration tests, other half", None),
+        ("tests/acceptance", "acceptance tests", None),
     ],
 )
 def test_a_tool_that_fails_ends_the_tests_with_its_status(
@@ -387,8 +398,8 @@ def test_a_tool_that_fails_ends_the_tests_with_its_status(
     assert output.splitlines()[-1] == f"pd: {told} failed with exit status 7"
     if last is not None:
         assert last in [note.strip() for note in checkout.notes()]
-    if told != "acceptance tests":
-        assert "-m pytest tests/acceptance" not in checkout.notes()
+    asked_engines = any("tests/acceptance" in note for note in checkout.notes())
+    assert asked_engines == told.startswith("acceptance tests")
 
 
 # --- the lock -------------------------------------------------------------------------------------
