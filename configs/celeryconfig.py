@@ -6,7 +6,7 @@ import socket
 
 from kombu import Exchange, Queue
 
-from pdtasks.broker.frames import frame_handler
+from pdtasks.broker.reading import frame_handler
 from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES
 from pdtasks.settings import load_settings
 from pdtasks.tls import amqp_arguments

@@ -273,7 +273,7 @@ class ConfirmedSender:
                 amqp = self._connection.connection
                 with amqp.transport.having_timeout(0):  # once for all, not for each
                     while True:
-                        amqp.drain_events()
+                        amqp.drain_events(timeout=0)
             except TimeoutError:
                 pass  # nothing more
             except _ERRORS as exc:

@@ -31,6 +31,9 @@ from pdtasks.worker import liveness, service
 
 logger = logging.getLogger(__name__)
 
+# A line for each job that comes, before its work begins; the one that says how it ended stays.
+logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+
 #: Writes all threads' stacks into the log; also when the interpreter stands.
 STACKS_SIGNAL = signal.SIGUSR2
 

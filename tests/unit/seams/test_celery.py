@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 import amqp.method_framing
+import amqp.transport
 import celery.worker.loops
 import celery.worker.request
 import pytest
@@ -135,6 +136,16 @@ def test_amqp_has_a_lock_for_writers() -> None:
     # Belt and braces: should two threads write all the same, frames stay whole (amqp 5.4.2, its
     # issue 462; the lower bound in pyproject.toml).
     assert "buffer_lock = threading.Lock()" in source_of(amqp.method_framing.frame_writer)
+
+
+def test_a_transport_of_amqp_keeps_what_it_was_given_and_did_not_ask_for() -> None:
+    # `pdtasks/broker/reading.py` has it given all that is there, and looks for frames in that.
+    for transport in (amqp.transport.TCPTransport, amqp.transport.SSLTransport):
+        read = source_of(transport._read)
+        assert "recv = self._quick_recv" in read
+        assert "result, self._read_buffer = rbuf[:n], rbuf[n:]" in read
+    # All reading goes through what is replaced there.
+    assert "while not self.blocking_read(timeout)" in source_of(amqp.Connection.drain_events)
 
 
 @pytest.mark.parametrize(
