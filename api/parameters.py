@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from pydantic import BaseModel
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -139,7 +140,7 @@ class Parameters:
         if path not in MODELS and path not in _EITHER:
             return None
         try:
-            fields = json.loads(body)
+            fields = _read(body)
         except (ValueError, RecursionError):
             return None  # no JSON: the route says so
         if not isinstance(fields, dict):
@@ -186,6 +187,23 @@ class Parameters:
         if name in ONLY_RENDERED and not is_rendered:
             return ONLY_RENDERED[name]
         return REFUSED.get(name) or UNKNOWN.get(name)
+
+
+def _read(body: bytes) -> Any:
+    """What is in `body`, but for a prompt: it may be long, no rule is about it, its route reads it.
+
+    Raises ValueError or RecursionError.
+    """
+    try:
+        decode = msgspec.json.decode
+        fields = decode(body, type=dict[str, msgspec.Raw])
+        return {
+            # (Raw bytes are not equal to bytes.)
+            name: value if name == "prompt" and bytes(value) != b"null" else decode(value)
+            for name, value in fields.items()
+        }
+    except (msgspec.MsgspecError, ValueError):
+        return json.loads(body)  # it takes what others do not, NaN for one, as the route does
 
 
 def _names(model: type[BaseModel]) -> frozenset[str]:

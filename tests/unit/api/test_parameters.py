@@ -202,3 +202,23 @@ def test_a_refusal_of_fields_is_that_of_the_body() -> None:
 
 def test_a_job_with_messages_and_a_prompt_is_left_to_its_route() -> None:
     assert refusal("/v1/jobs", {"messages": [], "prompt": "x"}) is None
+
+
+@pytest.mark.parametrize("prompt", ['"text"', "[1, 2]", "[NaN]", "null", "7"])
+def test_a_prompt_is_read_by_its_route_alone(prompt: str) -> None:
+    body = f'{{"prompt": {prompt}, "lora": "a"}}'.encode()
+
+    parameters = Parameters(priorities=False)
+    taken = body.replace(b"lora", b"user")
+    assert parameters.refusal("/v1/completions", {}, taken) is None
+    refused = parameters.refusal("/v1/completions", {}, body)
+    assert refused is not None
+    assert refused.param == "lora"
+
+
+def test_no_prompt_at_all_is_nothing_that_would_be_ignored() -> None:
+    parameters = Parameters(priorities=False)
+    for value, param in (("null", None), ('"text"', "prompt")):
+        body = f'{{"messages": [], "prompt": {value}}}'.encode()
+        refused = parameters.refusal("/v1/chat/completions", {}, body)
+        assert (refused and refused.param) == param
