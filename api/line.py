@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ _SHORT_PROMPTS: Final = 2
 #: The longest prompt for decode workers that have nothing to do, in longest short ones: the first
 #: answer that is handed to them meanwhile waits for it.
 _LONGEST_FOR_IDLE: Final = 8
+#: Seconds that what workers say of themselves may be old.
+_SAID_S: Final = 4.0
 #: Part of the decode workers' places whose requests may be on their way to them; at least so many.
 _ON_THEIR_WAY: Final = 0.25
 _LEAST_ON_THEIR_WAY: Final = 8
@@ -106,11 +109,33 @@ class _FlowState:
     finish: float = 0.0  #: the turn behind its last request
 
 
+class _Lately:
+    """The most of something in the last seconds: at least `_SAID_S`, at most twice as many."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._before = self._most = 0
+
+    def most(self, now: int) -> int:
+        """With what there is `now`."""
+        age_s = self._clock() - self._since
+        if age_s >= _SAID_S:
+            # Of the time before, if anything was told then.
+            self._before = self._most if age_s < 2 * _SAID_S else 0
+            self._most, self._since = 0, self._clock()
+        self._most = max(self._most, now)
+        return max(self._before, self._most)
+
+
 class Line:
     """Requests that wait for their turn, and those that had it and have not ended. For one loop."""
 
-    def __init__(self, room: Callable[[], Room]) -> None:
+    def __init__(
+        self, room: Callable[[], Room], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`room()`: what there is now. When there is more, call `move`."""
+        self._lately = _Lately(clock)
         self._room = room
         self._flows: dict[Flow, _FlowState] = {}
         self._items: dict[str, _Waiting] = {}  # of those that wait
@@ -159,6 +184,7 @@ class Line:
             self.move()
         elif self._whole.pop(request_id, None) is not None:
             self._answered.add(request_id)
+            self._lately.most(len(self._answered))
             self.move()
 
     def has_second_token(self, request_id: str) -> None:
@@ -166,6 +192,7 @@ class Line:
         if request_id in self._on_their_way:
             self._on_their_way.discard(request_id)
             self._answered.add(request_id)
+            self._lately.most(len(self._answered))
             self.move()
 
     def leave(self, request_id: str) -> None:
@@ -237,7 +264,7 @@ class Line:
     def _computes_soon(self, one: _Waiting, room: Room) -> bool:
         """Would a decode worker compute this short prompt in a step that keeps nobody waiting?"""
         most = _SHORT_PROMPTS * room.short_tokens
-        if not (self._answered or self._on_their_way or room.decode_active):
+        if not (self._answered or self._on_their_way or self._num_of_others(room)):
             # There is nobody: prompts that come together share a step that is full.
             most = max(most, room.step_tokens)
         workers = max(1, room.decode_workers)
@@ -246,8 +273,18 @@ class Line:
 
     def _may_help(self, one: _Waiting, room: Room) -> bool:
         """Have decode workers nothing to do, nor soon?"""
-        work = room.decode_active or self._answered or self._on_their_way or self._whole
-        return not work and one.tokens <= _LONGEST_FOR_IDLE * room.short_tokens
+        own = self._answered or self._on_their_way or self._whole
+        return (
+            not (own or self._num_of_others(room))
+            and one.tokens <= _LONGEST_FOR_IDLE * room.short_tokens
+        )
+
+    def _num_of_others(self, room: Room) -> int:
+        """Requests that decode workers run for others than this process.
+
+        What the workers say is seconds old: own ones that have ended since are none of others'.
+        """
+        return max(0, room.decode_active - self._lately.most(len(self._answered)))
 
     def _forget_flows(self) -> None:
         """Those whose next turn would be as that of a new one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,8 @@ class Traffic:
     def __init__(self, **room: int) -> None:
         # Two prompts of 100 tokens fill the workers.
         self.room = Room(**{"prefill_workers": 1, "step_tokens": 100, "decode_slots": 40} | room)
-        self.line = Line(lambda: self.room)
+        self.now = 0.0  # seconds
+        self.line = Line(lambda: self.room, lambda: self.now)
         self.gone: list[str] = []
         self.routes: dict[str, Route] = {}
 
@@ -270,6 +272,31 @@ def test_short_prompts_that_come_together_fill_a_step_that_keeps_nobody_waiting(
     traffic.line.has_first_token("r0")
     traffic.enter("a", tokens=50)
     assert traffic.routes["a"] == SPLIT
+
+
+def test_own_answers_that_have_ended_are_not_taken_for_others_work() -> None:
+    # Given decode workers that have not said yet that three of this process's requests have ended
+    traffic = Traffic(short_tokens=50, step_tokens=400, decode_slots=100)
+    for n in range(3):
+        traffic.enter(f"before{n}", tokens=50)
+        traffic.line.has_first_token(f"before{n}")
+    for n in range(3):
+        traffic.line.leave(f"before{n}")
+    traffic.room = replace(traffic.room, decode_active=3)
+
+    # Then prompts that come together fill a step all the same
+    traffic.now += 5
+    for n in range(9):
+        traffic.enter(f"r{n}", tokens=50)
+    assert [traffic.routes[f"r{n}"] for n in range(9)] == [SHORT] * 8 + [SPLIT]
+
+    # But not for ever: who is still there then is somebody else's
+    for n in range(9):
+        traffic.line.leave(f"r{n}")
+    traffic.now += 60
+    for n in range(9):
+        traffic.enter(f"s{n}", tokens=50)
+    assert [traffic.routes[f"s{n}"] for n in range(9)] == [SHORT] * 2 + [SPLIT] * 7
 
 
 def test_decode_workers_compute_a_part_of_their_places_at_once() -> None:
