@@ -504,6 +504,8 @@ class PipelineCore(EngineCoreClient):
                 # Deadlines hold all the same.
                 logger.warning("bus is away: %s", type(exc).__name__)
                 self.workers.unknown()
+            else:
+                await self.workers.share(self._line.need())
             self._line.move()  # there may be more workers
             self.tell_stats()
 

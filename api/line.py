@@ -14,7 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from prometheus_client import Gauge
@@ -63,6 +63,31 @@ class Flow(NamedTuple):
     owner: str  #: whose API key asked; empty: without one
 
 
+class Places(NamedTuple):
+    """What some workers take before they have enough to do."""
+
+    slots: float  #: requests
+    prompts: float  #: that they have at least, however long
+    tokens: float  #: of prompts
+
+    def used_by(self, under_way: dict[str, int]) -> float:
+        """The part of them that prompts of so many tokens take."""
+        prompts = sum(1 for tokens in under_way.values() if tokens)
+        of_work = min(prompts / self.prompts, sum(under_way.values()) / self.tokens)
+        return max(len(under_way) / self.slots, of_work)
+
+    def take(self, one: _Waiting, under_way: dict[str, int]) -> bool:
+        """Would `one` be begun soon, with the prompts that are computed already?"""
+        if not under_way:
+            return True
+        # Each answer takes a place, also where its prompt is computed for another one.  What finds
+        # none waits in RabbitMQ, where nobody gives turns, however short it is.
+        if len(under_way) >= self.slots:
+            return False
+        prompts = sum(1 for tokens in under_way.values() if tokens)
+        return prompts < self.prompts or sum(under_way.values()) + one.tokens <= self.tokens
+
+
 @dataclass(frozen=True)
 class Room:
     """What there is of workers that take jobs."""
@@ -75,19 +100,45 @@ class Room:
     decode_active: int = 0  #: requests that they run, of all API processes
     #: Tokens of prompts that are best computed by decode workers; 0: they compute none.
     short_tokens: int = 0
+    part: float = 1.0  #: of all that, for this API process
 
     @property
     def arrivals(self) -> int:
         """Requests that may be on their way to the decode workers, or be computed there."""
-        return max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * self.decode_slots))
+        most = max(_LEAST_ON_THEIR_WAY, int(_ON_THEIR_WAY * self.decode_slots))
+        return max(1, int(self.part * most))
 
     @property
     def together(self) -> int:
         """Answers to one prompt that one message may carry."""
         if not self.prefill_slots:
             return _MOST_TOGETHER
-        part = int(_TOGETHER * self.prefill_slots / max(1, self.prefill_workers))
+        part = int(self.part * _TOGETHER * self.prefill_slots / max(1, self.prefill_workers))
         return min(_MOST_TOGETHER, max(1, part))
+
+    @property
+    def prefill(self) -> Places:
+        """What the prefill workers take."""
+        return self._places(self.prefill_workers, self.prefill_slots)
+
+    @property
+    def decode(self) -> Places:
+        """The same of decode workers, for prompts that they compute."""
+        return self._places(self.decode_workers, self.decode_slots)
+
+    def _places(self, workers: int, slots: int) -> Places:
+        workers = max(1, workers)
+        return Places(
+            slots=self.part * (1 + _BEYOND_PLACES) * slots if slots else math.inf,
+            prompts=self.part * _LEAST_PROMPTS * workers,
+            tokens=self.part * _STEPS * (self.step_tokens or _STEP_TOKENS) * workers,
+        )
+
+    @property
+    def places_of_others(self) -> float:
+        """How many of those that nobody waits for may run."""
+        most = _NOT_INTERACTIVE * self.decode_slots
+        return max(1.0, self.part * most) if self.decode_slots else math.inf
 
 
 @dataclass(eq=False)
@@ -209,6 +260,21 @@ class Line:
         self._not_interactive.discard(request_id)
         self.move()
 
+    def need(self) -> float:
+        """The part of all places that these requests could use, 0 to 1."""
+        if self._items:
+            return 1.0  # more than they have
+        room = replace(self._room(), part=1.0)
+        return min(
+            1.0,
+            max(
+                room.prefill.used_by(self._prefilling),
+                room.decode.used_by(self._whole),
+                len(self._on_their_way) / room.arrivals,
+                len(self._not_interactive) / room.places_of_others,
+            ),
+        )
+
     def move(self) -> None:
         """Let go whoever's turn it is and for whom there is room."""
         room = self._room() if self._items else Room()
@@ -230,7 +296,7 @@ class Line:
     def _next(self, room: Room) -> _Waiting | None:
         """The first of the flow whose turn it is, among those that may go at all."""
         heads = [state.waiting[0] for state in self._flows.values() if state.waiting]
-        if len(self._not_interactive) >= _places_of_others(room):
+        if len(self._not_interactive) >= room.places_of_others:
             heads = [one for one in heads if one.flow.kind is ServiceClass.INTERACTIVE]
         return min(heads, key=lambda one: (one.start, one.number), default=None)
 
@@ -239,12 +305,10 @@ class Line:
         if len(self._on_their_way) >= room.arrivals:
             return None
         if one.wish is not Wish.SPLIT and (why := self._why_whole(one, room)):
-            workers, slots = max(1, room.decode_workers), room.decode_slots
             if why is Route.SHORT_PROMPT:
                 return why
-            return why if _have_room(one, self._whole, workers, slots, room.step_tokens) else None
-        workers, slots = max(1, room.prefill_workers), room.prefill_slots
-        if _have_room(one, self._prefilling, workers, slots, room.step_tokens):
+            return why if room.decode.take(one, self._whole) else None
+        if room.prefill.take(one, self._prefilling):
             return Route.SPLIT
         if one.wish is not Wish.SPLIT and self._may_help(one, room):
             return Route.PREFILL_BUSY
@@ -263,13 +327,13 @@ class Line:
 
     def _computes_soon(self, one: _Waiting, room: Room) -> bool:
         """Would a decode worker compute this short prompt in a step that keeps nobody waiting?"""
-        most = _SHORT_PROMPTS * room.short_tokens
+        most: float = _SHORT_PROMPTS * room.short_tokens
         if not (self._answered or self._on_their_way or self._num_of_others(room)):
             # There is nobody: prompts that come together share a step that is full.
             most = max(most, room.step_tokens)
-        workers = max(1, room.decode_workers)
+        most *= room.part * max(1, room.decode_workers)
         has_place = len(self._whole) < room.arrivals
-        return has_place and sum(self._whole.values()) + one.tokens <= most * workers
+        return has_place and sum(self._whole.values()) + one.tokens <= most
 
     def _may_help(self, one: _Waiting, room: Room) -> bool:
         """Have decode workers nothing to do, nor soon?"""
@@ -291,23 +355,3 @@ class Line:
         if not self._items:
             self._flows.clear()
             self._now = 0.0
-
-
-def _places_of_others(room: Room) -> float:
-    """How many of those that nobody waits for may run."""
-    return max(1.0, _NOT_INTERACTIVE * room.decode_slots) if room.decode_slots else math.inf
-
-
-def _have_room(
-    one: _Waiting, under_way: dict[str, int], workers: int, slots: int, step_tokens: int
-) -> bool:
-    """Would `one` be begun soon by these workers, with the prompts that they compute already?"""
-    # Each answer takes a place, also where its prompt is computed for another one.  What finds none
-    # waits in RabbitMQ, where nobody gives turns, however short it is.
-    if slots and len(under_way) >= (1 + _BEYOND_PLACES) * slots:
-        return False
-    prompts = sum(1 for tokens in under_way.values() if tokens)
-    if prompts < _LEAST_PROMPTS * workers:
-        return True
-    most = _STEPS * (step_tokens or _STEP_TOKENS) * workers
-    return sum(under_way.values()) + one.tokens <= most

@@ -5,14 +5,19 @@ A worker of another model or another vLLM is no help and does not count.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
+import uuid
 from contextlib import suppress
 from typing import Final
 
 import valkey.asyncio
+from prometheus_client import Gauge
 
 from api.line import Room
 from pdtasks.bus.connection import BUS_ERRORS
+from pdtasks.bus.needs import fair_part, tell_need
 from pdtasks.bus.orders import ask_for_role, ask_to_drain
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.engine.arguments import ENGINE_VERSION
@@ -20,8 +25,14 @@ from pdtasks.errors import NoWorker
 from pdtasks.messages import WorkerStatus
 from pdtasks.naming import DECODE, STAGES
 
+logger = logging.getLogger(__name__)
+
 #: What a worker in this state does, for people.
 _DOES: Final = {"starting": "starts", "draining": "stops", "changing": "changes its role"}
+
+_PART = Gauge(
+    "pdtasks_api_part", "Part of the workers' places that this process may fill beside others"
+)
 
 
 class Workers:
@@ -32,6 +43,10 @@ class Workers:
         self._bus = bus
         self._model = model
         self._missing_since: dict[str, float] = {}  # by stage, UNIX seconds
+        self._process = uuid.uuid4().hex
+        self._part = 1.0  # of their places, that this process may fill
+        # Asked for with each request that comes or goes.
+        self._room, self._room_of = Room(), self.known
 
     async def look(self) -> None:
         """Read from the bus who is there. Raises what is in `pdtasks.bus.connection.BUS_ERRORS`."""
@@ -43,6 +58,19 @@ class Workers:
                 self._missing_since.pop(stage, None)
             else:
                 self._missing_since.setdefault(stage, time.time())
+
+    async def share(self, need: float) -> None:
+        """Have other API processes leave room for this one, and leave them theirs.
+
+        `need`: the part of all places that this one could use.
+        """
+        try:
+            others = await tell_need(self._bus, self._process, self._model, need)
+        except BUS_ERRORS as exc:
+            logger.warning("the workers are not shared anew: %s", type(exc).__name__)
+            return
+        self._part = fair_part(others)
+        _PART.set(self._part)
 
     async def look_again(self) -> None:
         """`look` if a stage has none that takes jobs: one may have come this moment."""
@@ -83,6 +111,13 @@ class Workers:
 
     def room(self) -> Room:
         """What those that take jobs have room for."""
+        if self._room_of is not self.known:
+            self._room, self._room_of = self._count_room(), self.known
+        if self._room.part != self._part:
+            self._room = dataclasses.replace(self._room, part=self._part)
+        return self._room
+
+    def _count_room(self) -> Room:
         prefill, decode = ([w for w in self._of(s) if w.state == "ready"] for s in STAGES)
         if all(worker.serves(DECODE) for worker in prefill) and self.decode_does_all:
             # To hand a prompt over from one of them to another would help nobody.

@@ -12,6 +12,8 @@ WORKERS: Final = "pd:workers"
 API: Final = "pd:api:"
 #: The names of API processes by the time of their last sign of life.
 APIS: Final = "pd:apis"
+#: By API process: the part of the workers' places that it could use.
+APIS_NEEDS: Final = "pd:apis:needs"
 #: Of an order to one worker; its kind and the name follow.
 ORDER: Final = "pd:order:"
 #: Of one asker's reply stream; something unique follows.

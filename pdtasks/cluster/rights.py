@@ -159,8 +159,8 @@ _BE_SEEN: Final = (
     "+unwatch +multi +exec +discard"
 )
 _TELL_OTHER_APIS: Final = (
-    f"(~{keys.API}* ~{keys.APIS} "
-    "+set +mget +del +zadd +zrem +zrange +zcard +zremrangebyscore +expire)"
+    f"(~{keys.API}* ~{keys.APIS} ~{keys.APIS_NEEDS} "
+    "+set +mget +del +zadd +zrem +zrange +zcard +zremrangebyscore +expire +hset +hdel +hgetall)"
 )
 _GIVE_ORDERS: Final = f"(%W~{keys.ORDER}* +set)"
 _HEAR_ORDERS: Final = f"(%R~{keys.ORDER}* +get)"

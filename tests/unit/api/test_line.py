@@ -41,6 +41,10 @@ class Traffic:
 
         self.line.enter(Flow(kind, owner), names, tokens, go, wish)
 
+    def enter_many(self, count: int) -> None:
+        for number in range(count):
+            self.enter(str(number))
+
     def end(self, name: str) -> None:
         """It has all its tokens."""
         self.line.has_first_token(name)
@@ -378,3 +382,54 @@ def test_nobody_gets_a_whole_answer_of_a_decode_worker_that_computes_no_prompts(
     traffic.enter("a", wish=Wish.WHOLE)
 
     assert traffic.routes == {"a": SPLIT}
+
+
+def test_as_much_goes_as_is_this_processs_part_of_the_workers() -> None:
+    traffic = Traffic(prefill_slots=8, step_tokens=1000, prefill_workers=2)
+
+    traffic.room = replace(traffic.room, part=0.5)
+    traffic.enter_many(10)
+    assert len(traffic.gone) == 5  # of eight places, and a quarter beyond, half
+
+    traffic.room = replace(traffic.room, part=0.25)
+    traffic.end("0")
+    traffic.end("1")
+    assert len(traffic.gone) == 5
+    traffic.end("2")
+    assert len(traffic.gone) == 6
+
+    traffic.room = replace(traffic.room, part=1.0)
+    traffic.line.move()
+    assert len(traffic.gone) == 10
+
+
+def test_each_process_has_a_place_however_many_there_are() -> None:
+    traffic = Traffic(prefill_slots=4)
+    traffic.room = replace(traffic.room, part=0.001)
+
+    for name in ("a", "b"):
+        traffic.enter(name)
+
+    assert traffic.gone == ["a"]
+    traffic.end("a")
+    assert traffic.gone == ["a", "b"]
+
+
+def test_it_needs_the_places_that_it_has_and_all_while_somebody_waits() -> None:
+    traffic = Traffic(prefill_slots=8, step_tokens=1000, decode_slots=400)
+    assert traffic.line.need() == 0
+
+    traffic.enter("a")
+    assert traffic.line.need() == pytest.approx(0.1)  # of ten
+    traffic.line.has_first_token("a")
+    assert traffic.line.need() == pytest.approx(0.01)  # of a hundred on their way
+    traffic.line.has_second_token("a")
+    assert traffic.line.need() == 0, "what decode workers write takes no place"
+    traffic.line.leave("a")
+
+    traffic.enter_many(10)
+    assert traffic.line.need() == pytest.approx(1.0)
+    traffic.room = replace(traffic.room, part=0.1)
+    traffic.enter("b")
+    traffic.end("0")
+    assert traffic.line.need() == 1.0

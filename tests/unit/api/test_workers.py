@@ -200,3 +200,15 @@ def test_a_bus_that_is_away_is_no_proof_that_workers_are_missing(
         assert bench.failed == {}
 
     with_bench(test, leaves=("r",), stage_grace_s=0.05)
+
+
+def test_where_the_bus_takes_no_need_the_workers_are_known_all_the_same() -> None:
+    async def test(bench: Bench) -> None:
+        room = bench.core.workers.room()
+
+        await bench.core.workers.share(1.0)  # of a bus that is nowhere
+
+        assert bench.core.workers.room() == room
+        assert room.part == 1.0
+
+    with_bench(test)
