@@ -333,7 +333,9 @@ class Line:
             most = max(most, room.step_tokens)
         most *= room.part * max(1, room.decode_workers)
         has_place = len(self._whole) < room.arrivals
-        return has_place and sum(self._whole.values()) + one.tokens <= most
+        # (One at least, however small this process's part is.)
+        fits = not self._whole or sum(self._whole.values()) + one.tokens <= most
+        return has_place and fits
 
     def _may_help(self, one: _Waiting, room: Room) -> bool:
         """Have decode workers nothing to do, nor soon?"""

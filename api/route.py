@@ -26,7 +26,7 @@ class Route(StrEnum):
     SPLIT = "split"  #: prefill, then decode
     # The others lead to a decode worker alone:
     SHORT_PROMPT = "short_prompt"
-    NO_PREFILL = "no_prefill_worker"  #: none takes jobs
+    NO_PREFILL = "no_prefill_worker"  #: none takes jobs that does not decode as well
     PREFILL_BUSY = "prefill_busy"  #: and the decode workers have nothing to do
     WISHED = "wished"  #: the caller said so
 

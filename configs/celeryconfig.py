@@ -77,7 +77,8 @@ task_default_routing_key = STAGES[0]
 
 # Acknowledged when done: a dead worker's jobs go back to the queue.
 task_acks_late = True
-# A job is taken when there is a thread for it, not before: late binding balances the workers.
+# A job is taken when there is a thread for it, not before: late binding balances the workers.  One
+# that serves both stages takes as many of each: RabbitMQ counts for each queue.
 worker_prefetch_multiplier = 1
 # Token ids are bytes in MessagePack; JSON stays for Celery's own control messages. Never pickle.
 task_serializer = "msgpack"

@@ -67,6 +67,7 @@ def _front_end(flags: tuple[str, ...], reasoning_parser: str | None) -> dict[str
 
 
 _COUNT = click.IntRange(min=0)
+_SECONDS = click.FloatRange(min=0, min_open=True)
 #: `pdtasks up --enable-auto-tool-choice --tool-call-parser hermes`
 _FLAGS_PASS = {"ignore_unknown_options": True}
 
@@ -215,6 +216,49 @@ def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
     from pdtasks.terminal.top import run_top
 
     run_top(url, every_s=every_s, once=once, as_json=as_json)
+
+
+@main.command()
+@_URL
+@click.option("--ttft", default=1.0, show_default=True, type=_SECONDS, help="To the first token.")
+@click.option("--itl", default=0.05, show_default=True, type=_SECONDS, help="Between tokens.")
+@click.option("--min-prefill", default=1, show_default=True, type=click.IntRange(min=0))
+@click.option("--min-decode", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--every", "every_s", default=2.0, show_default=True, type=_SECONDS)
+@click.option("--looks", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--rest", "rest_s", default=20.0, show_default=True, type=click.FloatRange(min=0))
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and why; do nothing.")
+@click.option("--once", is_flag=True, help="Look once, for scripts.")
+def balance(
+    *,
+    url: str | None,
+    ttft: float,
+    itl: float,
+    min_prefill: int,
+    min_decode: int,
+    every_s: float,
+    looks: int,
+    rest_s: float,
+    dry_run: bool,
+    once: bool,
+) -> None:
+    """Follow the load with the workers' roles, until Ctrl-C.
+
+    TTFT and ITL are targets, in seconds, for medians of the last 15 seconds. A stage that misses
+    its own gets a worker of the other, where that can spare one: when LOOKS in a row, EVERY seconds
+    apart, say so, and not within REST seconds of the last change. Workers of both stages stay as
+    they are. Of several balancers one is at work. Where the API asks for keys, PDTASKS_API_KEY has
+    one.
+    """
+    from pdtasks.balance.deciding import Targets
+    from pdtasks.balance.running import run_balance
+    from pdtasks.cluster.console import Console
+    from pdtasks.settings import load_settings
+
+    targets = Targets(ttft, itl, min_prefill, min_decode, 1 if once else looks, rest_s)
+    run_balance(
+        load_settings(), url, targets, Console(), every_s=every_s, dry_run=dry_run, once=once
+    )
 
 
 @main.command()

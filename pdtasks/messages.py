@@ -272,6 +272,7 @@ class RoleOrder(Message, frozen=True, kw_only=True):
 
     process: tuple[str, str, int, int]  #: `WorkerStatus.process`
     role: Role
+    number: Count = 0  #: of the lease that was held for it (`pdtasks.bus.lease`); 0: none
 
 
 M = TypeVar("M", bound=Message)

@@ -347,7 +347,7 @@ function facts(pairs) {
 // Why a request was left to one worker; nothing is said of both stages.
 const WAYS = {
   short_prompt: "One worker did all of it: the prompt is short.",
-  no_prefill_worker: "One worker did all of it: no prefill worker took jobs.",
+  no_prefill_worker: "One worker did all of it: no other one took prompts.",
   prefill_busy: "One worker did all of it: prefill was busy, decode was not.",
   wished: "One worker did all of it, as its caller wished.",
 };

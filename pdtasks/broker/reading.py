@@ -51,6 +51,7 @@ def _take_what_is_there(transport: Any) -> None:
     with transport.having_timeout(0):
         piece = transport._quick_recv(_PIECE)  # noqa: SLF001
     if not piece:
+        transport.connected = False
         raise ConnectionError("RabbitMQ has closed the connection")
     transport._read_buffer += piece  # noqa: SLF001
 

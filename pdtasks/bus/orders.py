@@ -40,23 +40,27 @@ async def ask_for_role(bus: valkey.asyncio.Valkey, worker: WorkerStatus, role: s
     await bus.set(_ROLE + worker.name, _role_order(worker, role), ex=_TTL_S)
 
 
-def order_role(bus: valkey.Valkey, worker: WorkerStatus, role: str) -> None:
-    """The same at once. Raises valkey.ValkeyError."""
-    bus.set(_ROLE + worker.name, _role_order(worker, role), ex=_TTL_S)
+def order_role(bus: valkey.Valkey, worker: WorkerStatus, role: str, number: int = 0) -> None:
+    """The same at once. Raises valkey.ValkeyError.
+
+    Args:
+        number: of the lease that whoever orders it holds; 0: a person, who needs none.
+    """
+    bus.set(_ROLE + worker.name, _role_order(worker, role, number), ex=_TTL_S)
 
 
-def _role_order(worker: WorkerStatus, role: str) -> bytes:
-    return RoleOrder(process=worker.process, role=role).to_wire()
+def _role_order(worker: WorkerStatus, role: str, number: int = 0) -> bytes:
+    return RoleOrder(process=worker.process, role=role, number=number).to_wire()
 
 
-def asked_role(bus: valkey.Valkey, worker: WorkerStatus) -> str:
-    """The role that the process that would say `worker` is to take; empty: nobody has asked.
+def asked_role(bus: valkey.Valkey, worker: WorkerStatus) -> RoleOrder | None:
+    """The last order for the process that would say `worker`, for a minute; None: there is none.
 
-    The last one that was asked for, for a minute.  Raises valkey.ValkeyError.
+    Raises valkey.ValkeyError.
     """
     order = cast("bytes | None", bus.get(_ROLE + worker.name))
     try:
         found = None if order is None else read_message(RoleOrder, order)
     except IncompatibleWorker:
-        return ""
-    return found.role if found is not None and found.process == worker.process else ""
+        return None
+    return found if found is not None and found.process == worker.process else None

@@ -188,6 +188,7 @@ _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi 
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
 _COUNT_USAGE: Final = f"(~{keys.USAGE}* +hincrby +hget +expire)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
+_BALANCE: Final = f"(~{keys.BALANCER} ~{keys.BALANCER}:* +get +set +pexpire +del)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
@@ -197,7 +198,7 @@ _WORKER_ON_BUS: Final = (
     *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_ORDERS),
 )
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
-_COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE)
+_COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE, _BALANCE)
 
 #: Flower has no user here: results, which it would show, hold answers.
 BUS_RIGHTS: Final[dict[User, str]] = {

@@ -18,6 +18,8 @@ from pdtasks.settings import Settings
 
 #: Seconds beyond the longest request that a worker may have begun.
 _GRACE_S = 15.0
+#: Seconds in which a worker hears of it, if nobody has ordered something else meanwhile.
+_HEARS_S = 30.0
 
 
 def change_role(settings: Settings, name: str, role: str, console: Console, *, force: bool) -> int:
@@ -42,9 +44,6 @@ def _change(
 ) -> int:
     known = read_workers(bus)
     worker = worker_called(name, known)
-    if worker.role == role and worker.state == "ready":
-        console.good(f"{worker.name} serves {role} already")
-        return 0
     if why := why_not(worker, role, known):
         if not force:
             raise PdtasksError(f"{why}; --force does it all the same")
@@ -59,11 +58,16 @@ def _change(
         found = now()
         state = "away" if found is None else f"{found.role}, {found.state}; {found.active} requests"
         console.progress(f"{time.monotonic() - began:4.0f} s  {worker.name}: {state}")
-        return found is None or (found.role, found.state) == (role, "ready")
+        if found is None or (found.role, found.state) == (role, "ready"):
+            return True
+        return found.state == "ready" and time.monotonic() > began + _HEARS_S
 
     in_time = wait_until(is_done, settings.request_timeout_s + _GRACE_S)
-    if now() is None:
+    if (found := now()) is None:
         console.bad(f"{worker.name} has gone: see `pdtasks status`")
+        return 1
+    if in_time and found.role != role:
+        console.bad(f"{worker.name} serves {found.role}: somebody else has ordered that")
         return 1
     if not in_time:
         console.bad(f"{worker.name} still ends what it has begun: see `pdtasks status`")

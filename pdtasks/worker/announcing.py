@@ -20,7 +20,7 @@ from pdtasks.bus.orders import asked_role, is_asked_to_drain
 from pdtasks.bus.presence import remove_status
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.errors import where
-from pdtasks.messages import EngineTotals, StoreFigures, WorkerStatus
+from pdtasks.messages import EngineTotals, RoleOrder, StoreFigures, WorkerStatus
 from pdtasks.running_stack import identify, place
 from pdtasks.settings import Settings
 from pdtasks.worker import counting
@@ -82,7 +82,7 @@ class Presence:
         """
         self._settings = settings
         self._name = name
-        self._role = role
+        self._serves = role, ""
         self._slots = slots
         self._metrics = metrics
         self._liveness = liveness
@@ -90,7 +90,7 @@ class Presence:
         self._on_name_taken = on_name_taken
         self._on_drain = on_drain
         self._on_role = on_role
-        self._becomes = ""
+        self._highest = 0  # number of a lease under which this worker was ordered something
         self._is_asked = False
         self._claim = Name(settings.worker_ttl_s)
         self._since = time.time()
@@ -142,13 +142,13 @@ class Presence:
 
     def serve(self, role: str, becomes: str = "") -> None:
         """Say from now on that it has this role; `becomes`: takes nothing until it has that one."""
-        self._role, self._becomes = role, becomes
+        self._serves = role, becomes  # one value: another thread reads it
         self._changed.set()
 
     @property
     def is_draining(self) -> bool:
         """Does it take nothing more?"""
-        return self._state == "draining"
+        return self._state in ("draining", "stopped")
 
     def leave(self) -> None:
         """Take the sign of life away. After `enter("stopped")`."""
@@ -162,17 +162,18 @@ class Presence:
     def status(self) -> WorkerStatus:
         """What this worker says of itself."""
         state, reason = self._state, ""
+        role, becomes = self._serves
         if state == "ready":
             if stall := self._liveness.stall():
                 state, reason = "stalled", stall.reason
-            elif self._becomes:
-                state, reason = "changing", f"ends what it has begun, then serves {self._becomes}"
+            elif becomes:
+                state, reason = "changing", f"ends what it has begun, then serves {becomes}"
             else:
                 reason = "; ".join(self._background.problems())
         figures = self._figures() if self._state in ("ready", "draining") else NOTHING
         return WorkerStatus(
             name=self._name,
-            role=self._role,
+            role=role,
             host=socket.gethostname(),
             pid=os.getpid(),
             state=state,
@@ -212,8 +213,8 @@ class Presence:
                 elif not self._is_asked and is_asked_to_drain(bus, self.status()):
                     self._is_asked = True  # a second signal would be a demand to hurry
                     self._on_drain()
-                elif self._state == "ready" and (role := asked_role(bus, status)):
-                    self._on_role(role)
+                elif self._state == "ready" and (order := asked_role(bus, status)):
+                    self._obey(order)
             except NameTaken as exc:
                 self._on_name_taken(str(exc))
                 return
@@ -224,6 +225,14 @@ class Presence:
                 logger.error("the worker's status could not be announced: %s", where(exc))  # noqa: TRY400
             self._look_for_leaks()
             self._changed.wait(min(_ANNOUNCE_S, self._settings.worker_ttl_s / 3))
+
+    def _obey(self, order: RoleOrder) -> None:
+        if order.number:
+            if order.number < self._highest:
+                logger.warning("an order of a balancer that was replaced is not obeyed")
+                return
+            self._highest = order.number
+        self._on_role(order.role)
 
     def _look_for_leaks(self) -> None:
         """An idle worker that holds anything will hold more and more: say so, once."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any
 
+from celery.bootsteps import CLOSE, TERMINATE
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.connection import Connection
 from celery.worker.consumer.consumer import Evloop
@@ -29,7 +30,7 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
 
 from pdtasks.backoff import Backoff
-from pdtasks.errors import where
+from pdtasks.errors import PdtasksError, where
 from pdtasks.worker import service
 from pdtasks.worker.control import WaryControl
 from pdtasks.worker.dead_letters import DeadLetterStep
@@ -45,6 +46,8 @@ _STEADY_S = 60.0
 _PAUSES_S = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 3.0}
 
 
+#: States in which Celery ends what consumes.
+_STOPPED = (CLOSE, TERMINATE)
 #: By name: of none named Celery says "all", and then takes `disable_events` for done already.
 _ALL_EVENTS = ("task", "worker")
 
@@ -163,6 +166,12 @@ class StageConsumer(Consumer):  # type: ignore[misc]
         return done
 
     def _take_from(self, stages: Collection[str], done: Future[None]) -> None:
+        # Whoever has waited for long enough asks again; from here on it waits for this.
+        if not done.set_running_or_notify_cancel():
+            return
+        if self.blueprint.state in _STOPPED:
+            done.set_exception(PdtasksError("this worker takes no more jobs"))
+            return
         taken = tuple(self.app.amqp.queues.consume_from)
         try:
             for stage in set(taken) - set(stages):

@@ -74,6 +74,15 @@ class _Mailbox(Pidbox):  # type: ignore[misc]  # Celery has no types
         self.node.mailbox.get_queue = partial(_own_queue, self.node.mailbox)
 
     def start(self, c: Consumer) -> None:
+        # Before any command can come: whoever waited for RabbitMQ in the middle of one would take
+        # the next one meanwhile, which would wait for the same word and take it from the first.
+        self._answers = kombu.Exchange(
+            self.node.mailbox.reply_exchange.name,
+            type="direct",
+            delivery_mode="transient",
+            durable=False,
+        )
+        self._answers(c.connection.default_channel).declare()
         super().start(c)
         self.consumer.on_message = self._take  # undecoded
 
@@ -125,14 +134,11 @@ class _Mailbox(Pidbox):  # type: ignore[misc]  # Celery has no types
         Raises EncodeError.
         """
         mailbox = self.node.mailbox
-        exchange = kombu.Exchange(
-            mailbox.reply_exchange.name, type="direct", delivery_mode="transient", durable=False
-        )
         kombu.Producer(self.node.channel, auto_declare=False).publish(
             {self.hostname: answer},
-            exchange=exchange,
+            exchange=self._answers.name,
             routing_key=routing_key,
-            declare=[exchange],
+            delivery_mode=self._answers.delivery_mode,
             headers={"ticket": ticket, "clock": mailbox.clock.forward()},
             serializer=mailbox.serializer,
             retry=False,

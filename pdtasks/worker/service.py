@@ -55,7 +55,7 @@ from pdtasks.worker.kv_servers import KVServers
 from pdtasks.worker.liveness import EXIT_NO_ENGINE, Liveness, end_process, watch
 from pdtasks.worker.results import ResultStore
 from pdtasks.worker.serving import Serving
-from pdtasks.worker.stage_runner import StageRunner
+from pdtasks.worker.stage_runner import OVERDUE_AFTER_S, StageRunner
 from pdtasks.worker.store_figures import StoreWatch
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Worker:
         self.name = name
         self._slots = slots
         self._hands_on = False
-        self.serving = Serving(role, self)
+        self.serving = Serving(role, self, patience_s=settings.request_timeout_s + OVERDUE_AFTER_S)
         self.background = Background()
         self.liveness = Liveness()
         # Seen from the start, also while the engine comes up.
@@ -288,12 +288,13 @@ class Worker:
         except BUS_ERRORS as exc:
             logger.warning("bus is away: %s: running requests are finished here", where(exc))
             return
+        own = self.presence.status().process  # (a successor may have the name already)
         ours = (self.settings.model_name, ENGINE_VERSION, "ready")
         # Not more than begin at once elsewhere: the others are finished sooner here.
         room = sum(
             max(0, w.slots - w.active)
             for w in workers
-            if w.name != self.name and w.serves(DECODE) and (w.model, w.engine, w.state) == ours
+            if w.process != own and w.serves(DECODE) and (w.model, w.engine, w.state) == ours
         )
         if room == 0:
             logger.info("no room elsewhere: running requests are finished here")

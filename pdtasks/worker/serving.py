@@ -57,8 +57,10 @@ class Serves(Protocol):
 class Serving:
     """The stages of this worker. For the engine's loop."""
 
-    def __init__(self, role: str, here: Serves) -> None:
+    def __init__(self, role: str, here: Serves, *, patience_s: float) -> None:
+        """`patience_s`: what it has begun has ended by then, or will not."""
         self._role = role
+        self._patience_s = patience_s
         self._wanted = role
         self._here = here
         self._consumer: TakesJobs | None = None
@@ -87,23 +89,33 @@ class Serving:
         old, new = set(stages_of(before)), set(stages_of(role))
         kept = old & new
         logger.info("changing from %s to %s", before, role)
-        if kept:
-            here.presence.serve(role_of(kept))
-        else:
+        if not kept:
             here.presence.serve(role, becomes=role)
         await self._take_from(kept)
+        if kept:
+            here.presence.serve(role_of(kept))
         if DECODE in old - new:
             await here.hand_on()
-        # What it serves anyhow needs no wait, nor does a further stage.
-        while not kept and here.num_jobs and not here.presence.is_draining:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_S)
-        here.keeps_its_jobs()
+        if not kept:
+            # (What it serves anyhow needs no wait, nor does a further stage.)
+            await self._jobs_ended()
         if here.presence.is_draining:
             return
+        here.keeps_its_jobs()
         await self._take_from(new)
         self._role = role
         here.presence.serve(role)
         logger.info("serving %s", role)
+
+    async def _jobs_ended(self) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while self._here.num_jobs and not self._here.presence.is_draining:  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            logger.error(  # noqa: TRY400 - one line says it
+                "%d jobs have not ended by their deadline: please report this", self._here.num_jobs
+            )
 
     async def _take_from(self, stages: Collection[str]) -> None:
         """Returns when RabbitMQ has heard of it. Tries until then, or until this worker stops."""

@@ -14,7 +14,7 @@ from tests.integration.real_api import running_api
 from tests.waiting import wait_until
 
 #: Requests that one API process publishes alone, for eight places of a worker and a quarter beyond.
-ALL, HALF = 10, 5
+ALL, HALF, IN_ENGINE = 10, 5, 8
 PATIENCE_S = 30
 
 
@@ -66,6 +66,8 @@ def test_two_that_have_more_than_fits_get_half_of_the_workers_each_until_one_is_
         asked_second = [callers.submit(ask, second) for _ in range(20)]
         wait_until(lambda: (at(second, "prefill"), at(second, "line")) == (HALF, 15), PATIENCE_S)
         wait_until(lambda: figure(first, "pdtasks_api_part") == 0.5, PATIENCE_S)
+        # (A step is of those that are in the engine by then.)
+        wait_until(lambda: len(prefill.steering.added()) == IN_ENGINE, PATIENCE_S)
         prefill.steering.step()
         wait_until(lambda: at(first, "prefill") == HALF and at(first, "line") > 0, PATIENCE_S)
         assert at(second, "prefill") <= HALF

@@ -16,13 +16,13 @@ from tests.waiting import until
 class StubWorker:
     """Worker, presence and consumer at once; writes down what is asked of it."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, patience_s: float = 60.0) -> None:
         self.presence = self
         self.is_draining = False
         self.num_jobs = 0
         self.said: list[str] = []
         self.connected = True
-        self.serving = Serving(role, self)
+        self.serving = Serving(role, self, patience_s=patience_s)
         self.serving.consumed_by(self)
 
     def serve(self, role: str, becomes: str = "") -> None:
@@ -89,7 +89,7 @@ def test_a_further_stage_needs_no_wait(role: str) -> None:
         worker.num_jobs = 1
         worker.serving.become("both")
         await until(lambda: "is both" in worker.said)
-        assert worker.said == [f"is {role}", f"takes {role}", "takes decode+prefill", "is both"]
+        assert worker.said == [f"takes {role}", f"is {role}", "takes decode+prefill", "is both"]
 
     with_worker(role, test)
 
@@ -100,7 +100,7 @@ def test_one_stage_less_needs_no_wait_either() -> None:
         worker.serving.become("prefill")
         await until(lambda: len(worker.said) == 5)
         assert worker.said == [
-            *("is prefill", "takes prefill", "hands on", "takes prefill", "is prefill")
+            *("takes prefill", "is prefill", "hands on", "takes prefill", "is prefill")
         ]
 
     with_worker("both", test)
@@ -113,7 +113,7 @@ def test_of_several_wishes_the_last_one_counts_and_the_same_again_does_nothing()
         await until(lambda: "hands on" in worker.said)
         worker.serving.become("decode")
         worker.num_jobs = 0
-        await until(lambda: worker.said[-1] == "is decode")
+        await until(lambda: "is decode" in worker.said)
 
         told = len(worker.said)
         worker.serving.become("decode")
@@ -150,3 +150,39 @@ def test_a_worker_that_stops_changes_no_more() -> None:
         assert "takes prefill" not in worker.said
 
     with_worker("decode", test)
+
+
+def test_jobs_that_never_end_do_not_keep_it_from_its_role_for_ever() -> None:
+    async def run() -> None:
+        worker = StubWorker("prefill", patience_s=0.02)
+        worker.num_jobs = 1
+        worker.serving.become("decode")
+        async with asyncio.timeout(10):
+            await until(lambda: "is decode" in worker.said)
+
+    asyncio.run(run())
+
+
+def test_what_rabbitmq_takes_too_long_to_hear_is_told_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving, "_TAKE_FROM_S", 0.02)
+
+    async def test(worker: StubWorker) -> None:
+        asked: list[Future[None]] = []
+
+        def take_from(_stages: Collection[str]) -> Future[None]:
+            done: Future[None] = Future()
+            asked.append(done)
+            if len(asked) > 2:
+                done.set_result(None)
+            return done
+
+        monkeypatch.setattr(worker, "take_from", take_from)
+        worker.serving.become("decode")
+        await until(lambda: "is decode" in worker.said)
+        assert asked[0].cancelled()
+        # The main loop, which comes to it later, leaves it alone.
+        assert not asked[0].set_running_or_notify_cancel()
+
+    with_worker("prefill", test)

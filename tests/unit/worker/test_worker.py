@@ -127,6 +127,25 @@ def test_a_worker_hears_its_role_when_it_is_ready_and_from_nobody_elses_order(
     assert set(bus.roles) == {"both"}
 
 
+def test_an_order_under_a_lease_that_was_lost_is_not_obeyed_but_a_persons_is(
+    presence: Presence, bus: StubBus
+) -> None:
+    presence.enter("ready")
+    process = presence.status().process
+
+    def obeys(role: str, number: int) -> bool:
+        bus.roles.clear()
+        bus.role_order = RoleOrder(process=process, role=role, number=number).to_wire()
+        told = len(bus.told)
+        wait_until(partial(bus.has_told_more_than, told + 2))
+        return role in bus.roles
+
+    assert obeys("both", 8)
+    assert not obeys("prefill", 7)
+    assert obeys("prefill", 0)
+    assert obeys("decode", 8)
+
+
 def test_a_worker_says_that_it_changes_until_it_serves(presence: Presence) -> None:
     presence.enter("ready")
     presence.serve("prefill", becomes="prefill")

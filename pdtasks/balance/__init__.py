@@ -1,0 +1,1 @@
+"""Who follows the load with the workers' roles?"""
