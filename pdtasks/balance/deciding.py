@@ -82,6 +82,8 @@ class Decider:
     def _wanted(self, sight: Sight) -> tuple[str, str]:
         """The stage that should have one more, or none, and why."""
         targets = self._targets
+        if not (sight.prefill or sight.decode):
+            return "", "no worker that is ready serves one stage alone"
         prefill, decode = self.prefill_pressure(sight), self.decode_pressure(sight)
         if prefill > 1 and decode > 1:
             return "", "both stages miss their targets: more workers are needed"

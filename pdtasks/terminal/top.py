@@ -22,6 +22,7 @@ _STATES: Final = {
     "ready": "green",
     "starting": "cyan",
     "draining": "yellow",
+    "changing": "yellow",
     "stalled": "red",
 }
 #: What waits is dim, what computes has the colour of its stage.

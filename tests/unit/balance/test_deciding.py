@@ -111,6 +111,10 @@ def test_after_a_change_nothing_is_decided_until_its_effect_can_be_seen() -> Non
         (replace(SLOW, prefill=pool(PREFILL, 1)), "prefill has no worker to spare"),
         (replace(SLOW, prompts=3), "but prefill would be with one less"),
         (replace(SLOW, ttft_s=0.6), "but prefill would be with one less"),
+        (
+            replace(SLOW, prefill=Pool(), decode=Pool()),
+            "no worker that is ready serves one stage alone",
+        ),
         (replace(LATE, is_settled=False), "waiting for a worker that starts or changes"),
     ],
 )
