@@ -122,15 +122,20 @@ class Workers:
         if all(worker.serves(DECODE) for worker in prefill) and self.decode_does_all:
             # To hand a prompt over from one of them to another would help nobody.
             prefill = []
+        # One of an older release, which does not say, leaves the sum unknown.  Where nobody is left
+        # to say, those who come will have about what there was: unknown would be without a limit.
+        prefill_slots, decode_slots = self._room.prefill_slots, self._room.decode_slots
+        if prefill:
+            known = all(worker.slots for worker in prefill)
+            prefill_slots = sum(map(_places_for_prompts, prefill)) if known else 0
+        if decode:
+            decode_slots = sum(worker.slots for worker in decode)
         return Room(
             prefill_workers=len(prefill),
-            # One of an older release, which does not say, leaves the sum unknown.
-            prefill_slots=(
-                sum(map(_places_for_prompts, prefill)) if all(w.slots for w in prefill) else 0
-            ),
+            prefill_slots=prefill_slots,
             step_tokens=min((w.step_tokens for w in prefill or decode), default=0),
             decode_workers=len(decode),
-            decode_slots=sum(w.slots for w in decode),
+            decode_slots=decode_slots,
             decode_active=sum(w.active for w in decode),
             # One of an older release computes no prompts, and any of them may take the job.
             short_tokens=self._short_tokens,

@@ -148,6 +148,8 @@ def common_env(settings: Settings) -> dict[str, str]:
     env |= settings.to_env()
     env |= {
         "PYTHONUNBUFFERED": "1",
+        # A crash in native code says where, in the child's log.
+        "PYTHONFAULTHANDLER": "1",
         # Nothing about this host or its requests goes to anybody.
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

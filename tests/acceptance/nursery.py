@@ -7,7 +7,8 @@ process load first.  A child runs the command line that it would have been start
 any thread.  A child is its starter's child for the kernel too.
 
 What is not as after an `exec`: /proc shows the first process's environment, and what reads its
-environment when it is imported has read another one.  The stack's first API and Flower are
+environment when it is imported has read another one: a rank of a tensor-parallel group, for one, is
+bound to no core, for OpenMP is there already.  The stack's first API and Flower are
 therefore started as ever, and so are all of `pdtasks demo`, workers and engines too.
 """
 
@@ -343,8 +344,7 @@ def _nurse() -> None:
 
     def fork_child(path: Any, args: Sequence[str | bytes], passed: Sequence[int]) -> int:
         words = [os.fsdecode(word) for word in args]
-        # One of a tensor-parallel group is bound to its cores when OpenMP is loaded.
-        if "spawn_main" not in " ".join(words) or "GOMP_CPU_AFFINITY" in os.environ:
+        if "spawn_main" not in " ".join(words):
             pid: int = spawn_child(path, args, passed)
             return pid
         files = {number: number for number in (0, 1, 2, *passed)}

@@ -23,9 +23,12 @@ FLAGS: Final = {
         "--enable-auto-tool-choice --tool-call-parser hermes --trust-request-chat-template"
     ),
 }
-#: Of all engines: budgets need it, and count from the first to the second.
+#: Of all engines.
 ENGINE_ARGS: Final = {
-    "reasoning_config": {"reasoning_start_str": " think", "reasoning_end_str": " done."}
+    # Budgets need it, and count from the first to the second.
+    "reasoning_config": {"reasoning_start_str": " think", "reasoning_end_str": " done."},
+    # With half as many digits the company of a step tips close choices, on some CPUs.
+    "dtype": "float32",
 }
 #: Requests.
 _AT_ONCE: Final = 8
@@ -56,6 +59,11 @@ class Case:
         """Is it asked when nobody else is? The last bits of a logprob depend on the company."""
         return any("logprob" in name for name in self.fields)
 
+    def shares_prompt(self, other: Case) -> bool:
+        """Does this request find the other one's prompt in a cache?"""
+        prompts = ("prompt", "messages", "input")
+        return all(self.fields.get(name) == other.fields.get(name) for name in prompts)
+
 
 def in_company(cases: Mapping[str, Case]) -> list[list[str]]:
     """The names of `cases`, in order; those of a group are asked at once.
@@ -65,11 +73,14 @@ def in_company(cases: Mapping[str, Case]) -> list[list[str]]:
     groups: list[list[str]] = []
     for name, case in cases.items():
         last = groups[-1] if groups else []
+        company = [cases[other] for other in last]
         if (
             0 < len(last) < _AT_ONCE
             and not case.is_alone
-            and not cases[last[0]].is_alone
-            and cases[last[0]].flags == case.flags
+            and not company[0].is_alone
+            and company[0].flags == case.flags
+            # Else whose prompt is found in the cache is left to chance.
+            and not any(case.shares_prompt(other) for other in company)
         ):
             last.append(name)
         else:

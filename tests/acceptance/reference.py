@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -77,10 +78,21 @@ def answering(
             program.wait()
 
 
+class About(float):
+    """A number whose last bits depend on the requests that shared an engine's step."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and math.isclose(self, other, rel_tol=1e-3, abs_tol=1e-4)
+
+    __hash__ = float.__hash__
+
+
 def said(case: Case, text: str) -> Any:
     """An answer without what is a process's own; the pieces of a stream put together."""
     if not text.startswith(("data:", "event:")):
-        return _without_own(json.loads(text), keep_ids="request_id" in case.fields)
+        parse_float = About if case.fields.get("n", 1) > 1 else float
+        answer = json.loads(text, parse_float=parse_float)
+        return _without_own(answer, keep_ids="request_id" in case.fields)
     events: dict[str, Any] = {}
     for line in text.splitlines():
         if line.startswith("data:") and line != "data: [DONE]":

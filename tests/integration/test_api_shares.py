@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import pytest
 
 from pdtasks.bench.chaos.nursery import Nursery
 from tests.integration.conftest import Services, StartWorker
@@ -26,6 +27,11 @@ def at(api: httpx.Client, stage: str) -> int:
 def figure(api: httpx.Client, name: str) -> float:
     lines = api.get("/metrics").text.splitlines()
     return next((float(line.split()[-1]) for line in lines if line.startswith(name)), -1.0)
+
+
+def state(api: httpx.Client) -> str:
+    stages = ", ".join(f"{stage} {at(api, stage)}" for stage in ("line", "prefill", "decode"))
+    return f"{stages}, part {figure(api, 'pdtasks_api_part')}"
 
 
 def is_ready(api: httpx.Client) -> bool:
@@ -69,7 +75,10 @@ def test_two_that_have_more_than_fits_get_half_of_the_workers_each_until_one_is_
         # (A step is of those that are in the engine by then.)
         wait_until(lambda: len(prefill.steering.added()) == IN_ENGINE, PATIENCE_S)
         prefill.steering.step()
-        wait_until(lambda: at(first, "prefill") == HALF and at(first, "line") > 0, PATIENCE_S)
+        try:
+            wait_until(lambda: at(first, "prefill") == HALF and at(first, "line") > 0, PATIENCE_S)
+        except AssertionError:
+            pytest.fail(f"it has not its half: {[state(api) for api in (first, second)]}")
         assert at(second, "prefill") <= HALF
 
         # One that was killed has none.

@@ -219,7 +219,8 @@ def test_a_request_whose_hand_over_rabbitmq_does_not_take_ends_by_its_deadline(
     # Given requests in prefill
     worker = start_worker("prefill", held=True)
     start_worker("decode")
-    asker.ask("short", timeout_s=8.0)
+    # (To raise the alarm takes some seconds of a busy machine.)
+    asker.ask("short", timeout_s=18.0)
     asker.ask("long", timeout_s=120.0)
     wait_until(lambda: len(worker.steering.added()) == 2)
 
@@ -228,7 +229,7 @@ def test_a_request_whose_hand_over_rabbitmq_does_not_take_ends_by_its_deadline(
         worker.steering.release()
         wait_until(lambda: len(asker.tokens("long")) == len(asker.tokens("short")) == 1)
         # Then one ends by its deadline, told as such
-        wait_until(asker.failures)
+        wait_until(asker.failures, 30)
         assert {r: f.code for r, f in asker.failures().items()} == {"short": "RequestTimeout"}
 
     # and the other goes on when memory is there again

@@ -14,6 +14,7 @@ Workers get a stub engine (`stub.py`, unless told otherwise) by the only seam th
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -196,6 +197,7 @@ def _be(order: Mapping[str, Any], parent: int) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for number, target in enumerate((null, log, log)):
         os.dup2(target, number)
+    faulthandler.enable(all_threads=False)  # a crash in native code says where in the log
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])

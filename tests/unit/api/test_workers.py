@@ -91,6 +91,21 @@ def test_workers_that_take_jobs_say_how_many(slots: tuple[int, int], places: int
     with_bench(test)
 
 
+def test_a_stage_whose_workers_are_not_seen_for_a_while_has_the_places_that_it_had() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = [msgspec.structs.replace(w, slots=16) for w in READY]
+        before = bench.core.workers.room()
+        bench.core.workers.known = []
+
+        room = bench.core.workers.room()
+
+        assert (room.prefill_workers, room.decode_workers) == (0, 0)
+        assert (room.prefill_slots, room.decode_slots) == (16, 16)
+        assert (before.prefill_slots, before.decode_slots) == (16, 16)
+
+    with_bench(test)
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_worker_that_has_come_this_moment_is_seen(
     monkeypatch: pytest.MonkeyPatch, stage: str
