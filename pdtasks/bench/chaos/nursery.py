@@ -28,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import setproctitle
+
 import pdtasks
 from pdtasks import collecting
 from pdtasks.cluster.process import Child, Process, StartFailed
@@ -149,6 +151,9 @@ class _Orphan:
 
 def _serve(parent: int) -> None:
     _die_with(parent)
+    # It looks for its place in memory the first time, beside the environment as it was: in a child,
+    # which has another one, it would look anywhere.
+    setproctitle.getproctitle()
     with collecting.rarely():
         _import_everything()
     _say("ready")
