@@ -59,7 +59,7 @@ PROMPTS: Final = {
 
 def _cases() -> dict[str, Case]:
     """Each with a first word of its own, so that no prefix is cached anywhere."""
-    wanted: dict[str, Any] = {"max_tokens": 12, "logprobs": True, "return_token_ids": True}
+    wanted: dict[str, Any] = {"max_tokens": 16, "logprobs": True, "return_token_ids": True}
     pairs = [(sampling, prompt) for sampling in SAMPLINGS for prompt in PROMPTS]
     return {
         f"{sampling}, {prompt}": chat(
