@@ -13,7 +13,7 @@ from pdtasks.background import Background
 from pdtasks.broker import aborting
 from pdtasks.broker.aborting import Aborter
 from tests.integration.conftest import Services
-from tests.integration.test_publishing import memory_alarm
+from tests.integration.test_publishing import alarm
 from tests.waiting import wait_until
 
 
@@ -55,7 +55,7 @@ def test_a_memory_alarm_delays_aborts_and_nobody_else(
     aborter.abort(["before"])
     wait_until(lambda: heard() == [["before"]])
 
-    with memory_alarm(services):
+    with alarm(services, "memory"):
         # Who asks does not wait, however long it lasts
         began = time.monotonic()
         for n in range(20):
@@ -76,7 +76,7 @@ def test_a_stop_during_a_memory_alarm_is_bounded(
     aborter.abort(["before"])
     wait_until(lambda: heard() == [["before"]])
 
-    with memory_alarm(services):
+    with alarm(services, "memory"):
         for n in range(5):
             aborter.abort([f"during-{n}"])
             time.sleep(0.2)

@@ -12,7 +12,7 @@ import pytest
 from pdtasks.bus import progress
 from tests.integration.asker import Asker
 from tests.integration.conftest import HalfAnswered, Services, StartWorker, StubWorker
-from tests.integration.test_publishing import memory_alarm
+from tests.integration.test_publishing import alarm
 from tests.waiting import wait_until
 
 #: No second attempt makes the same tokens.
@@ -113,7 +113,7 @@ def test_a_first_token_that_was_seen_is_kept_when_prefill_runs_again(
     start_worker("decode")
     asker.ask("r", **RANDOM)
     wait_until(victim.steering.added)
-    with memory_alarm(services):
+    with alarm(services, "memory"):
         victim.steering.step()
         wait_until(asker.tokens)
         kill(victim)

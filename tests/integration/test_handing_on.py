@@ -10,7 +10,7 @@ from pdtasks.pipeline import submit
 from tests.integration.asker import Asker
 from tests.integration.conftest import HalfAnswered, Services, StartWorker
 from tests.integration.steering import token_text
-from tests.integration.test_publishing import memory_alarm
+from tests.integration.test_publishing import alarm
 from tests.waiting import wait_until
 
 #: No second attempt makes the same tokens.
@@ -98,7 +98,7 @@ def test_what_rabbitmq_does_not_take_is_given_back_to_it(
     leaving, begun = half_answered(**RANDOM)
     start_worker("decode", 2)
 
-    with memory_alarm(services):
+    with alarm(services, "memory"):
         leaving.signal(signal.SIGTERM)
         assert leaving.wait() == 0
         assert "r is given back: RabbitMQ did not confirm the message in time" in leaving.log

@@ -59,13 +59,17 @@ def arrived(channel: Any) -> Iterator[Callable[[], list[int]]]:
 
 
 @contextmanager
-def memory_alarm(services: Services) -> Iterator[None]:
-    """RabbitMQ takes no messages in between, as it does when memory runs low."""
-    services.rabbit.control("set_vm_memory_high_watermark", "0.000001")
+def alarm(services: Services, of: str) -> Iterator[None]:
+    """RabbitMQ takes no messages in between, as it does when `of`, memory or disk, runs low."""
+    setting, too_much, usual = {
+        "memory": ("set_vm_memory_high_watermark", "0.000001", "0.4"),
+        "disk": ("set_disk_free_limit", "1000000000000000", "50MB"),
+    }[of]
+    services.rabbit.control(setting, too_much)
     try:
         yield
     finally:
-        services.rabbit.control("set_vm_memory_high_watermark", "0.4")
+        services.rabbit.control(setting, usual)
 
 
 def test_a_thousand_messages_arrive_in_order_each_confirmed(
@@ -176,11 +180,12 @@ def test_a_surprise_in_the_senders_thread_is_told_counted_and_survived(
     assert arrived() == [0, 2]
 
 
-def test_a_memory_alarm_costs_the_impatient_an_error_and_the_patient_their_time(
-    sender: ConfirmedSender, arrived: Callable[[], list[int]], services: Services
+@pytest.mark.parametrize("of", ["memory", "disk"])
+def test_an_alarm_costs_the_impatient_an_error_and_the_patient_their_time(
+    sender: ConfirmedSender, arrived: Callable[[], list[int]], services: Services, of: str
 ) -> None:
     sender.send(message(0), within_s=20).result(20)
-    with memory_alarm(services):
+    with alarm(services, of):
         patient = sender.send(message(1), within_s=120, insist=True)
         wait_until(lambda: sender._blocked, what="RabbitMQ has said that it takes nothing")
         began = time.monotonic()
@@ -225,7 +230,7 @@ def test_a_request_whose_hand_over_rabbitmq_does_not_take_ends_by_its_deadline(
     wait_until(lambda: len(worker.steering.added()) == 2)
 
     # When RabbitMQ is low on memory as they are handed over
-    with memory_alarm(services):
+    with alarm(services, "memory"):
         worker.steering.release()
         wait_until(lambda: len(asker.tokens("long")) == len(asker.tokens("short")) == 1)
         # Then one ends by its deadline, told as such
