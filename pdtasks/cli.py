@@ -124,9 +124,9 @@ def up(
     from pdtasks.cluster.console import Console
     from pdtasks.cluster.supervisor import Size, run_stack
 
-    targets = {name: s for name, s in (("ttft_s", ttft), ("itl_s", itl)) if s is not None}
-    if targets and not auto:
+    if (ttft or itl) and not auto:
         raise click.UsageError("--ttft and --itl are targets of --auto")
+    targets = Targets(ttft_s=ttft or Targets.ttft_s, itl_s=itl or Targets.itl_s)
     given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= _front_end(flags, reasoning_parser)
@@ -138,7 +138,7 @@ def up(
         concurrency,
         api=api,
         flower=not no_flower,
-        targets=Targets(**targets) if auto else None,
+        targets=targets if auto else None,
     )
     sys.exit(run_stack(overrides, size, Console()))
 
