@@ -34,10 +34,21 @@ def stack_settings(**overrides: Any) -> Settings:
         "home": settings.home.expanduser().absolute(),
         "cache_dir": settings.cache_dir.expanduser().absolute(),
     }
-    if settings.model and Path(settings.model).expanduser().exists():
-        absolute["model"] = str(Path(settings.model).expanduser().absolute())
+    if (model := _absolute(settings.model)) != settings.model:
+        absolute["model"] = model
         absolute["served_model_name"] = settings.model_name
+    absolute["models"] = {
+        name: further.model_copy(update={"model": _absolute(further.model)})
+        for name, further in settings.models.items()
+    }
     return settings.model_copy(update=absolute)
+
+
+def _absolute(model: str | None) -> str | None:
+    """A folder's whole path; a name as it is."""
+    if model and (folder := Path(model).expanduser()).exists():
+        return str(folder.absolute())
+    return model
 
 
 def worker(

@@ -28,7 +28,7 @@ from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.rights import User
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
-from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES, stages_of
+from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES, queue_of, stages_of
 from pdtasks.settings import load_settings
 from tests.browser import Tab, chromium
 from tests.integration.steering import Steering, steering_url
@@ -37,6 +37,8 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
+#: One beside the default model, where a test starts workers or an API for it.
+FURTHER_MODEL = "further"
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
@@ -352,9 +354,10 @@ def start_worker(
         held: bool = False,
         wait: bool = True,
         concurrency: int = 8,
+        model: str = "",
         **env: str,
     ) -> StubWorker:
-        name = f"{role}{number}"
+        name = queue_of(f"{role}{number}", model)
         steering_at = steering_url(services.bus_server.operator_url)
         steering = Steering(name, valkey.Valkey.from_url(steering_at))
         if held:
@@ -365,7 +368,14 @@ def start_worker(
             for key, value in env.items()
         }
         argv = [
-            *("-Q", ",".join(stages_of(role)), "-P", "threads", "-c", str(concurrency)),
+            *(
+                "-Q",
+                ",".join(queue_of(stage, model) for stage in stages_of(role)),
+                "-P",
+                "threads",
+                "-c",
+                str(concurrency),
+            ),
             *("-n", f"{name}@test", "-E", "--without-mingle", "--without-gossip", "-l", "INFO"),
         ]
         stub = {"STUB_NAME": name, "STUB_STEERING": steering_at}
@@ -390,7 +400,8 @@ def start_worker(
 
 def _delete_queues(services: Services) -> None:
     with kombu.Connection(services.rabbit.operator_url) as connection:
-        for queue in (*STAGES, DEAD_QUEUE, KEPT_QUEUE):
+        of_further_model = (queue_of(stage, FURTHER_MODEL) for stage in STAGES)
+        for queue in (*STAGES, *of_further_model, DEAD_QUEUE, KEPT_QUEUE):
             try:
                 connection.default_channel.queue_delete(queue)
             except connection.channel_errors:
