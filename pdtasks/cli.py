@@ -220,6 +220,7 @@ def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
 
 @main.command()
 @_URL
+@click.option("--model", help="Whose workers; default: the API's default model.")
 @click.option("--ttft", default=1.0, show_default=True, type=_SECONDS, help="To the first token.")
 @click.option("--itl", default=0.05, show_default=True, type=_SECONDS, help="Between tokens.")
 @click.option("--min-prefill", default=1, show_default=True, type=click.IntRange(min=0))
@@ -232,6 +233,7 @@ def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
 def balance(
     *,
     url: str | None,
+    model: str | None,
     ttft: float,
     itl: float,
     min_prefill: int,
@@ -247,8 +249,8 @@ def balance(
     TTFT and ITL are targets, in seconds, for medians of the last 15 seconds. A stage that misses
     its own gets a worker of the other, where that can spare one: when LOOKS in a row, EVERY seconds
     apart, say so, and not within REST seconds of the last change. Workers of both stages stay as
-    they are. Of several balancers one is at work. Where the API asks for keys, PDTASKS_API_KEY has
-    one.
+    they are. Of several balancers of a model one is at work. Where the API asks for keys,
+    PDTASKS_API_KEY has one.
     """
     from pdtasks.balance.deciding import Targets
     from pdtasks.balance.running import run_balance
@@ -257,7 +259,14 @@ def balance(
 
     targets = Targets(ttft, itl, min_prefill, min_decode, 1 if once else looks, rest_s)
     run_balance(
-        load_settings(), url, targets, Console(), every_s=every_s, dry_run=dry_run, once=once
+        load_settings(),
+        url,
+        targets,
+        Console(),
+        model=model,
+        every_s=every_s,
+        dry_run=dry_run,
+        once=once,
     )
 
 

@@ -243,6 +243,11 @@ def test_the_model_has_a_name_in_the_api(fields: dict[str, Any], name: str) -> N
     assert Settings(**fields).model_name == name
 
 
+def models(**spelt: Any) -> dict[str, Any]:
+    """Further ones, as a person spells them."""
+    return {"models": spelt}
+
+
 def test_a_further_model_has_settings_and_queues_of_its_own() -> None:
     settings = Settings(
         model="/models/llama",
@@ -250,7 +255,7 @@ def test_a_further_model_has_settings_and_queues_of_its_own() -> None:
         engine_args={"dtype": "float32"},
         api_args="--enable-auto-tool-choice",
         max_num_seqs=7,
-        models={"qwen": "/models/qwen2", "tiny": {"model": "org/tiny", "max_model_len": 99}},
+        **models(qwen="/models/qwen2", tiny={"model": "org/tiny", "max_model_len": 99}),
     )
 
     qwen, tiny = settings.of_model("qwen"), settings.of_model("tiny")
@@ -266,7 +271,7 @@ def test_a_further_model_has_settings_and_queues_of_its_own() -> None:
 
 def test_a_model_that_nobody_has_named_has_no_settings() -> None:
     with pytest.raises(ConfigurationError, match=r"'gpt'.*qwen"):
-        Settings(models={"qwen": "/models/qwen"}).of_model("gpt")
+        Settings(**models(qwen="/models/qwen")).of_model("gpt")
 
 
 def test_no_further_model_has_the_default_ones_name() -> None:

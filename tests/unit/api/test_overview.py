@@ -76,7 +76,7 @@ class StubJobs:
 def overviews(bench: Bench, *shares: Share, error: Exception | None = None) -> Overviews:
     jobs: Any = StubJobs()
     depths: Any = StubQueues()
-    made = Overviews(bench.core, jobs, Settings(device="cpu"), depths, None)  # type: ignore[arg-type]
+    made = Overviews([bench.core], jobs, Settings(device="cpu"), depths, None)  # type: ignore[arg-type]
     made.neighbours = StubNeighbours(*shares, error=error)  # type: ignore[assignment]
     return made
 
@@ -153,7 +153,9 @@ def test_a_share_is_small_and_comes_back_as_it_was() -> None:
     async def test(bench: Bench) -> None:
         for number in range(150):
             bench.core.reports.expect(a_request(f"r{number}"), owner="alice")
-        share = overviews(bench).share(100)
+        made = overviews(bench)
+        (own,) = made._own
+        share = made._share(own, 100)
         wire = msgspec.msgpack.encode(share)
 
         assert msgspec.msgpack.decode(wire, type=Share) == share
