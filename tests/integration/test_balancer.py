@@ -19,7 +19,6 @@ from pdtasks.bench.chaos.stack import STUB_MODEL, ChaosStack
 from pdtasks.bus.lease import Lease
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster.console import Console
-from pdtasks.naming import EMBEDDED_MODEL
 from pdtasks.terminal.asking import Client
 from tests.integration.conftest import Services
 from tests.waiting import wait_until
@@ -62,10 +61,10 @@ def test_roles_follow_the_load_and_no_request_notices(
         client = ends.enter_context(closing(Client(url)))
         bus = ends.enter_context(closing(valkey.Valkey.from_url(stack.bus.url)))
 
+        model = client.overview(0).api.model
+
         def has_one_more(stage: str, targets: Targets) -> None:
-            balancer = Balancer(
-                client, bus, targets, model=EMBEDDED_MODEL, every_s=0.1, dry_run=False
-            )
+            balancer = Balancer(client, bus, targets, model=model, every_s=0.1, dry_run=False)
             said: list[str] = []
 
             def is_done() -> bool:
