@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
 #: One beside the default model, where a test starts workers or an API for it.
 FURTHER_MODEL = "further"
+#: The same folder once more; that it is another model shows in how long a prompt may be.
+FURTHER_MODELS = json.dumps({FURTHER_MODEL: {"max_model_len": 100}})
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
@@ -105,6 +108,7 @@ def our_app(services: Services) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in services.env.items():
             patch.setenv(name, value)
+        patch.setenv("PDTASKS_MODELS", FURTHER_MODELS)
         load_settings.cache_clear()
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
@@ -367,6 +371,8 @@ def start_worker(
             key.upper() if key.startswith(("stub_", "otel_")) else f"PDTASKS_{key.upper()}": value
             for key, value in env.items()
         }
+        if model:
+            settings["PDTASKS_MODELS"] = FURTHER_MODELS
         argv = [
             *(
                 "-Q",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,15 +11,26 @@ from typing import Any
 
 import httpx
 import pytest
+from celery.result import AsyncResult
+from click.testing import CliRunner
 
+from pdtasks.app import app
 from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.cli import main
+from pdtasks.errors import WorkerLost
 from pdtasks.naming import EMBEDDED_MODEL
-from tests.integration.conftest import FURTHER_MODEL, Services, StartWorker, StubWorker
+from pdtasks.pipeline import submit
+from tests.integration.conftest import (
+    DELIVERY_LIMIT,
+    FURTHER_MODEL,
+    FURTHER_MODELS,
+    Services,
+    StartWorker,
+    StubWorker,
+)
 from tests.integration.real_api import running_api
 from tests.waiting import wait_until
 
-#: The same folder once more; that it is another one shows in how long a prompt may be.
-MODELS = json.dumps({FURTHER_MODEL: {"max_model_len": 100}})
 BOTH = (EMBEDDED_MODEL, FURTHER_MODEL)
 PATIENCE_S = 30
 
@@ -62,13 +72,10 @@ def world(
     start_worker: StartWorker, services: Services, bench_nursery: Nursery, tmp_path: Path
 ) -> Iterator[World]:
     workers = {
-        model: [
-            start_worker(stage, model=name, models=MODELS, wait=False)
-            for stage in ("prefill", "decode")
-        ]
+        model: [start_worker(stage, model=name, wait=False) for stage in ("prefill", "decode")]
         for model, name in zip(BOTH, ("", FURTHER_MODEL), strict=True)
     }
-    with running_api(services, bench_nursery, tmp_path, 30, models=MODELS) as api:
+    with running_api(services, bench_nursery, tmp_path, 30, models=FURTHER_MODELS) as api:
         world = World(api, workers)
         for model in BOTH:
             wait_until(partial(world.is_ready, model), PATIENCE_S)
@@ -135,6 +142,37 @@ def test_a_lost_model_is_a_503_an_unknown_one_a_404_and_the_others_go_on(world: 
     assert world.api.get("/ready").status_code == 200
     assert world.api.get("/ready", params={"model": FURTHER_MODEL}).status_code == 503
     assert world.api.get("/ready", params={"model": "gpt-9"}).status_code == 404
+
+
+def test_a_job_of_a_model_stays_with_it_from_python_and_after_it_was_given_up(
+    start_worker: StartWorker,
+) -> None:
+    others = [start_worker(stage) for stage in ("prefill", "decode")]
+    start_worker("decode", model=FURTHER_MODEL)
+    result = submit([1, 2, 3], model=FURTHER_MODEL, max_tokens=4, temperature=0)
+    for number in range(1, DELIVERY_LIMIT + 2):
+        victim = start_worker("prefill", number, model=FURTHER_MODEL, held=True)
+        wait_until(victim.steering.added)
+        victim.signal(signal.SIGKILL)
+        victim.wait()
+    # (Any worker answers for it, whatever it serves.)
+    with pytest.raises(WorkerLost):
+        result.get(timeout=PATIENCE_S)
+
+    def letters() -> str:
+        return CliRunner().invoke(main, ["deadletter", "list"]).output
+
+    wait_until(lambda: f"prefill.{FURTHER_MODEL}" in letters())
+    done = CliRunner().invoke(main, ["deadletter", "replay", result.id])
+    result.forget()
+
+    assert done.exit_code == 0, done.output
+    start_worker("prefill", 9, model=FURTHER_MODEL)
+    answer = AsyncResult(result.id, app=app).get(timeout=PATIENCE_S)
+    assert [stage["worker"] for stage in answer["stages"]] == [
+        f"{stage}.{FURTHER_MODEL}@test" for stage in ("prefill9", "decode1")
+    ]
+    assert [worker.steering.added() for worker in others] == [[], []]
 
 
 def test_what_goes_on_is_told_by_model(world: World) -> None:
