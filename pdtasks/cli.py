@@ -79,6 +79,13 @@ _FLAGS_PASS = {"ignore_unknown_options": True}
     "--both", default=0, type=_COUNT, help="Workers that serve both stages: one is enough."
 )
 @click.option(
+    "--worker",
+    "further",
+    metavar="QUEUES",
+    multiple=True,
+    help="A worker of a model in PDTASKS_MODELS, by its queues: prefill.NAME,decode.NAME.",
+)
+@click.option(
     "--api",
     default=1,
     show_default=True,
@@ -97,6 +104,7 @@ def up(
     prefill: int | None,
     decode: int | None,
     both: int,
+    further: tuple[str, ...],
     api: int,
     model: str | None,
     host: str | None,
@@ -123,6 +131,7 @@ def up(
         others if prefill is None else prefill,
         others if decode is None else decode,
         both,
+        further,
         concurrency,
         api=api,
         flower=not no_flower,

@@ -21,7 +21,6 @@ from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
 from pdtasks.flower_login import FLOWER_PREFIX, has_login
 from pdtasks.keys import KEYS_VARIABLE
-from pdtasks.naming import stages_of
 from pdtasks.settings import Settings, make_settings
 
 _TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
@@ -60,7 +59,7 @@ def worker(
     make: Callable[..., Process] = Process,
 ) -> Process:
     """One worker in its place. `make`: another way to start processes."""
-    argv = ["celery", "-A", "pdtasks", "worker", "-Q", ",".join(stages_of(placement.role))]
+    argv = ["celery", "-A", "pdtasks", "worker", "-Q", placement.queues]
     argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
     argv += ["-E", "--without-mingle", "--without-gossip", "-l", "INFO"]
     env = {
