@@ -235,5 +235,6 @@ def serve(settings: Settings, host: str, port: int) -> None:
             timeout_graceful_shutdown=int(settings.drain_timeout_s),
         )
     )
-    app.state.server = server  # vLLM's error handlers look for it
+    for front in app.state.pdtasks_fronts:
+        front.app.state.server = server  # vLLM's error handlers look for it
     server.run()

@@ -40,8 +40,11 @@ ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
 #: One beside the default model, where a test starts workers or an API for it.
 FURTHER_MODEL = "further"
-#: The same folder once more; that it is another model shows in how long a prompt may be.
-FURTHER_MODELS = json.dumps({FURTHER_MODEL: {"max_model_len": 100}})
+#: The same folder once more; that it is another model shows in how long a prompt may be, and how a
+#: chat is rendered.
+FURTHER_MODELS = json.dumps(
+    {FURTHER_MODEL: {"max_model_len": 100, "api_args": "--chat-template {{messages[0].content}}"}}
+)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:

@@ -123,6 +123,13 @@ def test_what_one_model_can_do_is_not_taken_for_the_others(world: World) -> None
     assert refused.status_code == 400
     assert "100" in refused.json()["error"]["message"]
     assert world.begun(FURTHER_MODEL) == []
+    chat = {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": False}
+    counts = {
+        model: world.api.post("/tokenize", json={"model": model} | chat).json()["count"]
+        for model in BOTH
+    }
+    assert counts[FURTHER_MODEL] == 1
+    assert counts[EMBEDDED_MODEL] > 10
 
 
 def test_a_lost_model_is_a_503_an_unknown_one_a_404_and_the_others_go_on(world: World) -> None:
