@@ -125,7 +125,7 @@ class Overviews:
         return Overview(
             at=time.time(),
             api=own[0].api,
-            others=tuple(other.api for other in others),
+            others=_processes(others),
             viewer=viewer,
             workers=tuple(map(_worker, sorted(workers, key=_place))),
             queues=_queues(self._queue_names(model), depths, shares),
@@ -252,6 +252,15 @@ async def telling(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await bus.aclose()
+
+
+def _processes(shares: Sequence[Share]) -> tuple[Api, ...]:
+    """One that serves several models has left several shares."""
+    found: dict[tuple[str, int, float], Api] = {}
+    for share in shares:
+        api = share.api
+        found.setdefault((api.host, api.pid, api.since), api)
+    return tuple(found.values())
 
 
 def _place(worker: WorkerStatus) -> tuple[int, str]:

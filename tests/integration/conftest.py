@@ -111,8 +111,11 @@ def our_app(services: Services) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in services.env.items():
             patch.setenv(name, value)
+        # For this process alone, not for stacks that it starts.
         patch.setenv("PDTASKS_MODELS", FURTHER_MODELS)
         load_settings.cache_clear()
+        load_settings()
+        patch.delenv("PDTASKS_MODELS")
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
         # Whoever asked for a result before has made the app a backend of the old settings.

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import valkey
+from fastapi import HTTPException
 
 from api.overview import Overviews
 from pdtasks.bus.apis import Share, SlotCounts, WindowCounts
@@ -100,6 +101,24 @@ def test_what_several_processes_tell_is_put_together() -> None:
             *("external-own", "old"),
         ]
         assert found.window.seconds >= here.window.seconds
+
+    with_bench(test)
+
+
+def test_a_process_that_serves_several_models_is_one_and_each_model_is_told_alone() -> None:
+    async def test(bench: Bench) -> None:
+        first, further = (
+            a_share(1, id=model, api=Api(host="h", pid=1, since=1.0, version="1", model=model))
+            for model in (bench.core.model, "further")
+        )
+        made = overviews(bench, first, further)
+        of_first = await made.make(OLGA, 10, bench.core.model)
+
+        assert len((await made.make(OLGA, 10)).others) == 1
+        assert of_first.in_flight == first.in_flight
+        assert of_first.others == (first.api,)
+        with pytest.raises(HTTPException, match="404"):
+            await made.make(OLGA, 10, "further")  # known to others alone
 
     with_bench(test)
 
