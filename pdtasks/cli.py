@@ -281,11 +281,17 @@ def balance(
 
 @main.command()
 @_URL
+@click.option("--model", help="Of several; default: the first that has workers.")
 @click.option("--system", help="What the model is told first.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of each answer.")
 @click.option("--temperature", type=click.FloatRange(min=0.0))
 def chat(
-    *, url: str | None, system: str | None, max_tokens: int | None, temperature: float | None
+    *,
+    url: str | None,
+    model: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
 ) -> None:
     """Talk to the running stack; each answer says who computed it, and how fast.
 
@@ -295,7 +301,7 @@ def chat(
     from pdtasks.settings import load_settings
     from pdtasks.terminal.chat import Wishes, run_chat
 
-    wishes = Wishes(system, max_tokens, temperature)
+    wishes = Wishes(system, max_tokens, temperature, model)
     sys.exit(run_chat(url, wishes, patience_s=load_settings().request_timeout_s + 10))
 
 
