@@ -33,6 +33,7 @@ from tests.waiting import wait_until
 
 BOTH = (EMBEDDED_MODEL, FURTHER_MODEL)
 PATIENCE_S = 30
+SAID: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
 
 
 @dataclass
@@ -90,15 +91,16 @@ def test_each_model_is_answered_by_its_own_workers_over_one_address(world: World
         other = next(each for each in BOTH if each != model)
 
         for path, asked in (
-            ("/v1/completions", {}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/completions", {"prompt": "a b c", "max_tokens": 4}),
+            ("/v1/chat/completions", {"messages": SAID, "max_tokens": 4}),
+            ("/v1/messages", {"messages": SAID, "max_tokens": 4}),
+            ("/v1/responses", {"input": "a", "max_output_tokens": 4}),
         ):
-            body: dict[str, Any] = {"model": model, "max_tokens": 4, "temperature": 0} | asked
-            body |= {} if asked else {"prompt": "a b c"}
-            answer = world.api.post(path, json=body)
+            answer = world.api.post(path, json={"model": model, "temperature": 0} | asked)
             assert answer.status_code == 200, answer.text
             assert answer.json()["model"] == model
-            assert answer.json()["usage"]["completion_tokens"] == 4
+            usage = answer.json()["usage"]
+            assert usage.get("completion_tokens", usage.get("output_tokens")) == 4
 
         streamed = world.ask(model, stream=True).text
         assert streamed.rstrip().endswith("data: [DONE]")
@@ -108,10 +110,10 @@ def test_each_model_is_answered_by_its_own_workers_over_one_address(world: World
         assert job["model"] == model
         wait_until(partial(world.has_succeeded, job["id"]), PATIENCE_S)
 
-        assert len(set(world.begun(model)) - before[model]) == 4
+        assert len(set(world.begun(model)) - before[model]) == 6
         assert set(world.begun(other)) == before[other], "no job crosses"
-        assert world.figure("pdtasks_requests_total", f'model="{model}"', "length") == 4
-        assert world.figure("vllm:request_success_total", f'model_name="{model}"') == 4
+        assert world.figure("pdtasks_requests_total", f'model="{model}"', "length") == 6
+        assert world.figure("vllm:request_success_total", f'model_name="{model}"') == 6
 
 
 def test_what_one_model_can_do_is_not_taken_for_the_others(world: World) -> None:

@@ -67,3 +67,21 @@ def test_nothing_of_a_line_is_in_its_error() -> None:
 
     assert len(file.errors) == 3
     assert "canary" not in str(file.errors)
+
+
+@pytest.mark.parametrize("model", ["m", "other"])
+def test_all_lines_ask_the_model_that_the_first_one_asks(model: str) -> None:
+    file = InputFile("/v1/completions", ["m", "other"], max_line_bytes=200)
+    asked = [model, "m", "other", "unknown", 7]
+    file.feed(
+        b"\n".join(
+            a_line(str(number), body={"model": one, "prompt": "a"})
+            for number, one in enumerate(asked)
+        )
+    )
+    file.end()
+
+    assert file.model == model
+    wrong = [number for number, one in enumerate(asked, start=1) if one != model]
+    assert [error["line"] for error in file.errors] == wrong
+    assert {error["code"] for error in file.errors} == {"mismatched_model"}
