@@ -98,6 +98,11 @@ _FLAGS_PASS = {"ignore_unknown_options": True}
 @click.option("--flower-port", type=int, help="Port of Flower. [default: 5555]")
 @click.option("--concurrency", type=int, help="Jobs that one worker takes at once.")
 @click.option("--no-flower", is_flag=True, help="Do not start Flower.")
+@click.option(
+    "--auto", is_flag=True, help="Workers change roles with the load, as by `pdtasks balance`."
+)
+@click.option("--ttft", type=_SECONDS, help="With --auto: target to the first token. [default: 1]")
+@click.option("--itl", type=_SECONDS, help="With --auto: target between tokens. [default: 0.05]")
 @_takes_front_end_flags
 def up(
     *,
@@ -112,6 +117,9 @@ def up(
     flower_port: int | None,
     concurrency: int | None,
     no_flower: bool,
+    auto: bool,
+    ttft: float | None,
+    itl: float | None,
     reasoning_parser: str | None,
     flags: tuple[str, ...],
 ) -> None:
@@ -120,9 +128,13 @@ def up(
     Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
     --chat-template, …
     """
+    from pdtasks.balance.deciding import Targets
     from pdtasks.cluster.console import Console
     from pdtasks.cluster.supervisor import Size, run_stack
 
+    if (ttft or itl) and not auto:
+        raise click.UsageError("--ttft and --itl are targets of --auto")
+    targets = Targets(ttft_s=ttft or Targets.ttft_s, itl_s=itl or Targets.itl_s)
     given = {"model": model, "api_host": host, "api_port": port, "flower_port": flower_port}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= _front_end(flags, reasoning_parser)
@@ -135,6 +147,7 @@ def up(
         concurrency,
         api=api,
         flower=not no_flower,
+        targets=targets if auto else None,
     )
     sys.exit(run_stack(overrides, size, Console()))
 

@@ -39,6 +39,8 @@ _LIMITS: Final = ("requests_per_minute", "tokens_per_minute", "at_once")
 _PREFIX: Final = "pdt-"
 #: Secrets, separated by commas. No setting: what is one goes into other processes as well.
 KEYS_VARIABLE: Final = "PDTASKS_API_KEYS"
+#: One that commands of ours ask with.
+KEY_VARIABLE: Final = "PDTASKS_API_KEY"
 #: Seconds between two looks at the file.
 _LOOK_S: Final = 1.0
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from pdtasks.errors import PdtasksError
 
-Role = Literal["broker", "bus", "kv", "api", "flower", "prefill", "decode"]
+Role = Literal["broker", "bus", "kv", "api", "flower", "balancer", "prefill", "decode"]
 #: What the supervisor does: `starting`, then `ready`, then `draining` until it is gone.
 StackState = Literal["starting", "ready", "draining"]
 

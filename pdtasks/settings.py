@@ -140,9 +140,8 @@ class Settings(BaseSettings):
     #: MiB of shared memory of each engine rank, for KV that engines of the same host read at once;
     #: 0: hand-overs wait for the kv server.
     kv_ring_mib: int | None = Field(default=None, ge=0)  #: None: 256; on CUDA 4096
-    #: MiB of GPU memory of each engine rank for the newest of it, which engines of the same host
-    #: copy from GPU to GPU; at most a quarter of what is free. 0: through host memory alone.
-    kv_device_ring_mib: int | None = Field(default=None, ge=0)  #: None: 2048
+    #: Engines of one host copy KV from GPU to GPU, out of each other's caches, where CUDA can.
+    kv_gpu_to_gpu: bool = True
     #: Tokens up to which a prompt is computed by the decode worker that answers it: to hand it over
     #: would take longer.  0: decode workers compute no prompts, also where no prefill worker is.
     short_prompt_tokens: int | None = Field(default=None, ge=0)  #: None: 64; on CUDA 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import ExitStack, suppress
 from typing import Final
@@ -111,6 +112,8 @@ def run_balance(
 
     Told is what changes, and each minute that nothing has. `model`: None: the API's default one.
     """
+    # The supervisor ends it so: another one is to take over at once then, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as ends:
         client = Client(url)
         ends.callback(client.close)

@@ -20,7 +20,7 @@ import pdtasks
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
 from pdtasks.flower_login import FLOWER_PREFIX, has_login
-from pdtasks.keys import KEYS_VARIABLE
+from pdtasks.keys import KEY_VARIABLE, KEYS_VARIABLE
 from pdtasks.settings import Settings, make_settings
 
 _TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
@@ -98,6 +98,18 @@ def flower(settings: Settings, cookie_secret: str) -> Process:
         # Only this host can connect, and the configuration allows looking only.
         env |= {"FLOWER_UNAUTHENTICATED_API": "true"}
     return _python("flower", argv, settings, env)
+
+
+def balancer(settings: Settings, url: str, *, ttft_s: float, itl_s: float) -> Process:
+    """What has workers change roles (`pdtasks.balance`).
+
+    Args:
+        url: of the API.
+        ttft_s, itl_s: what callers are to get.
+    """
+    argv = ["pdtasks.cli", "balance", "--url", url, "--ttft", f"{ttft_s:g}", "--itl", f"{itl_s:g}"]
+    key = os.environ.get(KEY_VARIABLE)
+    return _python("balancer", argv, settings, {KEY_VARIABLE: key} if key else {})
 
 
 def api_url(settings: Settings, port: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Workers, API and Flower: children that are watched, and restarted when they end.
+"""Workers, API, Flower and balancer: children that are watched, and restarted when they end.
 
 A part is ready when it answers, not when it runs.  One that ends by itself after the start is
 started again, later and later as long as it keeps failing.
@@ -24,6 +24,7 @@ from pdtasks.cluster.process import Process, describe_exit
 from pdtasks.cluster.stack import member_of
 from pdtasks.cluster.steps import step_of
 from pdtasks.messages import WorkerStatus
+from pdtasks.naming import ROLES
 from pdtasks.running_stack import Member
 from pdtasks.tls import valkey_url
 
@@ -47,12 +48,12 @@ _LOG_LINES = 1000
 
 @dataclass
 class Part:
-    """One child that is restarted when it ends: a worker, the API, Flower."""
+    """One child that is restarted when it ends: a worker, the API, Flower, the balancer."""
 
     process: Process
     role: str
     where: str  #: for people
-    ready_url: str | None = None  #: answers 200 when it is ready; None: a worker, seen on the bus
+    ready_url: str | None = None  #: answers 200 when it is ready
     ready: bool = False
     started_at: float = 0.0
     ready_at: float = 0.0
@@ -70,7 +71,7 @@ class Part:
     @property
     def is_worker(self) -> bool:
         """Does it take jobs, and say so on the bus?"""
-        return self.ready_url is None
+        return self.role in ROLES
 
 
 class Parts:
@@ -167,6 +168,8 @@ class Parts:
     def _is_ready(self, part: Part) -> bool:
         if part.ready_url is not None:
             return http_status(part.ready_url) == 200
+        if not part.is_worker:
+            return part.process.running
         status = self._signs_of_life().get(part.process.pid)
         return status is not None and status.state == "ready"
 
@@ -237,7 +240,7 @@ class Parts:
         if not self._bus_answers:
             part.ill_since = None  # it proves nothing
             return
-        said = _said(status)
+        said = _said(status, part.role)
         if _without_counts(said) != _without_counts(part.told):
             self._console.line(f"{part.name}: {part.told} → {said}")
         part.told = said
@@ -307,7 +310,7 @@ class Parts:
             if not self._bus_answers or not _is_ill(status):
                 return None
             if status is not None or time.monotonic() - began > _SURELY_SILENT_S:
-                return _said(status)
+                return _said(status, part.role)
             self._tick()
             time.sleep(LOOP_S)
         return None
@@ -326,10 +329,11 @@ class Parts:
         return [part for part in self._parts if part.role in roles]
 
 
-def _said(status: WorkerStatus | None) -> str:
+def _said(status: WorkerStatus | None, started_as: str) -> str:
     if status is None:
         return "silent"
-    return status.state + (f": {status.reason}" if status.reason else "")
+    changed = f", serves {status.role}" if status.role != started_as else ""
+    return status.state + changed + (f": {status.reason}" if status.reason else "")
 
 
 def _is_ill(status: WorkerStatus | None) -> bool:

@@ -23,6 +23,7 @@ class User(StrEnum):
     WORKER = "pdtasks-worker"
     FLOWER = "pdtasks-flower"
     CLIENT = "pdtasks-client"  #: a program that calls `pdtasks.pipeline.submit`
+    BALANCER = "pdtasks-balancer"  #: has workers change roles; on the bus alone
     #: What all of them may, and the commands of `pdtasks`: for a host with one user, and for who
     #: joins a stack by hand.
     ALL = "pdtasks"
@@ -203,6 +204,7 @@ _WORKER_ON_BUS: Final = (
     *(_BE_SEEN, _SEE_WORKERS, _SEND_REPLIES, _ASK_PROGRESS, _STORE_RESULTS, _HEAR_ORDERS),
 )
 _CLIENT_ON_BUS: Final = (_READ_RESULTS,)
+_BALANCER_ON_BUS: Final = (_SEE_WORKERS, _GIVE_ORDERS, _BALANCE)
 _COMMANDS_ON_BUS: Final = (_SEE_WORKERS, _PROBE, _BALANCE)
 
 #: Flower has no user here: results, which it would show, hold answers.
@@ -212,6 +214,7 @@ BUS_RIGHTS: Final[dict[User, str]] = {
         User.API: _API_ON_BUS,
         User.WORKER: _WORKER_ON_BUS,
         User.CLIENT: _CLIENT_ON_BUS,
+        User.BALANCER: _BALANCER_ON_BUS,
         User.ALL: (*_API_ON_BUS, *_WORKER_ON_BUS, *_CLIENT_ON_BUS, *_COMMANDS_ON_BUS),
     }.items()
 }

@@ -17,7 +17,7 @@ from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, broker_accepts, valkey_answers, wait_until
 from pdtasks.cluster.process import Process, StartFailed, describe_exit
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
-from pdtasks.cluster.rights import BUS_RIGHTS, User
+from pdtasks.cluster.rights import BROKER_RIGHTS, BUS_RIGHTS, User
 from pdtasks.cluster.stack import home_marker, member_of, redact
 from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
 from pdtasks.running_stack import Member
@@ -96,12 +96,15 @@ class Services:
         update: dict[str, Any] = {}
         for _, service in self._private:
             if isinstance(service, RabbitNode):
-                update["broker_url"] = service.url_for(user)
+                if user in BROKER_RIGHTS:
+                    update["broker_url"] = service.url_for(user)
                 if user in _USES_BROKER_API:
                     update["broker_api_url"] = service.api_url_for(user)
             elif service.kind == "bus" and user in BUS_RIGHTS:
                 update["bus_url"] = service.url_for(user)
         # Empty and not None: else it would be looked for in the stack's file.
+        if user not in BROKER_RIGHTS:
+            update["broker_url"] = ""
         if user not in _USES_BROKER_API:
             update["broker_api_url"] = ""
         if user not in BUS_RIGHTS:

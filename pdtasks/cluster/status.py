@@ -126,13 +126,14 @@ def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -
         "kv": lambda url: all(valkey_answers(one) for one in url.split(",")),
         "api": lambda url: http_status(f"{url}/health") == 200,
         "flower": lambda url: http_status(f"{url}/healthcheck") == 200,
+        "balancer": lambda _: True,  # it serves nothing
     }
     rows = []
     for role, answers in probes.items():
         started = [member for member in members if member.role == role]
-        if not started and (role not in urls or role in ("api", "flower")):
+        if not started and (role not in urls or role in ("api", "flower", "balancer")):
             continue  # not there, or not begun
-        url = urls.get(role)
+        url = "" if role == "balancer" else urls.get(role)
         # Several API processes have a URL each, in the order of their start.
         own = url.split(",") if url and role == "api" else [url]
         asked: list[Member | None] = [*started] or [None]

@@ -10,6 +10,7 @@ services.  A second Ctrl-C ends everything at once.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtasks import tracing
+from pdtasks.balance.deciding import Targets
 from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.parts import LOOP_S, Part, Parts
@@ -31,9 +33,9 @@ from pdtasks.cluster.signals import StopRequested, StopSignals
 from pdtasks.cluster.stack import StackLock, StackRecord, clean_stale
 from pdtasks.drained import Drained
 from pdtasks.engine.models import is_ready, resolve_model
-from pdtasks.errors import PdtasksError
+from pdtasks.errors import ConfigurationError, PdtasksError
 from pdtasks.flower_login import require_login
-from pdtasks.keys import require_keys
+from pdtasks.keys import KEY_VARIABLE, asks_for_keys, require_keys
 from pdtasks.links import is_loopback
 from pdtasks.naming import ROLES
 from pdtasks.running_stack import StackState
@@ -43,6 +45,9 @@ _START_S = 240.0
 _START_DOWNLOADING_S = 1800.0  # the engines fetch a Hugging Face model themselves
 _GRACE_S = 15.0  # beyond `drain_timeout_s`: an engine needs a moment to end
 _FLOWER_STOP_S = 5.0
+_BALANCER_START_S = 20.0
+#: Workers of one stage alone, below which none is ever free to change.
+_LEAST_FOR_CHANGES = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Size:
     concurrency: int | None = None  #: jobs one worker takes at once; None: what its engine batches
     api: int = 1  #: API processes, on ports that follow each other
     flower: bool = True
+    targets: Targets | None = None  #: that roles are to follow the load for; None: they stay
 
 
 def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int:
@@ -76,8 +82,19 @@ def run_stack(overrides: Mapping[str, Any], size: Size, console: Console) -> int
         tracing.require_usable()
         if size.flower:
             require_login(settings.flower_host)
+        if size.targets is not None:
+            _require_key(settings)
         with StopSignals() as signals:
             return Supervisor(settings, size, console, signals).run()
+
+
+def _require_key(settings: Settings) -> None:
+    """Raises ConfigurationError when the API would not tell the balancer anything."""
+    if asks_for_keys(settings) and not os.environ.get(KEY_VARIABLE):
+        raise ConfigurationError(
+            f"--auto asks the API, which wants a key: set {KEY_VARIABLE} to one (`pdtasks keys "
+            "new balancer` makes one)"
+        )
 
 
 class Supervisor:
@@ -162,6 +179,10 @@ class Supervisor:
         are_here = all(Path(one).is_dir() for one in (model, *further))
         deadline_s = _START_S if are_here else _START_DOWNLOADING_S
         self._parts.wait(deadline_s, self._services.check)
+        if self._size.targets is not None:
+            # Only now: it asks the API.
+            self._start_balancer(self._size.targets)
+            self._parts.wait(_BALANCER_START_S, self._services.check)
         self._state = "ready"
         self._record()
 
@@ -183,6 +204,12 @@ class Supervisor:
     def _warn(self, plan: Plan) -> None:
         if plan.warning:
             self._console.warn(plan.warning)
+        size = self._size
+        if size.targets is not None and size.prefill + size.decode < _LEAST_FOR_CHANGES:
+            self._console.warn(
+                "--auto has nobody to change: each stage keeps one worker, and those of both stay "
+                "as they are. Start more with --prefill and --decode"
+            )
         host = self.settings.api_host
         if self.settings.api_open and not is_loopback(host):
             self._console.warn(f"the API on {host} asks for no key: anybody can use it")
@@ -215,6 +242,14 @@ class Supervisor:
             for_flower = self._services.settings_for(User.FLOWER, settings)
             process = children.flower(for_flower, secrets.token_urlsafe(48))
             self._parts.add(Part(process, "flower", url, f"{url}/healthcheck"))
+
+    def _start_balancer(self, targets: Targets) -> None:
+        settings = self._services.settings_for(User.BALANCER, self.settings)
+        process = children.balancer(
+            settings, children.api_url(settings), ttft_s=targets.ttft_s, itl_s=targets.itl_s
+        )
+        where = f"first token {targets.ttft_s:g} s, each token {targets.itl_s:g} s"
+        self._parts.add(Part(process, "balancer", where))
 
     # -- watch ------------------------------------------------------------------------------------
 
@@ -267,10 +302,11 @@ class Supervisor:
 
     def _stop_in_order(self) -> None:
         deadline_s = self.settings.drain_timeout_s + _GRACE_S
+        self._parts.request_stop("balancer")
         self._parts.stop("api", deadline_s=deadline_s)
         self._parts.request_stop("flower")
         self._parts.stop(*ROLES, deadline_s=deadline_s)
-        self._parts.stop("flower", deadline_s=_FLOWER_STOP_S)
+        self._parts.stop("flower", "balancer", deadline_s=_FLOWER_STOP_S)
         self._services.stop()
 
     def _clean_up(self) -> None:

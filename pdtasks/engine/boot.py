@@ -38,7 +38,7 @@ async def start_core(
         "connections": settings.kv_connections,
         "min_prefix_tokens": settings.kv_min_prefix_tokens,
         "ring_mib": settings.kv_ring_mib,
-        "device_ring_mib": settings.kv_device_ring_mib,
+        "gpu_to_gpu": settings.kv_gpu_to_gpu,
         "reports_to": reports_to,
         "exit_with_pid": os.getpid(),
     }

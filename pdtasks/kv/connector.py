@@ -40,8 +40,7 @@ timeout_s           seconds that the blocks of one engine step may take; then: r
 min_prefix_tokens   a shared prefix that is shorter is computed, not loaded (128; on CUDA 512)
 ring_mib            shared memory of each rank for blocks that engines of this host read at once
                     (256; on CUDA 4096; 0: hand-overs wait for the store)
-device_ring_mib     GPU memory of each rank for the newest of these blocks, which engines of the
-                    host copy from GPU to GPU; at most a quarter of what is free (2048; 0: none)
+gpu_to_gpu          engines of this host read each other's caches on CUDA (true)
 reports_to          unix datagram socket that hears at once of each transfer that has ended
 exit_with_pid       the engine's processes end when this process is gone
 ==================  ============================================================================
@@ -92,7 +91,6 @@ CONNECTIONS = {"cpu": 4, "cuda": 8}
 TIMEOUT_S = 10.0
 MIN_PREFIX_TOKENS = {"cpu": 128, "cuda": 512}
 RING_MIB = {"cpu": 256, "cuda": 4096}
-DEVICE_RING_MIB = 2048
 #: What may still be on its way from a ring when a request joins a step, and what the only request
 #: of an engine waits for in its step: about 15 ms of copying.
 SYNC_MIB = {"cpu": 64, "cuda": 768}
@@ -169,7 +167,7 @@ class ValkeyConnector(KVConnectorBase_V1):
                 timeout_s=timeout_s,
                 engine_id=engine_id,
                 ring_bytes=ring_bytes,
-                device_ring_bytes=int(option("device_ring_mib", DEVICE_RING_MIB)) << 20,
+                gpu_to_gpu=bool(option("gpu_to_gpu", True)),
                 soon_bytes=SYNC_MIB[device] << 20,
                 report=self._reporter,
             )

@@ -18,7 +18,7 @@ from pdtasks.kv.codec import HEADER_BYTES, CorruptBlock, check, name_of
 from pdtasks.kv.ledger import Ledger, Tally, keep
 from pdtasks.kv.movers import Block, Movers, batches_of, blocks_of
 from pdtasks.kv.plan import BlockLoad, Join, TransferPlan
-from pdtasks.kv.ring import Presence, RingReader
+from pdtasks.kv.ring import Presence, RingReader, has_writer
 from pdtasks.kv.rings import Rings
 from pdtasks.kv.store import BlockStore, UnexpectedValue
 
@@ -268,7 +268,7 @@ class Loads:
                 logger.warning("a ring has another block than %s", block.key)
                 return False
             copies.append((block.block_id, ring.payload(slot)))
-        if not self._from_device(tally, blocks, numbers, ring):
+        if not self._from_peer(tally, blocks, numbers, ring):
             copier = self._copiers.own.copier
             if not self._scatter(tally, partial(copier.scatter, copies, pinned=ring.pinned)):
                 return False
@@ -278,27 +278,28 @@ class Loads:
             ring.note_read(number)
         return True
 
-    def _from_device(
+    def _from_peer(
         self, tally: Tally, blocks: Sequence[Block], numbers: list[int], ring: RingReader
     ) -> bool:
         """Copy from GPU to GPU. False: not all of it can be, or another block came in between."""
-        if ring.device is None or not all(map(ring.is_in_device, numbers)):
+        peer = self._rings.peer(ring)
+        places = [place for number in numbers if (place := ring.cached_at(number)) is not None]
+        if peer is None or len(places) < len(numbers) or not has_writer(ring.name):
             return False
-        copies = [
-            (block.block_id, ring.device_address(slot))
-            for block, number in zip(blocks, numbers, strict=True)
-            if (slot := ring.device_slot(number)) is not None
-        ]
+        copies = [(block.block_id, place) for block, place in zip(blocks, places, strict=True)]
         copier = self._copiers.own.copier
-        try:
-            are_copied = len(copies) == len(numbers) and self._scatter(
-                tally, partial(copier.scatter_from_device, copies)
-            )
-        except RuntimeError as exc:  # CUDA's: the slots have them as well
-            logger.warning("no copies from GPU to GPU any more: %s", exc)
-            ring.without_device()
-            return False
-        return are_copied and all(map(ring.is_in_device, numbers))
+        with peer.use() as rows:
+            if rows is None:
+                return False
+            try:
+                copy = partial(copier.scatter_from_peer, copies, rows)
+                if not self._scatter(tally, copy):
+                    return False
+            except RuntimeError as exc:  # CUDA's: the slots have them as well
+                logger.warning("no copies from GPU to GPU any more: %s", exc)
+                ring.close_cache()
+                return False
+        return places == [ring.cached_at(number) for number in numbers]
 
     def _stay(self, load: BlockLoad, numbers: list[int], ring: RingReader) -> bool:
         """Are those blocks in their slots? Kept ones are, also while their word is away."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -243,7 +243,7 @@ class BlockLookup:
         self._waits_until.pop(request_id, None)
         if presence is Presence.HERE and self._rings.keep(handle, first, KEPT_S):
             num_bytes = (handle.num_blocks - first) * self._block_bytes
-            is_quick = self._rings.are_in_device(handle, first)
+            is_quick = self._rings.are_cached(handle, first)
             self._joins[request_id] = self._join(request, handle, num_bytes, is_quick=is_quick)
         return num_tokens
 
@@ -303,9 +303,21 @@ class BlockLookup:
                 save = self._plan_save(saving, num_scheduled, step)
                 if save is not None:
                     plan.saves.append(save)
+        plan.written = [*self._newly_written(step)]
+        for load in plan.loads:
+            plan.written += load.block_ids
         self._turns.next_step(self._num_left(step))
         self._look_for_leaks()
         return plan
+
+    def _newly_written(self, step: SchedulerOutput) -> Iterator[int]:
+        """Blocks that were given to requests of `step` for what it computes, or later ones do."""
+        for new in step.scheduled_new_reqs:
+            # What is computed already is another request's as well, and stays as it is.
+            yield from new.block_ids[0][new.num_computed_tokens // self._block_size :]
+        for block_ids in step.scheduled_cached_reqs.new_block_ids:
+            if block_ids is not None:
+                yield from block_ids[0]
 
     def _take_joined(self) -> set[str]:
         """Requests of `Join.SOON` that vLLM has taken up: it may share their blocks from now on."""

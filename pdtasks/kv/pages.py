@@ -27,7 +27,6 @@ blocks that no step under way still touches (`Scheduler.defer_block_free`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -42,6 +41,9 @@ Blocks = Sequence[tuple[int, memoryview]]
 
 #: Numbers of blocks, each with an address for its bytes.
 Addresses = Sequence[tuple[int, int]]
+
+#: Numbers of blocks here, each with its number in another engine's cache.
+Places = Sequence[tuple[int, int]]
 
 #: Of streams whose kernels run before vLLM's.
 _FIRST = -1
@@ -118,45 +120,31 @@ class Copier:
         if pages.device.type == "cuda":
             self._stream = torch.cuda.Stream(pages.device, priority=_FIRST)
 
-    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool, beside: Addresses = ()) -> bool:
+    def gather(self, blocks: Blocks, after: Marks, *, pinned: bool) -> None:
         """Copy blocks into their payloads, all regions, one by one; parts when they are complete.
 
-        Args:
-        pinned: CUDA knows the payloads' memory.
-        beside: copy these blocks within the GPU, too.
-
-        Returns False when CUDA did not copy them there.
+        `pinned`: CUDA knows the payloads' memory.
         """
-        are_beside = True
         for part, mark in after:
             if mark is not None:
                 mark.synchronize()
-            if beside and are_beside:
-                are_beside = self._copy_beside(beside, part)
             at_once = max(1, _CALL_BYTES // (part.end - part.begin))
             for begin in range(0, len(blocks), at_once):
                 self._copy(blocks[begin : begin + at_once], part, pinned, out_of_cache=True)
-        return are_beside
-
-    def _copy_beside(self, blocks: Addresses, part: Part) -> bool:
-        assert self._many is not None
-        with suppress(RuntimeError), torch.cuda.stream(self._stream):
-            # No wait: what follows on the stream is waited for.
-            self._many.copy_in_device(blocks, part, out_of_cache=True)
-            return True
-        return False
 
     def scatter(self, blocks: Blocks, *, pinned: bool) -> None:
         """Copy payloads over their blocks, which nobody uses."""
         whole = Part(0, self._pages.block_bytes)
         self._copy(blocks, whole, pinned, out_of_cache=False)
 
-    def scatter_from_device(self, blocks: Addresses) -> None:
-        """`scatter` from GPU memory, of whatever GPU."""
+    def scatter_from_peer(self, blocks: Places, peer: NDArray[np.int64]) -> None:
+        """Copy blocks of another engine's cache over ours, which nobody uses.
+
+        `peer`: where its regions lie (`PeerCache.use`), as many and as wide as here.
+        """
         assert self._many is not None
         with torch.cuda.stream(self._stream):
-            whole = Part(0, self._pages.block_bytes)
-            self._many.copy_in_device(blocks, whole, out_of_cache=False)
+            self._many.copy_from_peer(blocks, peer)
         self._wait()
 
     def _copy(self, blocks: Blocks, part: Part, pinned: bool, *, out_of_cache: bool) -> None:
@@ -207,6 +195,7 @@ class ManyCopies:
             (part.begin, part.end): pieces_of(pages.regions, part, pages.block_bytes)
             for part in (whole, *pages.parts)
         }
+        self._regions = self._rows[whole.begin, whole.end]
 
     @staticmethod
     def can_copy(pages: BlockPages) -> bool:
@@ -239,13 +228,13 @@ class ManyCopies:
         else:
             self._into_cache(host, cache, sizes)
 
-    def copy_in_device(self, blocks: Addresses, part: Part, *, out_of_cache: bool) -> None:
-        """`copy` to and from GPU memory, by the copy engine in both directions."""
-        cache, there, sizes = _tables(blocks, self._rows[part.begin, part.end])
-        if out_of_cache:
-            self._out_of_cache(cache, there, sizes)
-        else:
-            self._out_of_cache(there, cache, sizes)
+    def copy_from_peer(self, blocks: Places, peer: NDArray[np.int64]) -> None:
+        """Have `blocks` copied from another engine's cache, by the copy engine."""
+        begin, stride, _, size = self._regions
+        ours, theirs = np.array(blocks, dtype=np.int64).T[:, :, np.newaxis]
+        sizes = np.broadcast_to(size, (len(blocks), len(size)))
+        source = _table(peer[0] + theirs * peer[1])
+        self._out_of_cache(source, _table(begin + ours * stride), _table(sizes))
 
 
 def num_parts_on(device: torch.device) -> int:

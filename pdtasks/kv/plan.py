@@ -69,6 +69,8 @@ class TransferPlan(KVConnectorMetadata):
     joined: set[str] = field(default_factory=set)
     #: Requests of `Join.SOON` that have ended before, whose blocks this step may write.
     left: set[str] = field(default_factory=set)
+    #: Blocks of the engine's cache that this step, or one of its loads, begins to write.
+    written: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,12 @@ is the only one that writes it.  The scheduler numbers blocks as it plans them: 
 slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle names ring and
 numbers, so nobody keeps a directory, and no lock is shared between processes::
 
-    header   magic 4s | format u16 | reserved u16 | slots u64 | block bytes u64 | padding to 64
-             device handle 64s | device slots u64 | padding to 192
+    header   magic 4s | format u16 | regions u16 | slots u64 | block bytes u64 | open u64
+             padding to 64
+    regions  of the writer's cache, rows of 128 bytes:
+             handle 64s | offset u64 | bytes from one block to the next u64 | padding
     table    a row of 64 bytes for each slot:
-             word u64 | name u64 | read u64 | kept until u64 | device word u64
+             word u64 | name u64 | read u64 | kept until u64 | cached u64
     payload  of each slot, rows of whole pages
 
 A slot's word is *n* + 1 when block *n* is there, 0 while one is being written.  So a reader knows
@@ -28,10 +30,11 @@ monotonic clock) how long its slot must stay as it is, and then looks at the wor
 takes the word away and then looks there, and waits.  Whichever comes first, the other sees it
 (Dekker's algorithm; the locks between write and look are the fences that it needs).
 
-On CUDA the newest blocks are in the writer's GPU memory as well, block *n* in device slot *n* mod
-device slots, whose device word is *n* + 1 then.  Engines of the host that can map that memory copy
-from GPU to GPU: 2 ms instead of 19 for 663 MB between two H200.  A copy in which the device word
-has changed is made again from the slot; nothing is ever kept in a device slot.
+On CUDA a block is in the writer's own cache as well, until the engine writes another one there:
+`cached` is the number of that place, and 1.  The writer takes it away before a step that writes
+there begins.  Engines of the host that can map the cache (`open` is 1, `peers`) copy from GPU to
+GPU: 2 ms instead of 19 for 663 MB between two H200.  A copy in which `cached` has changed is made
+again from the slot; nothing is ever kept in the cache for a reader.
 
 The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
 read by those who know its name, until another ring is made here: that removes files without a lock.
@@ -46,27 +49,30 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
 import torch
 
-from pdtasks.kv.device_memory import HANDLE_BYTES, DeviceMemory
+from pdtasks.kv.device_memory import HANDLE_BYTES, SharedRegion
 
 #: Where files are memory.
 FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
 _PREFIX = "pdtasks-kv-"
 _NAME = re.compile(re.escape(_PREFIX) + "[0-9A-Za-z_.-]{1,100}")
-_HEADER = struct.Struct("=4sHHQQ")
+_HEADER = struct.Struct("=4sHHQQQ")
 _MAGIC = b"PDRB"
-_FORMAT = 2
-_DEVICE = struct.Struct(f"={HANDLE_BYTES}sQ")
-_DEVICE_BEGIN = 64
-_TABLE = 192  # bytes before the table
+_FORMAT = 3
+_OPEN = struct.Struct("=Q")
+_OPEN_BEGIN = _HEADER.size - _OPEN.size
+_REGION = struct.Struct(f"={HANDLE_BYTES}sQQ")
+_REGIONS_BEGIN = 64
+_REGION_ROW = 128
+_MOST_REGIONS = 1024
 _ROW = 64  # bytes of a slot's row
-_NAME_WORD, _READ, _KEPT, _DEVICE_WORD = 1, 2, 3, 4  # of a row
+_NAME_WORD, _READ, _KEPT, _CACHED = 1, 2, 3, 4  # of a row
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 #: Seconds between two looks at what others have read.
@@ -107,18 +113,24 @@ class _Mapped:
     """A ring's file in this process's memory."""
 
     pinned = False  #: does CUDA know it?
-    device: DeviceMemory | None = None  #: where the newest blocks are as well
 
     def __init__(self, fd: int, length: int) -> None:
         self._memory = mmap.mmap(fd, length)
         self._view = memoryview(self._memory)
-        magic, version, _, num_slots, block_bytes = _HEADER.unpack_from(self._view)
+        magic, version, num_regions, num_slots, block_bytes, _ = _HEADER.unpack_from(self._view)
         self.num_slots = int(num_slots)
         self.block_bytes = int(block_bytes)
         if magic != _MAGIC or version != _FORMAT:
             raise RingError("not a ring of this release")
+        #: Of the writer's cache; none: it is in no memory that others can read.
+        self.regions = [
+            SharedRegion(*_REGION.unpack_from(self._view, _REGIONS_BEGIN + index * _REGION_ROW))
+            for index in range(num_regions)
+        ]
         self._stride = -(-self.block_bytes // _PAGE) * _PAGE
-        table = self._view[_TABLE : _TABLE + self.num_slots * _ROW]
+        begin = _table_begin(num_regions)
+        self._payloads_begin = _payload_begin(num_regions, self.num_slots)
+        table = self._view[begin : begin + self.num_slots * _ROW]
         # One machine word each: written and read whole.
         self._words = table.cast("Q")
 
@@ -137,7 +149,7 @@ class _Mapped:
 
     def payload(self, slot: int) -> memoryview:
         """The bytes of the block in `slot`."""
-        begin = _payload_begin(self.num_slots) + slot * self._stride
+        begin = self._payloads_begin + slot * self._stride
         return self._view[begin : begin + self.block_bytes]
 
     def is_kept(self, slot: int) -> bool:
@@ -145,31 +157,22 @@ class _Mapped:
         return int(self._words[slot * (_ROW // 8) + _KEPT]) > time.monotonic_ns()
 
     @property
-    def device_handle(self) -> bytes | None:
-        """Of the memory where the newest blocks are as well; None: they are not."""
-        handle, num_slots = _DEVICE.unpack_from(self._view, _DEVICE_BEGIN)
-        return handle if num_slots else None
+    def is_open(self) -> bool:
+        """Is the writer's cache counted on?"""
+        return bool(_OPEN.unpack_from(self._view, _OPEN_BEGIN)[0])
 
-    def device_slot(self, number: int) -> int | None:
-        """The device slot for block `number`; None: there are none."""
-        _, num_slots = _DEVICE.unpack_from(self._view, _DEVICE_BEGIN)
-        return number % num_slots if num_slots else None
+    def close_cache(self) -> None:
+        """The writer's cache cannot be reached: no engine counts on it any more."""
+        _OPEN.pack_into(self._view, _OPEN_BEGIN, 0)
 
-    def is_in_device(self, number: int) -> bool:
-        """Is block `number` in its device slot?"""
-        slot = self.device_slot(number)
-        return slot is not None and self._words[slot * (_ROW // 8) + _DEVICE_WORD] == number + 1
-
-    def without_device(self) -> None:
-        """Its memory cannot be written, or reached: no engine counts on it any more."""
-        handle = self.device_handle
-        if handle is not None:
-            _DEVICE.pack_into(self._view, _DEVICE_BEGIN, handle, 0)
-
-    def device_address(self, slot: int) -> int:
-        """Of a device slot, in this process."""
-        assert self.device is not None
-        return self.device.address + slot * device_stride(self.block_bytes)
+    def cached_at(self, number: int) -> int | None:
+        """The place of block `number` in the writer's cache; None: it is not there any more."""
+        row = number % self.num_slots * (_ROW // 8)
+        # Twice: between two looks the row may become another block's.
+        if self._words[row] != number + 1:
+            return None
+        cached = int(self._words[row + _CACHED])
+        return cached - 1 if cached and self._words[row] == number + 1 else None
 
     def presence(self, number: int) -> Presence:
         """Where block `number` is."""
@@ -191,15 +194,14 @@ class RingWriter(_Mapped):
         num_bytes: int,
         block_bytes: int,
         pin: bool,
-        device: DeviceMemory | None = None,
-        num_device_slots: int = 0,
+        regions: Sequence[SharedRegion] = (),
     ) -> None:
         """Make it.
 
         Args:
         num_bytes: of memory for payloads.
         pin: let CUDA copy to and from it at full speed.
-        device: has room for `num_device_slots` blocks (`device_stride`); goes with the ring.
+        regions: of the engine's cache, where others can read it.
 
         Raises RingError, saying what to do, when there is no room for `num_bytes`.
         """
@@ -213,7 +215,9 @@ class RingWriter(_Mapped):
                 f"{block_bytes / 2**20:.1f} MiB: set PDTASKS_KV_RING_MIB higher"
             )
         sweep()
-        length = _payload_begin(num_slots) + num_slots * stride
+        if len(regions) > _MOST_REGIONS:
+            regions = ()
+        length = _payload_begin(len(regions), num_slots) + num_slots * stride
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as exc:
@@ -222,13 +226,12 @@ class RingWriter(_Mapped):
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # All of it now: a host that lacks it says so here, and not by SIGBUS later.
             os.posix_fallocate(self._fd, 0, length)
-            header = _HEADER.pack(_MAGIC, _FORMAT, 0, num_slots, block_bytes)
+            for index, region in enumerate(regions):
+                os.pwrite(self._fd, _REGION.pack(*region), _REGIONS_BEGIN + index * _REGION_ROW)
+            header = _HEADER.pack(
+                _MAGIC, _FORMAT, len(regions), num_slots, block_bytes, bool(regions)
+            )
             os.pwrite(self._fd, header, 0)
-            if device is not None:
-                # A device slot's word is in the row of a slot.
-                num_device_slots = min(num_device_slots, num_slots)
-                there = _DEVICE.pack(device.handle, num_device_slots)
-                os.pwrite(self._fd, there, _DEVICE_BEGIN)
             super().__init__(self._fd, length)
         except OSError as exc:
             self._path.unlink(missing_ok=True)
@@ -240,10 +243,10 @@ class RingWriter(_Mapped):
         with suppress(OSError, ValueError):  # where the host allows it for shared memory
             self._memory.madvise(_MADV_HUGEPAGE)
         self.pinned = pin and _pin(self._view)
-        self.device = device
-        self._filling: set[int] = set()  # device slots
         self._changed = threading.Condition()
         self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
+        self._places = threading.Lock()
+        self._slots_at: dict[int, list[int]] = {}  # whose blocks are cached there, by place
 
     def take(
         self, number: int, deadline: float, give_up: Callable[[int], bool] = lambda _: False
@@ -269,6 +272,7 @@ class RingWriter(_Mapped):
                 # Readers are in other processes and wake nobody here.
                 self._changed.wait_for(lambda: slot not in self._busy, min(left, _LOOK_S))
         self._words[slot * (_ROW // 8)] = 0
+        self._words[slot * (_ROW // 8) + _CACHED] = 0
         with self._changed:
             pass  # a fence: the word is gone for all before we look who keeps the slot
         while self.is_kept(slot):
@@ -278,30 +282,31 @@ class RingWriter(_Mapped):
             time.sleep(_LOOK_S)
         return slot
 
-    def publish(self, slot: int, number: int, name: int) -> None:
-        """Block `number` is in `slot` now. `name`: 64 bits that say what it contains."""
-        self._words[slot * (_ROW // 8) + _NAME_WORD] = name
-        self._words[slot * (_ROW // 8)] = number + 1
+    def publish(self, slot: int, number: int, name: int, place: int | None = None) -> None:
+        """Block `number` is in `slot` now.
 
-    def take_in_device(self, number: int) -> int | None:
-        """The device slot for block `number`, for `publish_in_device`.
-
-        None: there is none, or another block is being written there.
+        Args:
+        name: 64 bits that say what it contains.
+        place: where it is in the engine's cache, too, until `forget`.
         """
-        slot = self.device_slot(number)
-        with self._changed:
-            if slot is None or slot in self._filling:
-                return None
-            self._filling.add(slot)
-        self._words[slot * (_ROW // 8) + _DEVICE_WORD] = 0
-        return slot
+        row = slot * (_ROW // 8)
+        self._words[row + _NAME_WORD] = name
+        if place is not None and self.regions:
+            with self._places:
+                self._slots_at.setdefault(place, []).append(slot)
+                self._words[row + _CACHED] = place + 1
+        self._words[row] = number + 1
 
-    def publish_in_device(self, slot: int, number: int | None) -> None:
-        """Block `number` is in the device slot now; None: there is none in it."""
-        if number is not None:
-            self._words[slot * (_ROW // 8) + _DEVICE_WORD] = number + 1
-        with self._changed:
-            self._filling.discard(slot)
+    def forget(self, places: Collection[int]) -> None:
+        """These of the engine's cache are about to be written: their blocks are there no more."""
+        if not self.regions:
+            return
+        with self._places:
+            for place in places:
+                for slot in self._slots_at.pop(place, ()):
+                    row = slot * (_ROW // 8)
+                    if self._words[row + _CACHED] == place + 1:  # else the slot is another's by now
+                        self._words[row + _CACHED] = 0
 
     def release(self, slot: int) -> None:
         """Another block may take the place of what is in `slot`."""
@@ -314,8 +319,6 @@ class RingWriter(_Mapped):
         self._path.unlink(missing_ok=True)
         if self.pinned:
             _unpin(self._view)
-        if self.device is not None:
-            self.device.close()
         os.close(self._fd)
 
 
@@ -331,17 +334,18 @@ class RingReader(_Mapped):
         """
         if not _NAME.fullmatch(name):
             raise RingError("not the name of a ring")
+        self.name = name
         try:
             fd = os.open(FOLDER / name, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as exc:
             raise RingError(f"no ring of that name here ({exc.strerror})") from exc
         try:
             found = os.fstat(fd)
-            if found.st_uid != os.geteuid() or found.st_size < _TABLE:
+            if found.st_uid != os.geteuid() or found.st_size < _HEADER.size:
                 raise RingError("not a ring of this user")
             header = os.pread(fd, _HEADER.size, 0)
-            _, _, _, num_slots, block_bytes = _HEADER.unpack(header)
-            length = _payload_begin(num_slots)
+            _, _, num_regions, num_slots, block_bytes, _ = _HEADER.unpack(header)
+            length = _payload_begin(num_regions, num_slots)
             if payloads:
                 length += num_slots * -(-block_bytes // _PAGE) * _PAGE
             if length > found.st_size:
@@ -372,8 +376,6 @@ class RingReader(_Mapped):
 
     def close(self) -> None:
         """Let go of it."""
-        if self.device is not None:
-            self.device.close()
         if self.pinned:
             _unpin(self._view)
 
@@ -381,24 +383,35 @@ class RingReader(_Mapped):
 def sweep() -> None:
     """Remove the rings whose writers are gone."""
     for name in ring_names():
-        path = FOLDER / name
-        with suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                if os.fstat(fd).st_size:  # else it is being made
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-            finally:
-                os.close(fd)
+        if not has_writer(name):
+            (FOLDER / name).unlink(missing_ok=True)
 
 
-def device_stride(block_bytes: int) -> int:
-    """Bytes from one device slot to the next."""
-    return -(-block_bytes // _ROW) * _ROW
+def has_writer(name: str) -> bool:
+    """Does the process live that writes this ring, or is just making it?"""
+    try:
+        fd = os.open(FOLDER / name, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # another user's
+    try:
+        if os.fstat(fd).st_size:  # else it is being made
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return True
 
 
-def _payload_begin(num_slots: int) -> int:
-    return -(-(_TABLE + num_slots * _ROW) // _PAGE) * _PAGE
+def _table_begin(num_regions: int) -> int:
+    return _REGIONS_BEGIN + num_regions * _REGION_ROW
+
+
+def _payload_begin(num_regions: int, num_slots: int) -> int:
+    return -(-(_table_begin(num_regions) + num_slots * _ROW) // _PAGE) * _PAGE
 
 
 def _pin(view: memoryview) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from vllm.logger import init_logger
 
-from pdtasks.kv.device_memory import DeviceMemory, DeviceMemoryError
+from pdtasks.kv.device_memory import DeviceMemoryError
 from pdtasks.kv.handle import KVHandle
-from pdtasks.kv.ring import Presence, RingError, RingReader, ring_name, ring_names
+from pdtasks.kv.peers import Open, PeerCache
+from pdtasks.kv.ring import Presence, RingError, RingReader, has_writer, ring_name, ring_names
 
 logger = init_logger(__name__)
 
@@ -28,22 +29,23 @@ class Rings:
         *,
         payloads: bool,
         pin: bool = False,
-        open_device: Callable[[bytes], DeviceMemory] | None = None,
+        open_memory: Open | None = None,
         own: str | None = None,
     ) -> None:
         """See `RingReader`.
 
         Args:
-        open_device: maps the GPU memory of the engines whose rings they are.
+        open_memory: maps the GPU memory of the engines whose rings they are.
         own: the ring that this process writes: CUDA maps no memory twice in one process.
         """
         self._payloads = payloads
         self._pin = pin
-        self._open_device = open_device
+        self._open_memory = open_memory
         self._own = own
         self._lock = threading.Lock()
         self._closed = False
         self._readers: dict[str, RingReader] = {}
+        self._peers: dict[str, PeerCache] = {}
         self._unknown: dict[str, float] = {}  # names, and when they were looked for
         self._used: dict[str, float] = {}  # names, and when last
 
@@ -71,14 +73,18 @@ class Rings:
                 return False
         return True
 
-    def are_in_device(self, handle: KVHandle, first: int) -> bool:
-        """Are the blocks of `handle` from index `first` on in GPU memory that can be reached?"""
+    def peer(self, ring: RingReader) -> PeerCache | None:
+        """The cache of the engine that writes `ring`; None: it cannot be reached."""
+        return self._peers.get(ring.name) if ring.is_open else None
+
+    def are_cached(self, handle: KVHandle, first: int) -> bool:
+        """Are the blocks of `handle` from index `first` on in a cache that can be reached?"""
         for rank in range(handle.tp_size):
             reader = self.find(handle, rank)
-            if reader is None or reader.device_handle is None:
+            if reader is None or not reader.is_open:
                 return False
             numbers = [handle.number(index) for index in range(first, handle.num_blocks)]
-            if not all(n is not None and reader.is_in_device(n) for n in numbers):
+            if any(n is None or reader.cached_at(n) is None for n in numbers):
                 return False
         return True
 
@@ -105,6 +111,9 @@ class Rings:
         names = ring_names()
         for name in names - self._readers.keys():
             self._open(name)
+        for name in list(self._peers):
+            if not has_writer(name):
+                self._let_go(name)
         now = time.monotonic()
         gone = self._readers.keys() - names
         self._close([name for name in gone if now - self._used.get(name, 0.0) > _KEEP_S])
@@ -129,21 +138,31 @@ class Rings:
                 self._unknown[name] = now
                 return None
             if name != self._own:
-                self._look_into_device(reader)
+                self._map_cache(reader)
             self._readers[name] = reader
             return reader
 
-    def _look_into_device(self, reader: RingReader) -> None:
-        handle = reader.device_handle
-        if handle is None or self._open_device is None:
+    def _map_cache(self, reader: RingReader) -> None:
+        # Of one that is gone nothing is mapped: see `peers`.
+        if not reader.is_open or self._open_memory is None or not has_writer(reader.name):
             return
         try:
-            reader.device = self._open_device(handle)
+            self._peers[reader.name] = PeerCache(reader.regions, self._open_memory)
         except DeviceMemoryError as exc:
             logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
-            reader.without_device()
+            reader.close_cache()
+
+    def _let_go(self, name: str) -> None:
+        """Of the cache of an engine that is gone; what is in its ring can still be read."""
+        if reader := self._readers.get(name):
+            reader.close_cache()
+        if peer := self._peers.pop(name, None):
+            peer.close()
 
     def _close(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for name in names:
+            self._let_go(name)
         with self._lock:
             for name in names:
                 self._used.pop(name, None)

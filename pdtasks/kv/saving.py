@@ -32,6 +32,9 @@ logger = init_logger(__name__)
 _REST_S = 1.0
 
 
+#: Seconds for which an engine keeps blocks in its cache when their hand-over can leave: it would
+#: give the places to the next prompt, and most readers come within 20 ms to copy from there.
+_READ_S = 0.05
 #: Seconds between two looks whether the engine stops.
 _CLOSE_LOOK_S = 0.1
 
@@ -60,27 +63,6 @@ class _Question:
             if closing.is_set() or time.monotonic() >= self.deadline:
                 break
         return key in self._present
-
-
-def _copy_into_device_too(
-    ring: RingWriter, blocks: Sequence[Block], copy: Callable[..., bool]
-) -> None:
-    """Have `copy` bring those of `blocks` into GPU memory too that have a place there."""
-    taken: dict[int, Block] = {}
-    for block in blocks if ring.device is not None else ():
-        assert block.number is not None
-        if (slot := ring.take_in_device(block.number)) is not None:
-            taken[slot] = block
-    are_there = False
-    try:
-        beside = [(block.block_id, ring.device_address(slot)) for slot, block in taken.items()]
-        are_there = copy(beside=beside)
-    finally:
-        for slot, block in taken.items():
-            ring.publish_in_device(slot, block.number if are_there else None)
-    if taken and not are_there:
-        logger.warning("no copies from GPU to GPU any more: blocks cannot be copied within the GPU")
-        ring.without_device()
 
 
 class Saves:
@@ -115,7 +97,7 @@ class Saves:
         self._timeout_s = timeout_s
         self._copied = threading.Condition(ledger.lock)
         self.running: dict[str, Tally] = {}
-        self._sent: set[str] = set()  # saved, not yet reported
+        self._sent: dict[str, float] = {}  # saved, not reported; when they may be, monotonic
         self._held: set[str] = set()  # the scheduler keeps their blocks until they are saved
         self._waiting: dict[int, tuple[Block, _Question]] = {}  # by slot, to be sent
         self.num_unsent = 0  #: blocks that the store did not get because it did not keep up
@@ -138,7 +120,7 @@ class Saves:
                 self._held.add(request_id)
                 tally = self.running.get(request_id)
                 if tally is None:
-                    self._sent.add(request_id)  # also when its blocks were given up
+                    self._sent.setdefault(request_id, 0.0)  # also when its blocks were given up
                 elif not wanted:
                     tally.cancelled = tally.sealed = True
                     self._end_if_done(tally)
@@ -183,7 +165,8 @@ class Saves:
             tallies = [self.running.pop(r) for r in request_ids if r in self.running]
             for tally in tallies:
                 tally.cancelled = True
-            self._sent.difference_update(request_ids)  # saved already: will be saved again
+            for request_id in request_ids:
+                self._sent.pop(request_id, None)  # saved already: will be saved again
             self._copied.wait_for(lambda: not any(tally.copying for tally in tallies))
 
     def close(self) -> None:
@@ -192,9 +175,11 @@ class Saves:
 
     def take(self) -> set[str]:
         """Requests whose blocks are free since the last call. Called with the ledger's lock."""
-        sent = self._held & self._sent
+        now = time.monotonic()
+        sent = {name for name in self._held if self._sent.get(name, now + 1) <= now}
         self._held -= sent
-        self._sent -= sent
+        for request_id in sent:
+            del self._sent[request_id]
         return sent
 
     def leftovers(self) -> dict[str, Collection[str]]:
@@ -254,15 +239,16 @@ class Saves:
             keep(first.deadline)
             assert self._copiers is not None
             copies = [(block.block_id, ring.payload(slot)) for slot, block in taken]
-            copy = partial(self._copiers.own.copier.gather, copies, first.after, pinned=ring.pinned)
-            _copy_into_device_too(ring, [block for _, block in taken], copy)
+            self._copiers.own.copier.gather(copies, first.after, pinned=ring.pinned)
+            # Now: once nothing is copied, the place in the cache may become another block's.
+            for slot, block in taken:
+                assert block.number is not None
+                name = name_of(block.content, self._fingerprint)
+                ring.publish(slot, block.number, name, place=block.block_id)
         finally:
             with self._ledger.lock:
                 tally.copying -= 1
                 self._copied.notify_all()
-        for slot, block in taken:
-            assert block.number is not None
-            ring.publish(slot, block.number, name_of(block.content, self._fingerprint))
         return True
 
     def _send_soon(self, ring: RingWriter, slot: int, block: Block, asked: _Question) -> None:
@@ -417,5 +403,6 @@ class Saves:
         # A tally that was given up is in the list no more: its blocks belong to others now.
         if tally.sealed and tally.open == 0 and self.running.get(tally.request_id) is tally:
             del self.running[tally.request_id]
-            self._sent.add(tally.request_id)
+            is_read_here = self._ring is not None and self._ring.is_open and not tally.cancelled
+            self._sent[tally.request_id] = time.monotonic() + is_read_here * _READ_S
             self._ledger.record(tally)

@@ -30,20 +30,14 @@ from functools import partial
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
-from pdtasks.kv.device_memory import (
-    DeviceMemory,
-    DeviceMemoryError,
-    allocate,
-    free_bytes,
-    open_peer,
-)
+from pdtasks.kv.device_memory import DeviceMemoryError, SharedRegion, open_peer, share
 from pdtasks.kv.ledger import Ledger
 from pdtasks.kv.loading import Loads
 from pdtasks.kv.marks import StepMarks
 from pdtasks.kv.movers import Movers
 from pdtasks.kv.pages import BlockPages, ManyCopies
 from pdtasks.kv.plan import TransferPlan, TransferRecord, TransferStats
-from pdtasks.kv.ring import RingError, RingWriter, device_stride, ring_name
+from pdtasks.kv.ring import RingError, RingWriter, ring_name
 from pdtasks.kv.rings import Rings
 from pdtasks.kv.saving import Saves
 from pdtasks.kv.store import BlockStore
@@ -53,8 +47,6 @@ logger = init_logger(__name__)
 #: Threads that copy between cache and rings, in each direction: two fill a GPU's link, and each
 #: more costs the engine's thread.
 _COPIERS = 2
-#: Of the GPU's free memory the ring's newest blocks take one part of so many at most.
-_DEVICE_SHARE = 4
 #: Seconds between two looks for transfers that never end, and how old those are.
 _LOOK_S = 60.0
 _LEAKED_AFTER_S = 1800.0
@@ -74,7 +66,7 @@ class BlockTransfer:
         timeout_s: float,
         engine_id: str = "",
         ring_bytes: int = 0,
-        device_ring_bytes: int = 0,
+        gpu_to_gpu: bool = True,
         soon_bytes: int = 0,
         report: Callable[[TransferRecord], bool] | None = None,
     ) -> None:
@@ -84,7 +76,7 @@ class BlockTransfer:
         timeout_s: seconds that the blocks of one step may take.
         engine_id: names the ring.
         ring_bytes: of shared memory for the ring; 0: none.
-        device_ring_bytes: of GPU memory for its newest blocks, at most; 0: none.
+        gpu_to_gpu: let engines of this host read this one's cache, and read theirs.
         soon_bytes: what may be missing of a load that is said to be done soon (`Join.SOON`).
         report: see `Ledger`.
         """
@@ -95,7 +87,7 @@ class BlockTransfer:
         self._timeout_s = timeout_s
         self.engine_id = engine_id
         self._ring_bytes = ring_bytes
-        self._device_ring_bytes = device_ring_bytes
+        self._gpu_to_gpu = gpu_to_gpu
         self._soon_bytes = soon_bytes
         self._ledger = Ledger(rank, world, report)
         self._ring: RingWriter | None = None
@@ -111,12 +103,10 @@ class BlockTransfer:
         cuda = pages.device.type == "cuda"
         self._marks = StepMarks(pages)
         self._ring = self._make_ring(pages, pin=cuda)
-        can_copy = ManyCopies.can_copy(pages)
-        open_device = partial(open_peer, device=pages.device) if can_copy else None
         self._rings = Rings(
             payloads=True,
             pin=cuda,
-            open_device=open_device,
+            open_memory=partial(open_peer, device=pages.device) if self._reads(pages) else None,
             own=None if self._ring is None else self._ring.name,
         )
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
@@ -152,40 +142,34 @@ class BlockTransfer:
             timeout_s=self._timeout_s,
         )
 
+    def _reads(self, pages: BlockPages) -> bool:
+        """Can this engine copy from other engines' GPUs?"""
+        return self._gpu_to_gpu and ManyCopies.can_copy(pages)
+
     def _make_ring(self, pages: BlockPages, *, pin: bool) -> RingWriter | None:
         if not self._ring_bytes:
             return None
-        device, num_device_slots = self._take_device_memory(pages)
         try:
             return RingWriter(
                 ring_name(self.engine_id, self._rank),
                 num_bytes=self._ring_bytes,
                 block_bytes=pages.block_bytes,
                 pin=pin,
-                device=device,
-                num_device_slots=num_device_slots,
+                regions=self._share(pages),
             )
         except RingError as exc:
             logger.warning("hand-overs go through the store alone, which is slower: %s", exc)
-            if device is not None:
-                device.close()
             return None
 
-    def _take_device_memory(self, pages: BlockPages) -> tuple[DeviceMemory | None, int]:
-        """For the ring's newest blocks, and how many."""
-        if not self._device_ring_bytes or not ManyCopies.can_copy(pages):
-            return None, 0
-        # The engine has taken its own by now, but for its graphs.
-        most = min(self._device_ring_bytes, free_bytes(pages.device) // _DEVICE_SHARE)
-        stride = device_stride(pages.block_bytes)
-        num_slots = most // stride
-        if num_slots < 1:
-            return None, 0
+    def _share(self, pages: BlockPages) -> list[SharedRegion]:
+        """Let other engines read the cache; nothing where that cannot be."""
+        if not self._reads(pages):
+            return []
         try:
-            return allocate(num_slots * stride, pages.device), num_slots
+            return share(pages.regions)
         except DeviceMemoryError as exc:
-            logger.warning("no GPU memory for hand-overs, they go through host memory: %s", exc)
-            return None, 0
+            logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
+            return []
 
     def _new_movers(
         self, name: str, pages: BlockPages, *, staging: bool, num_threads: int | None = None
@@ -209,6 +193,8 @@ class BlockTransfer:
         # step's own.
         self._marks.begin(saves=bool(plan.saves))
         self._saves.give_up(plan.preempted)
+        if self._ring is not None:
+            self._ring.forget(plan.written)
         self._loads.before_step(plan)
 
     def start_loads(self, plan: TransferPlan) -> None:

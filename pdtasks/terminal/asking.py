@@ -16,13 +16,12 @@ import msgspec
 
 from pdtasks.cluster.children import api_url
 from pdtasks.errors import ConfigurationError, PdtasksError
+from pdtasks.keys import KEY_VARIABLE
 from pdtasks.overview import Overview, RequestReport
 from pdtasks.settings import load_settings
 
 _T = TypeVar("_T")
 
-#: The key to ask with.
-KEY_VARIABLE: Final = "PDTASKS_API_KEY"
 _ANSWER_S: Final = 10.0
 _CONNECT_S: Final = 3.0
 

@@ -18,7 +18,9 @@ from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import STUB_MODEL, ChaosStack
 from pdtasks.bus.lease import Lease
 from pdtasks.bus.presence import read_workers
+from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
+from pdtasks.cluster.rights import User
 from pdtasks.terminal.asking import Client
 from tests.integration.conftest import Services
 from tests.waiting import wait_until
@@ -88,6 +90,39 @@ def test_roles_follow_the_load_and_no_request_notices(
         assert len(answers) > 5
         assert set(answers) == {200}
         assert {w.name: w.process for w in read_workers(bus)} == processes, "all the same processes"
+
+
+def test_the_balancer_of_up_has_workers_change_and_leaves_its_lease_when_it_is_stopped(
+    tmp_path: Path, bench_nursery: Nursery
+) -> None:
+    with ExitStack() as ends:
+        stack = ends.enter_context(
+            ChaosStack(
+                tmp_path, "stub", Console(io.StringIO()), deadline_s=60, nursery=bench_nursery
+            )
+        )
+        url = next(iter(stack.urls.values()))
+        bus = ends.enter_context(closing(valkey.Valkey.from_url(stack.bus.operator_url)))
+        settings = stack.settings.model_copy(
+            update={"bus_url": stack.bus.url_for(User.BALANCER), "broker_url": "", "kv_urls": ()}
+        )
+        process = children.balancer(settings, url, ttft_s=1e-6, itl_s=100.0)
+        process.start()
+        ends.callback(process.kill)
+
+        def is_done() -> bool:
+            stack.tick()
+            assert process.running, process.log_tail(20)
+            ready = [w.role for w in read_workers(bus) if w.state == "ready"]
+            return ready.count("prefill") == 3 and len(ready) == 4
+
+        with requests(url):
+            wait_until(is_done, 60)
+        assert bus.exists("pd:balancer")
+
+        process.request_stop()
+        wait_until(lambda: not process.running, 10)
+        assert not bus.exists("pd:balancer"), "the next one need not wait"
 
 
 @pytest.fixture

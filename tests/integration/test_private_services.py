@@ -412,6 +412,9 @@ def test_each_child_of_a_stack_gets_its_own_user_and_no_more(directory: Path) ->
         assert env[User.FLOWER]["PDTASKS_BROKER_API_URL"] == "http://elsewhere"
         assert env[User.API]["PDTASKS_BROKER_API_URL"] == ""
         assert env[User.WORKER]["PDTASKS_BROKER_API_URL"] == ""
+        assert env[User.BALANCER]["PDTASKS_BUS_URL"].startswith("valkey://pdtasks-balancer:")
+        for name in ("PDTASKS_BROKER_URL", "PDTASKS_KV_URLS"):
+            assert env[User.BALANCER][name] == ""
     finally:
         services.close()
 

@@ -273,6 +273,10 @@ FORBIDDEN_ON_BUS: dict[User, tuple[str, ...]] = {
             "INFO",
         ),
     ),
+    User.BALANCER: (
+        *("SET pd:worker:x y", "GET pd:order:x", "SET pd:probe x", "XADD pd:reply:x * m y"),
+        *("HGETALL pd:job:x", "GET celery-task-meta-x", "MGET pd:api:x", "INFO"),
+    ),
     User.ALL: ("GET pd:probe", "SCRIPT FLUSH", "DEL pd:probe", "XRANGE pd:reply:x - +"),
 }
 

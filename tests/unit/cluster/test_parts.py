@@ -74,11 +74,11 @@ class Bench:
         self.until(lambda: self.part.ready)
         self.first_pid = process.pid
 
-    def say(self, state: str, reason: str = "") -> None:
+    def say(self, state: str, reason: str = "", role: str = "decode") -> None:
         pid = self.part.process.pid
         self.said = [
             WorkerStatus(
-                name="decode1@h", role="decode", host=HERE, pid=pid, state=state, reason=reason
+                name="decode1@h", role=role, host=HERE, pid=pid, state=state, reason=reason
             )
         ]
 
@@ -344,3 +344,29 @@ def test_a_worker_that_the_kernel_does_not_let_go_of_ends_no_supervisor(
     bench.part.process.kill()
     bench.part.restart_at = 0.0
     bench.until(bench.replaced)
+
+
+def test_a_worker_that_has_changed_its_role_is_told(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    bench.say("changing")
+    bench.until(lambda: "decode1: ready → changing" in bench.output.getvalue())
+    bench.say("ready", role="prefill")
+
+    bench.until(lambda: "decode1: changing → ready, serves prefill" in bench.output.getvalue())
+    assert bench.stayed()
+
+
+def test_a_part_that_nobody_can_ask_is_ready_while_it_runs(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    log = bench.log.with_name("balancer.log")
+    argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    part = Part(Process("balancer", argv, env=dict(os.environ), log=log), "balancer", "targets")
+    bench.parts.add(part)
+    bench.until(lambda: part.ready)
+    first = part.process.pid
+
+    part.process.signal(signal.SIGKILL)
+
+    bench.until(lambda: part.ready and part.process.pid != first)
+    assert "balancer ended by itself (signal SIGKILL)" in bench.output.getvalue()

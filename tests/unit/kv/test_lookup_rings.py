@@ -25,10 +25,10 @@ class FakeRings:
         self.says = Presence.HERE
         self.asked: list[tuple[KVHandle, int]] = []
         self.keeps = True
-        self.in_device = False
+        self.cached = False
 
-    def are_in_device(self, handle: KVHandle, first: int) -> bool:
-        return self.in_device
+    def are_cached(self, handle: KVHandle, first: int) -> bool:
+        return self.cached
 
     def keep(self, handle: KVHandle, first: int, seconds: float) -> bool:
         return self.keeps
@@ -141,8 +141,10 @@ def test_what_is_in_a_ring_is_loaded_by_the_step_that_runs_the_request(
     assert rings.asked[-1][1] == 1, "the first block is here already"
     lookup.plan_load(request, blocks_of([7, 8, 9, 10], num_cached=3), 24)
 
-    (load,) = FakeScheduler(lookup).step().loads
+    plan = FakeScheduler(lookup).step()
+    (load,) = plan.loads
     assert (load.first, load.block_ids, load.join) == (1, [8, 9], Join.NOW)
+    assert plan.written == [8, 9]
 
 
 def test_what_will_be_in_a_ring_is_waited_for_but_not_for_ever(
@@ -210,7 +212,7 @@ def test_a_load_from_gpu_to_gpu_is_short(
         ring="engine-a", rings=rings, block_bytes=100, short_bytes=200, sync_bytes=300
     )
     handle = a_handed_over_prompt(make_lookup)
-    rings.in_device = True
+    rings.cached = True
     beside = []
     for name in ("alone", "long"):
         request = a_resumed_request(handle, name=name)

@@ -40,6 +40,28 @@ def test_a_prompt_in_one_step_leaves_with_its_partial_block(scheduler: FakeSched
     assert save.handle.has_tail
 
 
+def test_the_plan_names_the_blocks_that_are_written_over(scheduler: FakeScheduler) -> None:
+    request = a_request(40, save="t1")
+    scheduler.add(request, [7, 3, 9])
+    assert scheduler.step({request: 40}).written == [7, 3, 9]
+    assert scheduler.step({request: 1}).written == []
+
+    scheduler.grow(request, [4])
+    assert scheduler.step({request: 1}).written == [4]
+    assert scheduler.step().written == []
+
+    lost = scheduler.preempt(request, [5, 6, 8])
+    assert scheduler.step({request: 40}, preempted=lost).written == [5, 6, 8]
+
+
+def test_blocks_of_a_prefix_that_is_there_are_not_written_over(scheduler: FakeScheduler) -> None:
+    request = a_request(40, save="t1")
+    request.num_computed_tokens = 32
+    scheduler.add(request, [7, 3, 9])
+
+    assert scheduler.step({request: 8}).written == [9]
+
+
 def test_a_chunked_prompt_leaves_in_full_blocks_and_the_partial_one_last(
     scheduler: FakeScheduler,
 ) -> None:

@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
     make_block_hash_with_group_id,
 )
-from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+from vllm.v1.core.sched.output import KVConnectorBlockState, NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
 from pdtasks.kv.lookup import BlockLookup
@@ -94,6 +94,8 @@ class FakeScheduler:
     def __init__(self, lookup: BlockLookup) -> None:
         self.lookup = lookup
         self.tables: dict[str, list[int]] = {}
+        self._known: set[str] = set()  # to the workers
+        self._more: dict[str, list[int]] = {}  # blocks that were given since the last step
 
     def add(self, request: Request, block_ids: list[int]) -> None:
         self.lookup.on_new_request(request)
@@ -103,7 +105,13 @@ class FakeScheduler:
         """`request` loses its blocks, and gets others later; returns what the next step says."""
         request.num_computed_tokens = 0
         self.tables[request.request_id] = block_ids
+        self._more[request.request_id] = block_ids
         return {request.request_id}
+
+    def grow(self, request: Request, block_ids: list[int]) -> None:
+        """`request` gets these blocks more."""
+        self.tables[request.request_id] = [*self.tables[request.request_id], *block_ids]
+        self._more[request.request_id] = block_ids
 
     def step(
         self, scheduled: dict[Request, int] | None = None, preempted: set[str] | None = None
@@ -112,6 +120,8 @@ class FakeScheduler:
         output = SchedulerOutput.make_empty()
         output.num_scheduled_tokens = {r.request_id: n for r, n in scheduled.items()}
         output.preempted_req_ids = preempted
+        for request in scheduled:
+            self._tell_blocks(output, request)
         output.kv_connector_block_state = KVConnectorBlockState(
             req_ids=set(output.num_scheduled_tokens),
             resolve_block_ids=lambda request_id: (self.tables[request_id],),
@@ -121,6 +131,18 @@ class FakeScheduler:
         for request, num_tokens in scheduled.items():
             request.num_computed_tokens += num_tokens
         return plan
+
+    def _tell_blocks(self, output: SchedulerOutput, request: Request) -> None:
+        name, known = request.request_id, output.scheduled_cached_reqs
+        if name not in self._known:
+            self._known.add(name)
+            output.scheduled_new_reqs.append(
+                NewRequestData.from_request(request, (self.tables[name],))
+            )
+            return
+        known.req_ids.append(name)
+        more = self._more.pop(name, [])
+        known.new_block_ids.append((more,) if more else None)
 
 
 def saves_of(*plans: TransferPlan) -> list[list[tuple[int, list[int], bool]]]:

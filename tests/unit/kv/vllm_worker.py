@@ -47,21 +47,23 @@ class Side:
         timeout_s: float = 10.0,
         ring_slots: int = 0,
         soon_blocks: int = 8,
-        device_slots: int = 0,
+        num_blocks: int = NUM_BLOCKS,
+        gpu_to_gpu: bool = True,
     ) -> None:
         """Args:
         ring_slots: blocks for which its ring has room; 0: it has none.
-        device_slots: the same of GPU memory, where a test has made some.
         soon_blocks: see `Loads`.
+        num_blocks: of its cache.
+        gpu_to_gpu: see `BlockTransfer`; on a CPU there is none, unless a test makes one.
         """
         tensor = KVCacheTensor(
-            size=NUM_BLOCKS * BLOCK_BYTES,
+            size=num_blocks * BLOCK_BYTES,
             layers=["a", "b"],
             layer_stride=PAGE,
             block_stride=BLOCK_BYTES,
         )
-        config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[tensor], kv_cache_groups=[])
-        self.cache = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
+        config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[tensor], kv_cache_groups=[])
+        self.cache = torch.zeros(num_blocks, BLOCK_BYTES, dtype=torch.uint8)
         self.pages: Any = BlockPages({"a": self.cache, "b": self.cache}, config)
         self.transfer = BlockTransfer(
             store,  # type: ignore[arg-type]  # a double
@@ -72,7 +74,7 @@ class Side:
             timeout_s=timeout_s,
             engine_id=f"test-{uuid.uuid4().hex}",
             ring_bytes=ring_slots * SLOT_BYTES,
-            device_ring_bytes=device_slots * BLOCK_BYTES,
+            gpu_to_gpu=gpu_to_gpu,
             soon_bytes=soon_blocks * BLOCK_BYTES,
         )
         self.ring = self.transfer.engine_id if ring_slots else None
