@@ -50,7 +50,7 @@ class Balancer:
         self._dry_run = dry_run
         self._targets = targets
         # Balancers of several models are not in each other's way.
-        self._lease = Lease(bus, f"{BALANCER}:of:{model}", _SILENT_S + every_s)
+        self._lease = Lease(bus, BALANCER + model, _SILENT_S + every_s)
         self._decider = Decider(targets)
 
     def step(self) -> tuple[str, bool]:

@@ -194,7 +194,7 @@ _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi 
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
 _COUNT_USAGE: Final = f"(~{keys.USAGE}* +hincrby +hget +expire)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
-_BALANCE: Final = f"(~{keys.BALANCER} ~{keys.BALANCER}:* +get +set +pexpire +del)"
+_BALANCE: Final = f"(~{keys.BALANCER}* +get +set +pexpire +del)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),
