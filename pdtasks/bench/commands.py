@@ -362,6 +362,147 @@ def stream(*, rounds: int, streams: int, tokens: int, json_file: Path | None) ->
     run_command(Plan(rounds, streams, tokens), json_file)
 
 
+@bench.group()
+def scale() -> None:
+    """Find the first bottleneck of many GPUs: live with a stub engine, beyond that by a model."""
+
+
+@scale.command()
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=1, max=256),
+    multiple=True,
+    default=(1, 2, 4, 8, 16, 32),
+    show_default=True,
+    help="Workers of each stage, one number after the other.",
+)
+@click.option("--apis", type=click.IntRange(min=1), help="API processes. [default: 1 for 8 pairs]")
+@click.option("--seconds", type=click.FloatRange(min=1), default=15.0, show_default=True)
+@click.option(
+    "--share",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=0.5,
+    show_default=True,
+    help="Of what the GPUs can do, asked at random times.",
+)
+@click.option(
+    "--slower",
+    type=click.FloatRange(min=1),
+    default=1.0,
+    show_default=True,
+    help="Times of a GPU so many times longer, rates so many times lower: for more workers.",
+)
+@click.option("--prompt", type=click.IntRange(min=1), default=5000, show_default=True)
+@click.option(
+    "--answer",
+    "answers",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(250, 10),
+    show_default=True,
+    help="Tokens. Two lengths tell apart what a request costs and what a token does.",
+)
+@click.option(
+    "--minutes",
+    type=float,
+    default=8.0,
+    show_default=True,
+    help="Begin nothing that would take longer.",
+)
+@_JSON
+def live(
+    *,
+    pairs: tuple[int, ...],
+    apis: int | None,
+    prompt: int,
+    answers: tuple[int, ...],
+    json_file: Path | None,
+    **options: float,
+) -> None:
+    """Run real workers, RabbitMQ, Valkey and API processes with a stub engine of a GPU's times.
+
+    More and more workers, each number asked at random times for a share of what so many GPUs could
+    do. Shows what clients see and what a request costs each part; stops where the host is full.
+    """
+    _keep_vllm_quiet()
+    from pdtasks.bench.scale.command import live_command
+    from pdtasks.bench.scale.live import LivePlan, Size
+
+    sizes = [Size(n, n, apis or 1 + n // 8) for n in pairs]
+    workloads = [(prompt, answer) for answer in answers]
+    live_command(LivePlan(sizes, workloads=workloads, **options), json_file)
+
+
+@scale.command("bus")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True)
+@_JSON
+def scale_bus(*, seconds: float, json_file: Path | None) -> None:
+    """Measure how many replies of engine steps one bus takes, by its real writers and readers."""
+    from pdtasks.bench.scale.bus import format_bus, run_bus
+
+    rows = run_bus(seconds=seconds)
+    click.echo(format_bus(rows))
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@scale.command()
+@click.option(
+    "--live",
+    "live_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON of `bench scale live`: what each part costs. [default: that of docs/scaling.md]",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("bench/results"),
+    show_default=True,
+    help="Folder with what was measured on GPUs.",
+)
+@click.option(
+    "--faster",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Services and API processes run on cores so many times as fast.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=6.0,
+    show_default=True,
+    help="Of requests in each simulation of a large stack.",
+)
+@_JSON
+@click.option("--plot", "plot_folder", type=click.Path(path_type=Path), help="For pictures (PNG).")
+def model(
+    *,
+    live_files: tuple[Path, ...],
+    results: Path,
+    faster: float,
+    seconds: float,
+    json_file: Path | None,
+    plot_folder: Path | None,
+) -> None:
+    """Simulate stacks of 2 to 512 GPUs: which part is full first, and how many are needed.
+
+    A discrete-event model with times of one H200 and costs of `bench scale live`. Shows rows that
+    were measured beside the same modelled, then sizes, splits of four GPUs, and a rule for them.
+    """
+    from pdtasks.bench.scale.command import model_command
+
+    model_command(
+        live_files,
+        results,
+        times=faster,
+        seconds=seconds,
+        json_file=json_file,
+        plot_folder=plot_folder,
+    )
+
+
 @bench.command()
 @click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=6.0, show_default=True)

@@ -66,6 +66,11 @@ consumer_timeout = {consumer_timeout}
 # The write-ahead log of quorum queues is kept in memory as well; its own limit is 512 MiB.
 raft.wal_max_size_bytes = 67108864
 """
+#: A quorum queue delivers a message when it is in the log, and not only when the disk has that for
+#: sure: 2.0 instead of 2.8 ms from publish to consumer (medians).  A node that is killed loses
+#: nothing, the kernel has it.  A host that loses power may lose the last milliseconds; the bus,
+#: whose file reaches the disk each second, loses more.
+_ADVANCED = "[{ra, [{wal_write_strategy, sync_after_notify}]}].\n"
 
 
 class RabbitNode:
@@ -232,6 +237,7 @@ class RabbitNode:
                 consumer_timeout=_CONSUMER_TIMEOUT_MS,
             ),
         )
+        _write(home / "advanced.config", _ADVANCED)
         _write(home / "enabled_plugins", "[rabbitmq_management].\n")
         _write(home / "rabbitmq-env.conf", "")
         cookie = home / "home" / ".erlang.cookie"

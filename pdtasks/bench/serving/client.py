@@ -24,6 +24,8 @@ from pdtasks.bench.serving.plan import Workload
 TOKENS = range(300, 30_000)
 #: Seconds without a byte after which an answer is given up.
 _SILENCE_S = 60.0
+#: Seconds that a connection is kept for the next request.
+_KEPT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ async def ask_all(
     `arrivals` says when each comes; `reports`: it is pdtasks, so ask what the stages report.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection that the server, after 5 s, closes just when it is used again would be a failure.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         asked = []
         for request in requests:
