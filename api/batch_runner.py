@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from fastapi import FastAPI
@@ -211,13 +211,13 @@ class BatchTender(Claims):
         files: FileStore,
         lines: LineRunner,
         *,
-        model: str,
+        models: Collection[str],
         max_line_bytes: int,
         background: Background,
     ) -> None:
         """Args:
         lines: is told of new ones.
-        model: that is served.
+        models: that are served.
         max_line_bytes: of one request.
         """
         super().__init__("batch-tender", concurrency=_TENDED, background=background)
@@ -225,7 +225,7 @@ class BatchTender(Claims):
         self._files = files
         self._lines = lines
         lines.on_last = self.wake
-        self._model = model
+        self._models = models
         self._max_line_bytes = max_line_bytes
 
     async def _claim(self) -> tuple[str, Coroutine[Any, Any, None]] | None:
@@ -263,7 +263,7 @@ class BatchTender(Claims):
         file = await self._files.get(batch.input_file_id)
         if file is None or not await self._store.write(batch, anew=True):
             return
-        found = InputFile(batch.endpoint, self._model, max_line_bytes=self._max_line_bytes)
+        found = InputFile(batch.endpoint, self._models, max_line_bytes=self._max_line_bytes)
         async for piece in self._files.pieces(file):
             if self.is_stopping:
                 await self._store.write(batch, lease_s=0)
@@ -286,7 +286,7 @@ class BatchTender(Claims):
             status=Status.IN_PROGRESS,
             in_progress_at=int(time.time()),
             total=found.num_lines,
-            model=self._model,
+            model=found.model,
         )
         self._lines.wake()
 

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 _DOES: Final = {"starting": "starts", "draining": "stops", "changing": "changes its role"}
 
 _PART = Gauge(
-    "pdtasks_api_part", "Part of the workers' places that this process may fill beside others"
+    "pdtasks_api_part",
+    "Part of the workers' places that this process may fill beside others",
+    ["model"],
 )
 
 
@@ -70,7 +72,7 @@ class Workers:
             logger.warning("the workers are not shared anew: %s", type(exc).__name__)
             return
         self._part = fair_part(others)
-        _PART.set(self._part)
+        _PART.labels(self._model).set(self._part)
 
     async def look_again(self) -> None:
         """`look` if a stage has none that takes jobs: one may have come this moment."""
@@ -103,6 +105,12 @@ class Workers:
                 f"no {stage} worker is alive that serves {self._model}: start "
                 f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
             )
+
+    @property
+    def is_alive(self) -> bool:
+        """Has each stage that requests need a worker, in whatever state?"""
+        stages = STAGES[-1:] if self.decode_does_all else STAGES
+        return all(self._of(stage) for stage in stages)
 
     def ours(self) -> list[WorkerStatus]:
         """Those of this model and vLLM, in any state."""

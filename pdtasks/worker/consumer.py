@@ -162,10 +162,11 @@ class StageConsumer(Consumer):  # type: ignore[misc]
         A new connection takes them from the beginning, whatever comes of this one.
         """
         done: Future[None] = Future()
-        self.call_soon(self._take_from, stages, done)
+        settings = service.current().settings
+        self.call_soon(self._take_from, [settings.queue_of(stage) for stage in stages], done)
         return done
 
-    def _take_from(self, stages: Collection[str], done: Future[None]) -> None:
+    def _take_from(self, queues: Collection[str], done: Future[None]) -> None:
         # Whoever has waited for long enough asks again; from here on it waits for this.
         if not done.set_running_or_notify_cancel():
             return
@@ -174,10 +175,10 @@ class StageConsumer(Consumer):  # type: ignore[misc]
             return
         taken = tuple(self.app.amqp.queues.consume_from)
         try:
-            for stage in set(taken) - set(stages):
-                self.cancel_task_queue(stage)
-            for stage in set(stages) - set(taken):
-                self.add_task_queue(stage)
+            for queue in set(taken) - set(queues):
+                self.cancel_task_queue(queue)
+            for queue in set(queues) - set(taken):
+                self.add_task_queue(queue)
         except BaseException as exc:
             done.set_exception(exc)
             raise

@@ -19,11 +19,12 @@ from tests.waiting import wait_until
 
 @contextmanager
 def running_api(
-    services: Services, nursery: Nursery, folder: Path, deadline_s: float
+    services: Services, nursery: Nursery, folder: Path, deadline_s: float, **env: str
 ) -> Iterator[httpx.Client]:
     """Args:
     folder: for its log.
     deadline_s: of every request.
+    env: more of the product's variables, without their prefix.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,7 +34,7 @@ def running_api(
         "PDTASKS_BUS_URL": services.bus_server.url_for(User.API),
         "PDTASKS_REQUEST_TIMEOUT_S": str(deadline_s),
         "PYTHONPATH": str(ROOT),
-    }
+    } | {f"PDTASKS_{name.upper()}": value for name, value in env.items()}
     process = nursery.make(
         "api",
         [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
