@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.cluster.probes import free_ports
 from pdtasks.cluster.rights import User
 from tests.integration.conftest import ROOT, Services
 from tests.waiting import wait_until
@@ -26,9 +26,7 @@ def running_api(
     deadline_s: of every request.
     env: more of the product's variables, without their prefix.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     own = {
         "PDTASKS_BROKER_URL": services.rabbit.url_for(User.API),
         "PDTASKS_BUS_URL": services.bus_server.url_for(User.API),
