@@ -191,7 +191,7 @@ class PipelineCore(EngineCoreClient):
         settings.require_broker()
         self._bus = connect_async(settings)
         self.usage = Usage(self._bus)
-        self.workers = Workers(self._bus, settings.model_name)
+        self.workers = Workers(self._bus, settings.model_name, settings.queue_of)
         self._line = Line(self.workers.room, settings.model_name)
         self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
         self.background = Background()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
@@ -65,9 +64,6 @@ class Front:
 
     def __init__(self, settings: Settings) -> None:
         """Raises ConfigurationError, for flags that cannot be used, and as `resolve_model` does."""
-        if settings.device == "cuda":
-            # vLLM looks for a device while it builds its configuration; this process uses none.
-            os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
         self.settings = settings
         model = resolve_model(settings.model, settings.cache_dir, print)
         check_flags(settings.api_args)
@@ -138,6 +134,11 @@ class Fronts:
     def cores(self) -> Sequence[PipelineCore]:
         """Their engines'. From `open` on."""
         return [front.core for front in self]
+
+    @property
+    def without_workers(self) -> list[str]:
+        """Models that nobody serves now. From `open` on."""
+        return [front.name for front in self if not front.core.workers.is_alive]
 
     def of(self, model: Any) -> Front:
         """The one of `model`, as a body spells it; else the default one, which refuses the rest."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.middleware import Middleware
 
+from api import device
 from pdtasks import collecting
 from pdtasks.bus.batches import BatchStore
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
@@ -38,6 +39,7 @@ router = APIRouter()
 
 def create_app(settings: Settings) -> FastAPI:
     """The whole application; its lifespan connects to bus and broker."""
+    device.use_none(settings)
     from api import batches, dashboard, files, jobs, models, overview, targets
     from api.front import Fronts
 
@@ -58,7 +60,13 @@ def create_app(settings: Settings) -> FastAPI:
 
         try:
             await fronts.open()
-            running_jobs = _running_jobs(app, settings, fronts.default.core.background, fronts)
+            running_jobs = _running_jobs(
+                app,
+                settings,
+                fronts.default.core.background,
+                fronts,
+                away=lambda: fronts.without_workers,
+            )
             with closing(Depths((*_stage_queues(settings), DEAD_QUEUE, KEPT_QUEUE))) as depths:
                 figures = observed(app.state, fronts, settings, depths)
                 async with vllm_lifespan(app), running_jobs, figures:
@@ -131,9 +139,13 @@ def _add_layers(app: FastAPI, settings: Settings, fronts: Fronts) -> Tracer:
 
 @asynccontextmanager
 async def _running_jobs(
-    app: FastAPI, settings: Settings, background: Background, parameters: Parameters | Fronts
+    app: FastAPI,
+    settings: Settings,
+    background: Background,
+    parameters: Parameters | Fronts,
+    away: Callable[[], Collection[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Run jobs and batches in this process, of all models."""
+    """Run jobs and batches in this process, of all models but, of batches, those `away`."""
     from api.batch_runner import BatchTender, LineRunner
     from api.batches import Batches
     from api.files import Files
@@ -148,6 +160,7 @@ async def _running_jobs(
         batches,
         files,
         refuse=parameters.refusal_of_fields,
+        away=away,
         concurrency=settings.batch_concurrency,
         background=background,
     )

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -40,10 +41,14 @@ _PART = Gauge(
 class Workers:
     """What presence said when it was last looked at. For one event loop."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey, model: str) -> None:
+    def __init__(
+        self, bus: valkey.asyncio.Valkey, model: str, queue_of: Callable[[str], str] = str
+    ) -> None:
+        """`queue_of`: the queue of this model for a stage."""
         self.known: list[WorkerStatus] = []
         self._bus = bus
         self._model = model
+        self._queue_of = queue_of
         self._missing_since: dict[str, float] = {}  # by stage, UNIX seconds
         self._process = uuid.uuid4().hex
         self._part = 1.0  # of their places, that this process may fill
@@ -101,9 +106,11 @@ class Workers:
             if workers:
                 states = "; ".join(_described(worker) for worker in workers)
                 raise NoWorker(f"no {stage} worker takes jobs for {self._model} now: {states}")
+            queue = self._queue_of(stage)
+            up = "pdtasks up" if queue == stage else f"pdtasks up --worker {queue}"
             raise NoWorker(
                 f"no {stage} worker is alive that serves {self._model}: start "
-                f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
+                f"`celery -A pdtasks worker -Q {queue} -P threads`, or `{up}`"
             )
 
     @property

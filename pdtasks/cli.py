@@ -363,9 +363,11 @@ def api(
     Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
     --chat-template, …
     """
+    from api import device
     from pdtasks.links import require_trusted
-    from pdtasks.settings import make_settings
+    from pdtasks.settings import load_settings, make_settings
 
+    device.use_none(load_settings())
     settings = make_settings(**_front_end(flags, reasoning_parser))
     require_trusted(settings)
     from api.main import serve

@@ -178,7 +178,8 @@ def common_env(settings: Settings) -> dict[str, str]:
         # Tokenizers in several threads and forks warn, and gain nothing here.
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if settings.model is None or Path(settings.model).is_dir():
+    models = (settings.model, *(settings.of_model(name).model for name in settings.models))
+    if all(model is None or Path(model).is_dir() for model in models):
         env["HF_HUB_OFFLINE"] = "1"  # everything is here already
     root = str(Path(pdtasks.__file__).resolve().parent.parent)
     if root not in site.getsitepackages():  # a checkout
