@@ -83,13 +83,16 @@ async def stream_tokens(
         "temperature": 0,
         "stream": True,
         # Also of tokens that make no text.
-        "logprobs": 0,
+        "return_token_ids": True,
     }
     async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                num_tokens = len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
+                chunk = json.loads(line[6:])
+                if "error" in chunk:  # it has begun, and then failed
+                    raise httpx.RemoteProtocolError(str(chunk["error"])[:_MOST_TOLD])
+                num_tokens = len(chunk["choices"][0].get("token_ids") or ())
                 at += [time.perf_counter()] * num_tokens
 
 

@@ -559,6 +559,62 @@ def role(
 
 @bench.command()
 @click.option(
+    "--phase",
+    "phases",
+    multiple=True,
+    default=("1200/8@0.4", "40/150@0.4", "1200/8@0.4"),
+    show_default=True,
+    help="PROMPT/ANSWER@RATE: tokens, and requests/s.",
+)
+@click.option("--seconds", type=click.FloatRange(min=5), default=120.0, show_default=True)
+@click.option("--ttft", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--itl", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True)
+@click.option(
+    "--stub",
+    nargs=2,
+    type=click.IntRange(min=1),
+    help="Instead of the running stack: so many prefill and decode workers with stub engines.",
+)
+@click.option("--slower", type=click.FloatRange(min=1), default=1.0, show_default=True)
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path))
+@_JSON
+def turning(
+    *,
+    phases: tuple[str, ...],
+    seconds: float,
+    ttft: float,
+    itl: float,
+    stub: tuple[int, int] | None,
+    slower: float,
+    plot_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Ask for long prompts, then for long answers, then for long prompts again.
+
+    Shows how roles (`pdtasks up --auto`) and latencies follow; each phase lasts SECONDS. TTFT and
+    ITL are the targets, in seconds. Stub engines take a GPU's times, or SLOWER times as long.
+    """
+    from pdtasks.balance.deciding import Targets
+    from pdtasks.bench.turning.command import turning_command
+    from pdtasks.bench.turning.run import Phase
+
+    try:
+        wanted = [Phase.read(phase) for phase in phases]
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    turning_command(
+        wanted,
+        seconds=seconds,
+        targets=Targets(ttft_s=ttft, itl_s=itl),
+        stub=stub or None,
+        slower=slower,
+        json_file=json_file,
+        plot_file=plot_file,
+    )
+
+
+@bench.command()
+@click.option(
     "--tokens",
     type=click.IntRange(min=2),
     multiple=True,

@@ -26,6 +26,7 @@ from pdtasks.cluster import children
 from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.probes import free_ports, wait_until
 from pdtasks.cluster.process import Process
+from pdtasks.cluster.rights import User
 from pdtasks.settings import Settings
 
 #: Under this name the stub's "model" is served.
@@ -117,6 +118,13 @@ class ScaleStack:
             running = sum(map(len, self._workers.values()))
             progress(f"{running} of {prefill + decode} workers with stub engines are ready")
         self._add_apis(apis - len(self._apis))
+
+    def balancer(self, *, ttft_s: float, itl_s: float) -> Process:
+        """What has its workers change roles, not started."""
+        own = self._settings.model_copy(
+            update={"bus_url": self._services.bus.url_for(User.BALANCER)}
+        )
+        return children.balancer(own, self.urls[0], ttft_s=ttft_s, itl_s=itl_s)
 
     def __enter__(self) -> Self:
         with ExitStack() as ends:
