@@ -19,11 +19,19 @@ from tests.waiting import wait_until
 
 @contextmanager
 def running_api(
-    services: Services, nursery: Nursery, folder: Path, deadline_s: float
+    services: Services,
+    nursery: Nursery,
+    folder: Path,
+    deadline_s: float,
+    *,
+    program: str = "pdtasks.cli",
+    **env: str,
 ) -> Iterator[httpx.Client]:
     """Args:
     folder: for its log.
     deadline_s: of every request.
+    program: another module that does what `pdtasks` does.
+    env: further variables.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,8 +44,8 @@ def running_api(
     }
     process = nursery.make(
         "api",
-        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
-        env=os.environ | services.env | own,
+        [sys.executable, "-m", program, "api", "--port", str(port)],
+        env=os.environ | services.env | own | env,
         log=folder / "api.log",
         cwd=folder,
     )
