@@ -19,5 +19,5 @@ def drawn_until_there() -> str:
 
 
 if __name__ == "__main__":
-    core.new_stream = drawn_until_there
+    vars(core)["new_stream"] = drawn_until_there
     main()

@@ -184,7 +184,7 @@ def apis(
     bench_nursery: Nursery,
     tmp_path: Path,
 ) -> Iterator[list[httpx.Client]]:
-    """Two API processes: the first one's replies go over the first bus, the other's over the second."""
+    """Two API processes, one for each bus; the second one's replies go over the second."""
     programs = []
     for place in (0, 1):
         folder = tmp_path / f"api{place}"
