@@ -68,6 +68,8 @@ _ABORTED_SAVE_S = 60.0
 _DISCARD_S = 2.0
 #: Seconds between the notice that this worker stops and a look at who else is there.
 _LOOK_AROUND_S = 0.5
+#: Seconds between two looks whether anybody wants what its bus does not take.
+_STILL_WANTED_S = 1.0
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
 
@@ -241,13 +243,22 @@ class Worker:
         finally:
             self.answers.end(generation)
 
-    async def replies_taken(self, stream: str | None) -> None:
-        """Return when its bus has what was published on `stream` so far.
+    async def replies_taken(self, stream: str | None, *request_ids: str) -> None:
+        """Return when its bus has what was published on `stream`, or nobody wants `request_ids`.
 
-        Acknowledged is only what the asker can read: the job comes again if this worker dies.
+        Acknowledged is only what the asker can read: the job comes again if this worker dies.  What
+        was aborted while its bus is away must not keep a place that others have a use for.
         """
-        if stream is not None:
-            await self._replies.flush(stream)
+        if stream is None:
+            return
+        taken = asyncio.create_task(self._replies.flush(stream))
+        try:
+            while not taken.done() and not self.aborted.has_all(request_ids):
+                await asyncio.wait([taken], timeout=_STILL_WANTED_S)
+            if taken.done():
+                taken.result()
+        finally:
+            taken.cancel()
 
     def discard_when_saved(self, generation: Generation) -> None:
         """`discard`, after what the engine may still write for an aborted `generation`."""

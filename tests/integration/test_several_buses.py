@@ -33,6 +33,8 @@ from tests.integration.real_api import running_api
 from tests.waiting import until, wait_until
 
 PATIENCE_S = 30.0
+#: Of every request: no test waits for it.
+DEADLINE_S = 120.0
 
 
 @pytest.fixture
@@ -173,7 +175,8 @@ def test_a_reader_that_is_gone_is_noticed_on_whichever_bus_it_was(
 def workers(start_worker: StartWorker, further: ValkeyServer) -> list[StubWorker]:
     """One of each stage, which know both buses."""
     url = further.url_for(User.WORKER)
-    return [start_worker(role, bus_urls=url) for role in ("prefill", "decode")]
+    prefill = start_worker("prefill", bus_urls=url, concurrency=1)
+    return [prefill, start_worker("decode", bus_urls=url)]
 
 
 @pytest.fixture
@@ -194,7 +197,7 @@ def apis(
                 services,
                 bench_nursery,
                 folder,
-                PATIENCE_S,
+                DEADLINE_S,
                 program="tests.integration.placed_api",
                 PDTASKS_BUS_URLS=further.url_for(User.API),
                 STREAM_PLACE=str(place),
@@ -210,10 +213,10 @@ def is_ready(api: httpx.Client) -> bool:
     return api.get("/ready").status_code == 200
 
 
-def ask(api: httpx.Client, max_tokens: int = 4) -> httpx.Response:
+def ask(api: httpx.Client, max_tokens: int = 4, **options: Any) -> httpx.Response:
     model = api.get("/v1/models").json()["data"][0]["id"]
     body = {"model": model, "prompt": "a b c", "max_tokens": max_tokens, "temperature": 0}
-    return api.post("/v1/completions", json=body)
+    return api.post("/v1/completions", json=body, **options)
 
 
 def streams_on(server: ValkeyServer) -> int:
@@ -275,6 +278,27 @@ def test_only_the_requests_of_an_api_process_whose_bus_is_away_end(
     for worker in workers:
         assert "bus2 is away, replies wait" in worker.log or worker.role == "prefill"
         assert further.url_for(User.WORKER) not in worker.log
+
+
+def test_who_hangs_up_keeps_no_place_of_a_worker_although_the_bus_of_his_answer_is_away(
+    further: ValkeyServer, workers: list[StubWorker], apis: list[httpx.Client]
+) -> None:
+    prefill = workers[0]
+    first, second = apis
+    further.process.stop(10)
+
+    # Given a request that has the prefill worker's only place, for its first token cannot be told
+    with ThreadPoolExecutor(2) as callers:
+        hangs_up = callers.submit(ask, second, timeout=3)
+        wait_until(lambda: "bus2 is away, replies wait" in prefill.log)
+        asked = callers.submit(ask, first)
+
+        # When its caller goes
+        with pytest.raises(httpx.ReadTimeout):
+            hangs_up.result(PATIENCE_S)
+
+        # Then the next one is answered, long before the deadline
+        assert asked.result(PATIENCE_S).status_code == 200
 
 
 def test_a_request_that_runs_again_asks_along_its_own_stream(
