@@ -396,7 +396,7 @@ def _reached(
         name,
         False,
         f"{shown} does not answer, or refuses the password",
-        f"start that {service}, correct {variable}{or_else}",
+        f"start that {service}{',' if or_else else ' or'} correct {variable}{or_else}",
     )
 
 
