@@ -25,7 +25,7 @@ _PACE_S: Final = 10.0
 _SOONEST_S: Final = 1.0
 LATEST_S: Final = 60.0
 
-_WAITING = Gauge("pdtasks_api_waiting", "Requests that wait for the workers")
+_WAITING = Gauge("pdtasks_api_waiting", "Requests that wait for the workers", ["model"])
 _REFUSED = Counter("pdtasks_api_refused", "Requests that were refused with 429")
 
 
@@ -61,12 +61,15 @@ class Visits:
 
 
 class Admission:
-    """Which of this process's requests wait, and whether one more may. For one event loop.
+    """Which of a model's requests wait in this process, and may one more? For one event loop.
 
     A request waits until it has two tokens, or has ended: then both stages are at work on it.
     """
 
-    def __init__(self, most_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, most_waiting: int, model: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._gauge = _WAITING.labels(model)
         self._most_waiting = most_waiting
         self._clock = clock
         self._waiting: set[str] = set()
@@ -81,7 +84,7 @@ class Admission:
             visit.places -= 1
             self._given -= 1
         self._waiting.add(request_id)
-        _WAITING.set(len(self._waiting))
+        self._gauge.set(len(self._waiting))
 
     def begin(self, request_id: str) -> None:
         """The workers are at work on it."""
@@ -93,7 +96,7 @@ class Admission:
     def leave(self, request_id: str) -> None:
         """It has ended, one way or the other."""
         self._waiting.discard(request_id)
-        _WAITING.set(len(self._waiting))
+        self._gauge.set(len(self._waiting))
 
     def give_back(self, visit: _Visit) -> None:
         """The places of a visit that is over."""

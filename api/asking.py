@@ -5,6 +5,7 @@ What jobs and batches share.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -93,11 +94,19 @@ def read_request(path: str, body: dict[str, Any]) -> AnyRequest:
         raise Refused(400, f"{field}: cannot be understood", field) from exc
 
 
+def app_of(app: FastAPI, body: Mapping[str, Any]) -> FastAPI:
+    """The application that serves the model which `body` names; for others `app`, which says so."""
+    fronts = getattr(app.state, "pdtasks_fronts", None)
+    found: FastAPI = app if fronts is None else fronts.app_of(body.get("model"))
+    return found
+
+
 async def check(app: FastAPI, path: str, body: dict[str, Any]) -> None:
     """Find out all that can be known of a request before it is begun.
 
     Raises Refused with the answer that its route would give at once.
     """
+    app = app_of(app, body)
     handler = getattr(app.state, ROUTES[path].handler)
     with only_checking():
         try:
@@ -119,6 +128,7 @@ async def ask(
 ) -> Any:
     """What vLLM's handler answers to `body` with `changes`. Raises Refused, Failed, NotNow."""
     route = ROUTES[path]
+    app = app_of(app, body)
     handler = getattr(app.state, route.handler)
     request = read_request(path, body | changes)
     headers = [(b"x-request-id", request_id.encode())]

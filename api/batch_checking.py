@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any, Final
 
 from api.guard import broken_text
@@ -25,16 +26,17 @@ class _Wrong(Exception):
 class InputFile:
     """What is in a file, as far as it has been fed."""
 
-    def __init__(self, endpoint: str, model: str, *, max_line_bytes: int) -> None:
+    def __init__(self, endpoint: str, models: Collection[str], *, max_line_bytes: int) -> None:
         """Args:
         endpoint: that all lines have to be for.
-        model: that all have to ask.
+        models: of which all have to ask the same one.
         max_line_bytes: of one line.
         """
         self.errors: list[dict[str, Any]] = []
         self.num_lines = 0  #: that are requests
         self._endpoint = endpoint
-        self._model = model
+        self.model = ""  #: that the first line asks
+        self._models = models
         self._max_line_bytes = max_line_bytes
         self._rest = bytearray()
         self._number = 0  # of the line that begins with `_rest`
@@ -117,8 +119,13 @@ class InputFile:
             raise _Wrong("invalid_type", "body has to be an object", "body")
         if body.get("model") is None:
             raise _Wrong("missing_required_parameter", "body.model is missing", "body.model")
-        if body["model"] != self._model:
-            why = f"all requests of a batch have to ask the model that is served, {self._model}"
+        model = body["model"]
+        if not isinstance(model, str) or model not in self._models:
+            why = f"body.model has to be one that is served: {', '.join(self._models)}"
+            raise _Wrong("mismatched_model", why, "body.model")
+        self.model = self.model or model
+        if model != self.model:
+            why = f"all requests of a batch have to ask one model, as its first line: {self.model}"
             raise _Wrong("mismatched_model", why, "body.model")
 
     def _new_id(self, custom_id: Any) -> str:

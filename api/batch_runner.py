@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from fastapi import FastAPI
@@ -76,6 +76,10 @@ _CANCELLED: Final = (
 _Outcome = tuple[Literal["output", "error"], dict[str, Any]]
 
 
+class _NobodyThere(Exception):
+    """No worker serves the model that a line asks."""
+
+
 class LineRunner(Claims):
     """Runs lines of batches in this process, at most `concurrency` at once."""
 
@@ -86,10 +90,14 @@ class LineRunner(Claims):
         files: FileStore,
         *,
         refuse: Callable[[str, Mapping[str, Any]], Refusal | None],
+        away: Callable[[], Collection[str]],
         concurrency: int,
         background: Background,
     ) -> None:
-        """`refuse`: which parameter of a body for a path is refused, and why."""
+        """Args:
+        refuse: which parameter of a body for a path is refused, and why.
+        away: models that no worker serves now.
+        """
         super().__init__("batch-lines", concurrency=concurrency, background=background)
         #: Called when a batch has no line any more.
         self.on_last: Callable[[], None] = lambda: None
@@ -97,9 +105,10 @@ class LineRunner(Claims):
         self._store = store
         self._files = files
         self._refuse = refuse
+        self._away = away
 
     async def _claim(self) -> tuple[str, Coroutine[Any, Any, None]] | None:
-        line = await self._store.claim(uuid.uuid4().hex)
+        line = await self._store.claim(uuid.uuid4().hex, self._away())
         return None if line is None else (line.request_id, self._run(line))
 
     async def _run(self, line: Line) -> None:
@@ -115,6 +124,9 @@ class LineRunner(Claims):
         if verdict == "done":
             try:
                 await self._finish(line, work.result())
+            except _NobodyThere:
+                # Its place is for lines of models that are served.
+                await self._store.release(line)
             except BUS_ERRORS as exc:
                 # The lease runs out, then it is run again, unless its outcome was written.
                 logger.warning("%s is left, bus is away: %s", line.request_id, type(exc).__name__)
@@ -157,7 +169,7 @@ class LineRunner(Claims):
             return _http(line, exc.status, exc.message, "BadRequestError", exc.param)
         except Failed as exc:
             return _answered(line, int(exc.error.get("code") or 500), {"error": exc.error})
-        except BUS_ERRORS:
+        except (*BUS_ERRORS, _NobodyThere):
             raise
         except Unreadable as exc:
             error = {"code": "input_lost", "message": f"the input file: {exc}"}
@@ -181,6 +193,8 @@ class LineRunner(Claims):
                 found = await ask(self._app, batch.endpoint, body, WHOLE, line.request_id)
                 return whole_body(found)
             except NotNow as exc:
+                if isinstance(exc.cause, NoWorker) and batch.model in self._away():
+                    raise _NobodyThere from exc
                 num_asked += not isinstance(exc.cause, _NOT_ITS_OWN)
                 if num_asked >= _MOST_ASKED:
                     raise Failed(exc.error) from exc
@@ -211,13 +225,13 @@ class BatchTender(Claims):
         files: FileStore,
         lines: LineRunner,
         *,
-        model: str,
+        models: Collection[str],
         max_line_bytes: int,
         background: Background,
     ) -> None:
         """Args:
         lines: is told of new ones.
-        model: that is served.
+        models: that are served.
         max_line_bytes: of one request.
         """
         super().__init__("batch-tender", concurrency=_TENDED, background=background)
@@ -225,7 +239,7 @@ class BatchTender(Claims):
         self._files = files
         self._lines = lines
         lines.on_last = self.wake
-        self._model = model
+        self._models = models
         self._max_line_bytes = max_line_bytes
 
     async def _claim(self) -> tuple[str, Coroutine[Any, Any, None]] | None:
@@ -263,7 +277,7 @@ class BatchTender(Claims):
         file = await self._files.get(batch.input_file_id)
         if file is None or not await self._store.write(batch, anew=True):
             return
-        found = InputFile(batch.endpoint, self._model, max_line_bytes=self._max_line_bytes)
+        found = InputFile(batch.endpoint, self._models, max_line_bytes=self._max_line_bytes)
         async for piece in self._files.pieces(file):
             if self.is_stopping:
                 await self._store.write(batch, lease_s=0)
@@ -286,7 +300,7 @@ class BatchTender(Claims):
             status=Status.IN_PROGRESS,
             in_progress_at=int(time.time()),
             total=found.num_lines,
-            model=self._model,
+            model=found.model,
         )
         self._lines.wake()
 

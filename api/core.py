@@ -83,12 +83,14 @@ _OUTPUTS = Counter(
     "pdtasks_outputs", "Outputs in them; more than one each where requests share steps"
 )
 _ENDED = Counter(
-    "pdtasks_requests", "Requests of this process that have ended, by how", ["kind", "outcome"]
+    "pdtasks_requests",
+    "Requests of this process that have ended, by how",
+    ["model", "kind", "outcome"],
 )
 _ROUTES = Counter(
     "pdtasks_routes",
     "Requests that were published, by their way and why: both stages, or a decode worker alone",
-    ["route"],
+    ["model", "route"],
 )
 #: Outcome of a request that this process has ended: its text reached a stop string, or its caller
 #: went away.
@@ -182,7 +184,7 @@ class PipelineCore(EngineCoreClient):
         """
         self.resources = SimpleNamespace(engine_dead=False)  # vLLM asks for it
         self.reports = Reports()
-        self._admission = Admission(settings.max_waiting)
+        self._admission = Admission(settings.max_waiting, settings.model_name)
         self._settings = settings
         self._fail = fail
         self._is_known = is_known
@@ -197,8 +199,8 @@ class PipelineCore(EngineCoreClient):
         self._bus = self._buses.first
         name = new_stream()
         self.usage = Usage(self._bus)
-        self.workers = Workers(self._bus, settings.model_name)
-        self._line = Line(self.workers.room)
+        self.workers = Workers(self._bus, settings.model_name, settings.queue_of)
+        self._line = Line(self.workers.room, settings.model_name)
         self._stream: BringsReplies = stream or ReplyStream(
             self._buses.of(name), self._replies_are_lost, name
         )
@@ -209,6 +211,15 @@ class PipelineCore(EngineCoreClient):
         self._family: Family | None = None  # the last one, until it is published
         self._aborter: TellsAborts = aborter or Aborter(self.background)
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def model(self) -> str:
+        """What callers call the model whose requests these are."""
+        return self._settings.model_name
+
+    def queue_of(self, stage: str) -> str:
+        """Where its jobs of a stage wait."""
+        return self._settings.queue_of(stage)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -333,7 +344,7 @@ class PipelineCore(EngineCoreClient):
         )
 
     def _go(self, job: PrefillJob, route: Route) -> None:
-        _ROUTES.labels(route).inc(len(job.request_ids))
+        _ROUTES.labels(self._settings.model_name, route).inc(len(job.request_ids))
         for request_id in job.request_ids:
             if entry := self._open.get(request_id):
                 entry.record.published(route)
@@ -494,7 +505,7 @@ class PipelineCore(EngineCoreClient):
             self._line.has_second_token(output.request_id)
         if output.finish_reason is not None:
             self.usage.charge(entry.owner, entry.num_tokens)
-            _ENDED.labels(entry.kind, str(output.finish_reason)).inc()
+            self._count(entry, str(output.finish_reason))
             del self._open[output.request_id]
             entry.record.end("done", now)
             self._line.leave(output.request_id)
@@ -515,8 +526,11 @@ class PipelineCore(EngineCoreClient):
         if entry is not None and entry.answer.token_ids:
             self.usage.charge(entry.owner, entry.num_tokens)
         if entry is not None:
-            _ENDED.labels(entry.kind, outcome).inc()
+            self._count(entry, outcome)
         return entry is not None
+
+    def _count(self, entry: _Open, outcome: str) -> None:
+        _ENDED.labels(self._settings.model_name, entry.kind, outcome).inc()
 
     # -- watching ----------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ _LEAST_ON_THEIR_WAY: Final = 8
 #: Part of those places that what nobody waits for may have, of this process.
 _NOT_INTERACTIVE: Final = 0.75
 
-_IN_LINE = Gauge("pdtasks_api_in_line", "Requests that are not published yet", ["kind"])
+_IN_LINE = Gauge("pdtasks_api_in_line", "Requests that are not published yet", ["model", "kind"])
 
 
 class Flow(NamedTuple):
@@ -183,9 +183,10 @@ class Line:
     """Requests that wait for their turn, and those that had it and have not ended. For one loop."""
 
     def __init__(
-        self, room: Callable[[], Room], clock: Callable[[], float] = time.monotonic
+        self, room: Callable[[], Room], model: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`room()`: what there is now. When there is more, call `move`."""
+        """`room()`: what there is now for `model`. When there is more, call `move`."""
+        self._model = model
         self._lately = _Lately(clock)
         self._room = room
         self._flows: dict[Flow, _FlowState] = {}
@@ -225,7 +226,7 @@ class Line:
         state.waiting.append(one)
         for request_id in request_ids:
             self._items[request_id] = one
-        _IN_LINE.labels(flow.kind).inc(len(request_ids))
+        _IN_LINE.labels(self._model, flow.kind).inc(len(request_ids))
         self.move()
 
     def has_first_token(self, request_id: str) -> None:
@@ -250,7 +251,7 @@ class Line:
         """It has ended, or nobody wants it any more."""
         one = self._items.pop(request_id, None)
         if one is not None:
-            _IN_LINE.labels(one.flow.kind).dec()
+            _IN_LINE.labels(self._model, one.flow.kind).dec()
             if not any(other in self._items for other in one.request_ids):
                 self._flows[one.flow].waiting.remove(one)
         self._prefilling.pop(request_id, None)
@@ -289,7 +290,7 @@ class Line:
                 (self._prefilling if route.is_split else self._whole)[request_id] = tokens
             if one.flow.kind is not ServiceClass.INTERACTIVE:
                 self._not_interactive.update(ids)
-            _IN_LINE.labels(one.flow.kind).dec(len(ids))
+            _IN_LINE.labels(self._model, one.flow.kind).dec(len(ids))
             one.go(route)
         self._forget_flows()
 

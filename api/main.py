@@ -1,6 +1,6 @@
 """vLLM's OpenAI app on our engine client, and what pdtasks adds to it.
 
-No weights and no GPU in this process: the model's configuration and tokenizer suffice.
+No weights and no GPU in this process: the models' configurations and tokenizers suffice.
 """
 
 from __future__ import annotations
@@ -8,21 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, closing
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.middleware import Middleware
 
+from api import device
 from pdtasks import collecting
-from pdtasks.background import Background
 from pdtasks.bus.batches import BatchStore
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.files import FileStore
 from pdtasks.bus.jobs import JobStore
-from pdtasks.engine.models import resolve_model
 from pdtasks.errors import NoWorker, RepliesLost
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
@@ -30,80 +29,56 @@ from pdtasks.settings import Settings
 from pdtasks.tracing import NO_TRACER, Tracer, make_tracer, require_usable
 
 if TYPE_CHECKING:
+    from api.core import PipelineCore
+    from api.front import Fronts
     from api.parameters import Parameters
+    from pdtasks.background import Background
 
 router = APIRouter()
-
-#: Routes of vLLM's that are for other parts of a vLLM server, not for who asks it: by one of them
-#: anybody ends anybody's requests whose id he knows.
-_CLOSED: Final = frozenset(
-    (
-        *("/inference/v1/generate", "/inference/v1/abort_requests", "/kv_event_sources"),
-        *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
-    )
-)
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The whole application; its lifespan connects to bus and broker."""
-    if settings.device == "cuda":
-        # vLLM looks for a device while it builds its configuration; this process uses none.
-        os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.app import build_app
+    device.use_none(settings)
+    from api import batches, dashboard, files, jobs, models, overview, targets
+    from api.front import Fronts
 
-    from api import batches, dashboard, errors, files, jobs, overview, responses, targets
-    from api.flags import check_flags, front_end_arguments
-    from api.parameters import Parameters
-    from pdtasks.engine.arguments import engine_arguments
-
-    model = resolve_model(settings.model, settings.cache_dir, print)
-    check_flags(settings.api_args)
-    arguments = front_end_arguments(settings.api_args, model)
-    for name, value in engine_arguments(settings, model).items():
-        setattr(arguments, name, value)
-    arguments.served_model_name = [settings.model_name]
-    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-
-    app = build_app(arguments, ("generate",), config.model_config)
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _CLOSED]
+    fronts = Fronts(settings)
+    app = fronts.default.app
     app.include_router(router)
     for routes in (jobs, files, batches, overview, dashboard, targets):
         app.include_router(routes.router)
-    responses.install(app)
-    errors.install(app)
-
-    parameters = Parameters(priorities=config.scheduler_config.policy == "priority")
-    tracer = _add_layers(app, settings, parameters)
+    models.install(app, fronts)
+    tracer = _add_layers(app, settings, fronts)
     vllm_lifespan = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-
         from api.metrics import observed
         from api.overview import telling
-        from api.recording import RecordingLLM
         from pdtasks.broker.depths import Depths
 
-        client = RecordingLLM(config, settings)
-        app.state.pdtasks_client = client
         try:
-            core = client.engine_core
-            await core.open()
-            await init_app_state(client, app.state, arguments, ("generate",))
-            running_jobs = _running_jobs(app, settings, core.background, parameters)
-            with closing(Depths((*STAGES, DEAD_QUEUE, KEPT_QUEUE))) as depths:
-                figures = observed(app.state, core, config.cache_config, settings, depths)
+            await fronts.open()
+            running_jobs = _running_jobs(
+                app,
+                settings,
+                fronts.default.core.background,
+                fronts,
+                away=lambda: fronts.without_workers,
+            )
+            with closing(Depths((*_stage_queues(settings), DEAD_QUEUE, KEPT_QUEUE))) as depths:
+                figures = observed(app.state, fronts, settings, depths)
                 async with vllm_lifespan(app), running_jobs, figures:
-                    store = app.state.pdtasks_jobs.store
+                    jobs_of_all = app.state.pdtasks_jobs
+                    for front in fronts:  # background responses of each are jobs
+                        front.app.state.pdtasks_jobs = jobs_of_all
                     async with telling(
-                        core, store, settings, depths
+                        fronts.cores, jobs_of_all.store, settings, depths
                     ) as app.state.pdtasks_overviews:
                         yield
         finally:
-            await client.engine_core.close()
-            client.shutdown()
+            await fronts.close()
             # (not from the app's state: vLLM has taken that away by now)
             await asyncio.to_thread(tracer.close)
 
@@ -111,9 +86,15 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Tracer:
+def _stage_queues(settings: Settings) -> list[str]:
+    """Of all models."""
+    names = (settings.model_name, *settings.models)
+    return [settings.queue_of(stage, name) for name in names for stage in STAGES]
+
+
+def _add_layers(app: FastAPI, settings: Settings, fronts: Fronts) -> Tracer:
     """What a request passes before any route. Returns what traces it, to be closed."""
-    from api import files
+    from api import files, models
     from api.access import Access
     from api.admission import Visits
     from api.guard import Guard
@@ -143,12 +124,14 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Tra
             max_body_bytes=settings.max_body_bytes,
             before=look_again,
             streamed=(files.PATH,),
-            refuse=parameters.refusal,
+            refuse=fronts.refusal,
         )
     )
     app.user_middleware.append(Middleware(RouteWishes))
     app.user_middleware.append(Middleware(Visits))
     app.user_middleware.append(Middleware(Scrapes, state=app.state))
+    if len(fronts) > 1:
+        app.user_middleware.append(Middleware(models.ByModel, fronts=fronts))
     # vLLM has built it already, without what came since.
     app.middleware_stack = app.build_middleware_stack()
     return tracer
@@ -156,9 +139,13 @@ def _add_layers(app: FastAPI, settings: Settings, parameters: Parameters) -> Tra
 
 @asynccontextmanager
 async def _running_jobs(
-    app: FastAPI, settings: Settings, background: Background, parameters: Parameters
+    app: FastAPI,
+    settings: Settings,
+    background: Background,
+    parameters: Parameters | Fronts,
+    away: Callable[[], Collection[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Run jobs and batches in this process."""
+    """Run jobs and batches in this process, of all models but, of batches, those `away`."""
     from api.batch_runner import BatchTender, LineRunner
     from api.batches import Batches
     from api.files import Files
@@ -173,6 +160,7 @@ async def _running_jobs(
         batches,
         files,
         refuse=parameters.refusal_of_fields,
+        away=away,
         concurrency=settings.batch_concurrency,
         background=background,
     )
@@ -180,7 +168,7 @@ async def _running_jobs(
         batches,
         files,
         lines,
-        model=settings.model_name,
+        models=(settings.model_name, *settings.models),
         max_line_bytes=settings.max_body_bytes,
         background=background,
     )
@@ -200,13 +188,16 @@ async def _running_jobs(
 
 
 @router.get("/ready")
-async def ready(request: Request, *, split: bool = False) -> dict[str, Any]:
+async def ready(
+    request: Request, *, split: bool = False, model: str | None = None
+) -> dict[str, Any]:
     """200 when requests have workers that take jobs and this process is well, else 503.
 
     Args:
         split: workers for both stages, also where decode workers could do all of it.
+        model: that is asked; None: the default one.
     """
-    core = request.app.state.pdtasks_client.engine_core
+    core = _core_of(request, model)
     try:
         await core.workers.look()
         core.workers.require(split=split)
@@ -219,6 +210,16 @@ async def ready(request: Request, *, split: bool = False) -> dict[str, Any]:
         raise HTTPException(503, "; ".join(problems))
     failures = {name: count for name, count in core.background.failures().items() if count}
     return {"status": "ready"} | ({"background": failures} if failures else {})
+
+
+def _core_of(request: Request, model: str | None) -> PipelineCore:
+    if model is None:
+        default: PipelineCore = request.app.state.pdtasks_client.engine_core
+        return default
+    fronts: Fronts = request.app.state.pdtasks_fronts
+    if model not in fronts:
+        raise HTTPException(404, f"The model `{model}` does not exist.")
+    return fronts.of(model).core
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
@@ -248,5 +249,6 @@ def serve(settings: Settings, host: str, port: int) -> None:
             timeout_graceful_shutdown=int(settings.drain_timeout_s),
         )
     )
-    app.state.server = server  # vLLM's error handlers look for it
+    for front in app.state.pdtasks_fronts:
+        front.app.state.server = server  # vLLM's error handlers look for it
     server.run()

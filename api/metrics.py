@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -28,6 +28,9 @@ from pdtasks.errors import BrokerUnavailable
 from pdtasks.messages import WORKER_STATES
 from pdtasks.naming import STAGES, stages_of
 from pdtasks.settings import Settings
+
+if TYPE_CHECKING:
+    from api.front import Front
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +48,16 @@ class Figures:
     """A collector for `prometheus_client`, in one event loop."""
 
     def __init__(
-        self, core: PipelineCore, cache_config: CacheConfig, bus: Any, queues: LooksAtQueues
+        self,
+        models: Mapping[str, tuple[PipelineCore, CacheConfig]],
+        bus: Any,
+        queues: LooksAtQueues,
     ) -> None:
-        """`bus`: an asynchronous client of Valkey."""
-        self._core = core
-        self._cache_config = cache_config
+        """Args:
+        models: by name, what stands for each one's engine.
+        bus: an asynchronous client of Valkey.
+        """
+        self._models = models
         self._bus = bus
         self._queues = queues
         self._on_bus: BusFigures | None = None
@@ -57,7 +65,8 @@ class Figures:
 
     async def gather(self) -> None:
         """Ask bus and broker. Bounded, and raises nothing of theirs."""
-        self._core.tell_stats()
+        for core, _ in self._models.values():
+            core.tell_stats()
         self._on_bus, self._in_queues = await asyncio.gather(self._ask_bus(), self._ask_broker())
 
     async def _ask_bus(self) -> BusFigures | None:
@@ -87,42 +96,44 @@ class Figures:
         yield from self._of_bus()
 
     def _of_requests(self) -> Iterable[Metric]:
-        at = self._core.under_way(time.monotonic())
         requests = GaugeMetricFamily(
-            "pdtasks_open_requests", "Requests of this process by where they are", labels=["stage"]
+            "pdtasks_open_requests",
+            "Requests of this process by where they are",
+            labels=["model", "stage"],
         )
         oldest = GaugeMetricFamily(
             "pdtasks_oldest_request_seconds",
             "Longest wait now for the first token of a stage: from submission, or the first token",
-            labels=["stage"],
+            labels=["model", "stage"],
         )
-        for stage, (count, oldest_s) in at.items():
-            requests.add_metric([stage], count)
-            oldest.add_metric([stage], oldest_s)
+        now = time.monotonic()
+        for model, (core, _) in self._models.items():
+            for stage, (count, oldest_s) in core.under_way(now).items():
+                requests.add_metric([model, stage], count)
+                oldest.add_metric([model, stage], oldest_s)
         yield requests
         yield oldest
 
     def _of_workers(self) -> Iterable[Metric]:
-        ours = self._core.workers.ours()
         workers = GaugeMetricFamily(
-            "pdtasks_workers", "Workers for this API's model", labels=["stage", "state"]
+            "pdtasks_workers", "Workers for this API's models", labels=["model", "stage", "state"]
         )
-        counts = Counter((stage, w.state) for w in ours for stage in stages_of(w.role))
-        for stage in STAGES:
-            for state in WORKER_STATES:
-                workers.add_metric([stage, state], counts[stage, state])
+        info = Metric("vllm:cache_config_info", "Information of the LLMEngine CacheConfig", "gauge")
+        for model, (core, cache_config) in self._models.items():
+            ours = core.workers.ours()
+            counts = Counter((stage, w.state) for w in ours for stage in stages_of(w.role))
+            for stage in STAGES:
+                for state in WORKER_STATES:
+                    workers.add_metric([model, stage, state], counts[stage, state])
+            # vLLM's own would be written once, when its engine starts; here engines come and go.
+            labels = cache_config.metrics_info() | {"engine": "0"}
+            blocks, block_size = kv_blocks(ours)
+            if blocks:
+                labels |= {"num_gpu_blocks": str(blocks), "block_size": str(block_size)}
+            if len(self._models) > 1:  # vLLM's dashboard expects no further label
+                labels |= {"model_name": model}
+            info.add_sample(info.name, labels, 1)
         yield workers
-        # vLLM's own would be written once, when its engine starts; here engines come and go.
-        labels = self._cache_config.metrics_info() | {"engine": "0"}
-        blocks, block_size = kv_blocks(ours)
-        if blocks:
-            labels |= {"num_gpu_blocks": str(blocks), "block_size": str(block_size)}
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "Information of the LLMEngine CacheConfig",
-            labels=list(labels),
-        )
-        info.add_metric(list(labels.values()), 1)
         yield info
 
     def _of_queues(self) -> Iterable[Metric]:
@@ -175,14 +186,14 @@ class Figures:
 @asynccontextmanager
 async def observed(
     state: Any,
-    core: PipelineCore,
-    cache_config: CacheConfig,
+    fronts: Iterable[Front],
     settings: Settings,
     queues: LooksAtQueues,
 ) -> AsyncIterator[None]:
     """Have `Figures` told; `Scrapes` finds them in `state`, the application's."""
     bus = connect_async(settings)
-    figures = state.pdtasks_figures = Figures(core, cache_config, bus, queues)
+    models = {front.name: (front.core, front.config.cache_config) for front in fronts}
+    figures = state.pdtasks_figures = Figures(models, bus, queues)
     REGISTRY.register(figures)
     try:
         yield

@@ -8,7 +8,8 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -31,7 +32,7 @@ from pdtasks.bus.jobs import Job, JobStore
 from pdtasks.bus.records import Unreadable
 from pdtasks.errors import BrokerUnavailable
 from pdtasks.messages import WorkerStatus
-from pdtasks.naming import DEAD_QUEUE, DECODE, PREFILL, ROLES
+from pdtasks.naming import DEAD_QUEUE, DECODE, PREFILL, ROLES, STAGES
 from pdtasks.overview import (
     Api,
     InFlight,
@@ -52,7 +53,6 @@ router = APIRouter(prefix="/pdtasks")
 
 #: Longest lists of requests and jobs that are shown.
 _MOST_SHOWN: Final = 200
-_QUEUES: Final = (PREFILL, DECODE, DEAD_QUEUE)
 
 
 class Overviews:
@@ -60,40 +60,58 @@ class Overviews:
 
     def __init__(
         self,
-        core: PipelineCore,
+        cores: Sequence[PipelineCore],
         jobs: JobStore,
         settings: Settings,
         depths: Depths,
         bus: valkey.asyncio.Valkey,
     ) -> None:
-        self._core = core
+        """`cores`: of all models that this process serves, the default one's first."""
+        self._core = cores[0]  # all of them know all workers
         self._jobs = jobs
         self._depths = depths
-        self._process = secrets.token_hex(8)
         self.metrics = address_of(settings)  #: where Prometheus finds this process
-        self.neighbours = Neighbours(bus, self._process, self.share)
-        self._api = Api(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            since=time.time(),
-            version=pdtasks.__version__,
-            model=settings.model_name,
-        )
+        since = time.time()
+        # To others this process is one for each model: no figure is of two.
+        self._own = {
+            secrets.token_hex(8): (
+                core,
+                Api(
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    since=since,
+                    version=pdtasks.__version__,
+                    model=core.model,
+                ),
+            )
+            for core in cores
+        }
+        self.tellers = [Neighbours(bus, id_, partial(self._share, id_)) for id_ in self._own]
+        self.neighbours = self.tellers[0]
 
-    async def make(self, viewer: Viewer, limit: int) -> Overview:
-        """Everything that `viewer` may see, with `limit` requests and jobs at most."""
-        core = self._core
-        own = self.share(limit, lambda owner: sees(viewer, owner))
-        problems = list(own.problems)
+    async def make(self, viewer: Viewer, limit: int, model: str | None = None) -> Overview:
+        """Everything that `viewer` may see, with `limit` requests and jobs at most.
+
+        `model`: only what is of this one. Raises HTTPException when it is none of ours.
+        """
+        own = [
+            self._share(id_, limit, lambda owner: sees(viewer, owner))
+            for id_, (core, _) in self._own.items()
+            if model in (None, core.model)
+        ]
+        if not own:
+            raise HTTPException(404, f"The model `{model}` does not exist.")
+        problems = [problem for share in own for problem in share.problems]
         others: list[Share] = []
         try:
-            others = await self.neighbours.others()
+            others = await self._others(model)
         except BUS_ERRORS as exc:
             problems.append(f"other API processes are not known: {type(exc).__name__}")
         for other in others:
             where = f"API process {other.api.pid} on {other.api.host}"
             problems += [f"{where}: {problem}" for problem in other.problems]
-        shares = [own, *others]
+        shares = [*own, *others]
+        workers = [w for w in self._core.workers.known if model in (None, w.model)]
         depths: Mapping[str, Depth] = {}
         try:
             depths = await self._depths.read()
@@ -106,36 +124,52 @@ class Overviews:
             problems.append(f"the bus does not tell its jobs: {type(exc).__name__}")
         return Overview(
             at=time.time(),
-            api=self._api,
-            others=tuple(other.api for other in others),
+            api=own[0].api,
+            others=_processes(others),
             viewer=viewer,
-            workers=tuple(map(_worker, sorted(core.workers.known, key=_place))),
-            queues=_queues(depths, shares),
+            workers=tuple(map(_worker, sorted(workers, key=_place))),
+            queues=_queues(self._queue_names(model), depths, shares),
             in_flight=_in_flight_of(shares),
-            stores=next((w.stores for w in core.workers.known if w.stores), ()),
+            stores=next((w.stores for w in self._core.workers.known if w.stores), ()),
             window=window_of([share.counts for share in shares]),
             requests=_newest(shares, viewer, limit),
             jobs=jobs,
             problems=tuple(problems),
         )
 
-    def share(self, limit: int, seen: Callable[[str], bool] = lambda _: True) -> Share:
-        """What this process knows by itself, with `limit` requests of owners that are `seen`."""
-        under_way = self._core.records()
+    async def _others(self, model: str | None = None) -> list[Share]:
+        """Other processes', of one model or of all."""
+        return [
+            share
+            for share in await self.neighbours.others()
+            if share.id not in self._own and model in (None, share.api.model)
+        ]
+
+    def _queue_names(self, model: str | None) -> list[str]:
+        cores = [core for core, _ in self._own.values() if model in (None, core.model)]
+        return [*(core.queue_of(stage) for core in cores for stage in STAGES), DEAD_QUEUE]
+
+    def _share(self, id_: str, limit: int, seen: Callable[[str], bool] = lambda _: True) -> Share:
+        """What this process knows of one model, with `limit` requests of owners that are `seen`."""
+        core, api = self._own[id_]
+        under_way = core.records()
+        oldest = _oldest(under_way, time.monotonic())
         return Share(
-            id=self._process,
-            api=self._api,
+            id=id_,
+            api=api,
             metrics=self.metrics,
             in_flight=_in_flight(under_way),
-            oldest_s=_oldest(under_way, time.monotonic()),
-            counts=self._core.reports.recently.counts(),
-            requests=tuple(self._core.reports.newest(limit, seen)),
-            problems=tuple(self._core.background.problems()),
+            oldest_s={core.queue_of(stage): seconds for stage, seconds in oldest.items()},
+            counts=core.reports.recently.counts(),
+            requests=tuple(core.reports.newest(limit, seen)),
+            problems=tuple(core.background.problems()),
         )
 
     async def report(self, request_id: str, viewer: Viewer) -> RequestReport | None:
         """What is known of one request; None: nothing, or it is not the viewer's."""
-        found = await self._core.reports.of(request_id, lambda owner: sees(viewer, owner))
+        found: list[Record] = []
+        for core, _ in self._own.values():
+            found += await core.reports.of(request_id, lambda owner: sees(viewer, owner))
         if not found:
             return await self._report_of_others(request_id, viewer)
         now = time.monotonic()
@@ -147,7 +181,7 @@ class Overviews:
 
     async def _report_of_others(self, request_id: str, viewer: Viewer) -> RequestReport | None:
         try:
-            others = await self.neighbours.others()
+            others = await self._others()
         except BUS_ERRORS:
             return None
         found = [
@@ -202,19 +236,31 @@ class Overviews:
 
 @asynccontextmanager
 async def telling(
-    core: PipelineCore, jobs: JobStore, settings: Settings, depths: Depths
+    cores: Sequence[PipelineCore], jobs: JobStore, settings: Settings, depths: Depths
 ) -> AsyncIterator[Overviews]:
     """Overviews, while the other API processes are told of this one."""
     bus = connect_async(settings)
-    overviews = Overviews(core, jobs, settings, depths, bus)
-    task = core.background.task("neighbours", overviews.neighbours.keep_telling)
+    overviews = Overviews(cores, jobs, settings, depths, bus)
+    tasks = [
+        core.background.task("neighbours", teller.keep_telling)
+        for core, teller in zip(cores, overviews.tellers, strict=True)
+    ]
     try:
         yield overviews
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await bus.aclose()
+
+
+def _processes(shares: Sequence[Share]) -> tuple[Api, ...]:
+    """One that serves several models has left several shares."""
+    found: dict[tuple[str, int, float], Api] = {}
+    for share in shares:
+        api = share.api
+        found.setdefault((api.host, api.pid, api.since), api)
+    return tuple(found.values())
 
 
 def _place(worker: WorkerStatus) -> tuple[int, str]:
@@ -231,9 +277,11 @@ def _newest(shares: Sequence[Share], viewer: Viewer, limit: int | None) -> tuple
     return tuple(sorted(seen, key=lambda request: -request.submitted_at)[:limit])
 
 
-def _queues(depths: Mapping[str, Depth], shares: Sequence[Share]) -> tuple[QueueView, ...]:
+def _queues(
+    names: Sequence[str], depths: Mapping[str, Depth], shares: Sequence[Share]
+) -> tuple[QueueView, ...]:
     views = []
-    for name in _QUEUES:
+    for name in names:
         waits = [share.oldest_s[name] for share in shares if name in share.oldest_s]
         depth = depths.get(name)
         views.append(
@@ -248,7 +296,7 @@ def _queues(depths: Mapping[str, Depth], shares: Sequence[Share]) -> tuple[Queue
 
 
 def _oldest(under_way: list[Record], now: float) -> dict[str, float]:
-    """By queue, the longest wait for that stage's first token. `now`: monotonic seconds."""
+    """By stage, the longest wait for that stage's first token. `now`: monotonic seconds."""
     found: dict[str, float] = {}
     for record in under_way:
         if stage := record.waits_for:
@@ -305,10 +353,12 @@ def _overviews(request: Request) -> Overviews:
 
 @router.get("/overview")
 async def overview(
-    request: Request, limit: Annotated[int, Query(ge=0, le=_MOST_SHOWN)] = 30
+    request: Request,
+    limit: Annotated[int, Query(ge=0, le=_MOST_SHOWN)] = 30,
+    model: str | None = None,
 ) -> Any:
-    """Workers, queues, requests, latencies, KV and jobs."""
-    return StructResponse(await _overviews(request).make(viewer_of(request), limit))
+    """Workers, queues, requests, latencies, KV and jobs; `model`: of this one alone."""
+    return StructResponse(await _overviews(request).make(viewer_of(request), limit, model))
 
 
 @router.post("/workers/{name}/drain", status_code=202)

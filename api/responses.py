@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.responses.api_router import create_responses
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from api.asking import Refused, check, without_what_is_ours
+from api.asking import Refused, app_of, check, without_what_is_ours
 from api.guard import error_response
 from api.jobs import AnyTextResponse, Jobs, cancelled
 from api.runner import IN_FOREGROUND, RESPONSES
@@ -118,7 +118,7 @@ def response_id_of(job_id: str) -> str:
 def _shown(app: FastAPI, job: Job) -> dict[str, Any]:
     if job.result is not None:
         return job.result | {"background": True}
-    handler = app.state.openai_serving_responses
+    handler = app_of(app, job.body).state.openai_serving_responses
     request = ResponsesRequest.model_validate(
         job.body | {"request_id": response_id_of(job.id), "background": True, "stream": False}
     )

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -31,17 +32,23 @@ logger = logging.getLogger(__name__)
 _DOES: Final = {"starting": "starts", "draining": "stops", "changing": "changes its role"}
 
 _PART = Gauge(
-    "pdtasks_api_part", "Part of the workers' places that this process may fill beside others"
+    "pdtasks_api_part",
+    "Part of the workers' places that this process may fill beside others",
+    ["model"],
 )
 
 
 class Workers:
     """What presence said when it was last looked at. For one event loop."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey, model: str) -> None:
+    def __init__(
+        self, bus: valkey.asyncio.Valkey, model: str, queue_of: Callable[[str], str] = str
+    ) -> None:
+        """`queue_of`: the queue of this model for a stage."""
         self.known: list[WorkerStatus] = []
         self._bus = bus
         self._model = model
+        self._queue_of = queue_of
         self._missing_since: dict[str, float] = {}  # by stage, UNIX seconds
         self._process = uuid.uuid4().hex
         self._part = 1.0  # of their places, that this process may fill
@@ -70,7 +77,7 @@ class Workers:
             logger.warning("the workers are not shared anew: %s", type(exc).__name__)
             return
         self._part = fair_part(others)
-        _PART.set(self._part)
+        _PART.labels(self._model).set(self._part)
 
     async def look_again(self) -> None:
         """`look` if a stage has none that takes jobs: one may have come this moment."""
@@ -99,10 +106,18 @@ class Workers:
             if workers:
                 states = "; ".join(_described(worker) for worker in workers)
                 raise NoWorker(f"no {stage} worker takes jobs for {self._model} now: {states}")
+            queue = self._queue_of(stage)
+            up = "pdtasks up" if queue == stage else f"pdtasks up --worker {queue}"
             raise NoWorker(
                 f"no {stage} worker is alive that serves {self._model}: start "
-                f"`celery -A pdtasks worker -Q {stage} -P threads`, or `pdtasks up`"
+                f"`celery -A pdtasks worker -Q {queue} -P threads`, or `{up}`"
             )
+
+    @property
+    def is_alive(self) -> bool:
+        """Has each stage that requests need a worker, in whatever state?"""
+        stages = STAGES[-1:] if self.decode_does_all else STAGES
+        return all(self._of(stage) for stage in stages)
 
     def ours(self) -> list[WorkerStatus]:
         """Those of this model and vLLM, in any state."""

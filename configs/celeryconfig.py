@@ -7,7 +7,7 @@ import socket
 from kombu import Exchange, Queue
 
 from pdtasks.broker.reading import frame_handler
-from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES
+from pdtasks.naming import DEAD_EXCHANGE, EXCHANGE, STAGES, queue_of
 from pdtasks.settings import load_settings
 from pdtasks.tls import amqp_arguments
 
@@ -46,11 +46,13 @@ broker_transport_options = {
 _BOUND = {"x-max-length": 20_000}
 
 _exchange = Exchange(EXCHANGE, type="topic", durable=True)
+# The default model's, and those of each further one: a worker of one model is never given a job of
+# another, and what waits for one is nobody else's business.
 task_queues = [
     Queue(
-        stage,
+        queue_of(stage, model),
         exchange=_exchange,
-        routing_key=stage,
+        routing_key=queue_of(stage, model),
         durable=True,
         queue_arguments={
             # Replicated where there are several nodes; survives a restart.
@@ -64,6 +66,7 @@ task_queues = [
         }
         | (_BOUND if stage == STAGES[0] else {}),
     )
+    for model in ("", *_settings.models)
     for stage in STAGES
 ]
 # A misspelt -Q stops the worker instead of making a new, classic queue.

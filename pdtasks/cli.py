@@ -79,6 +79,13 @@ _FLAGS_PASS = {"ignore_unknown_options": True}
     "--both", default=0, type=_COUNT, help="Workers that serve both stages: one is enough."
 )
 @click.option(
+    "--worker",
+    "further",
+    metavar="QUEUES",
+    multiple=True,
+    help="A worker of a model in PDTASKS_MODELS, by its queues: prefill.NAME,decode.NAME.",
+)
+@click.option(
     "--api",
     default=1,
     show_default=True,
@@ -102,6 +109,7 @@ def up(
     prefill: int | None,
     decode: int | None,
     both: int,
+    further: tuple[str, ...],
     api: int,
     model: str | None,
     host: str | None,
@@ -135,6 +143,7 @@ def up(
         others if prefill is None else prefill,
         others if decode is None else decode,
         both,
+        further,
         concurrency,
         api=api,
         flower=not no_flower,
@@ -233,6 +242,7 @@ def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
 
 @main.command()
 @_URL
+@click.option("--model", help="Whose workers; default: the API's default model.")
 @click.option("--ttft", default=1.0, show_default=True, type=_SECONDS, help="To the first token.")
 @click.option("--itl", default=0.05, show_default=True, type=_SECONDS, help="Between tokens.")
 @click.option("--min-prefill", default=1, show_default=True, type=click.IntRange(min=0))
@@ -245,6 +255,7 @@ def top(*, url: str | None, every_s: float, once: bool, as_json: bool) -> None:
 def balance(
     *,
     url: str | None,
+    model: str | None,
     ttft: float,
     itl: float,
     min_prefill: int,
@@ -260,8 +271,8 @@ def balance(
     TTFT and ITL are targets, in seconds, for medians of the last 15 seconds. A stage that misses
     its own gets a worker of the other, where that can spare one: when LOOKS in a row, EVERY seconds
     apart, say so, and not within REST seconds of the last change. Workers of both stages stay as
-    they are. Of several balancers one is at work. Where the API asks for keys, PDTASKS_API_KEY has
-    one.
+    they are. Of several balancers of a model one is at work. Where the API asks for keys,
+    PDTASKS_API_KEY has one.
     """
     from pdtasks.balance.deciding import Targets
     from pdtasks.balance.running import run_balance
@@ -270,17 +281,30 @@ def balance(
 
     targets = Targets(ttft, itl, min_prefill, min_decode, 1 if once else looks, rest_s)
     run_balance(
-        load_settings(), url, targets, Console(), every_s=every_s, dry_run=dry_run, once=once
+        load_settings(),
+        url,
+        targets,
+        Console(),
+        model=model,
+        every_s=every_s,
+        dry_run=dry_run,
+        once=once,
     )
 
 
 @main.command()
 @_URL
+@click.option("--model", help="Of several; default: the first that has workers.")
 @click.option("--system", help="What the model is told first.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of each answer.")
 @click.option("--temperature", type=click.FloatRange(min=0.0))
 def chat(
-    *, url: str | None, system: str | None, max_tokens: int | None, temperature: float | None
+    *,
+    url: str | None,
+    model: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
 ) -> None:
     """Talk to the running stack; each answer says who computed it, and how fast.
 
@@ -290,7 +314,7 @@ def chat(
     from pdtasks.settings import load_settings
     from pdtasks.terminal.chat import Wishes, run_chat
 
-    wishes = Wishes(system, max_tokens, temperature)
+    wishes = Wishes(system, max_tokens, temperature, model)
     sys.exit(run_chat(url, wishes, patience_s=load_settings().request_timeout_s + 10))
 
 
@@ -339,9 +363,11 @@ def api(
     Other flags go to vLLM's front end: --enable-auto-tool-choice, --tool-call-parser,
     --chat-template, …
     """
+    from api import device
     from pdtasks.links import require_trusted
-    from pdtasks.settings import make_settings
+    from pdtasks.settings import load_settings, make_settings
 
+    device.use_none(load_settings())
     settings = make_settings(**_front_end(flags, reasoning_parser))
     require_trusted(settings)
     from api.main import serve

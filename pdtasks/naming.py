@@ -6,8 +6,12 @@ from collections.abc import Iterable
 
 PREFILL = "prefill"
 DECODE = "decode"
-#: Stages of a request, and the queues of their jobs.
+#: Stages of a request, and the queues of their jobs: of the model that is served where nobody names
+#: another.
 STAGES = (PREFILL, DECODE)
+#: What a model may be called that has queues of its own (`queue_of`): it stands in queue names,
+#: routing keys, names of workers and `-Q`, none of which it can mean anything to.
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 #: A worker's role where it serves both.
 BOTH = "both"
 #: Roles of workers: which stages they serve.
@@ -31,6 +35,17 @@ PREFILL_TASK = "pdtasks.prefill"
 DECODE_TASK = "pdtasks.decode"
 
 _PREFILL_SUFFIX = ".prefill"
+
+
+def queue_of(stage: str, model: str = "") -> str:
+    """The queue of jobs of `stage` for `model`; empty: for the one that needs no name."""
+    return f"{stage}.{model}" if model else stage
+
+
+def stage_and_model(queue: str) -> tuple[str, str]:
+    """What `queue_of` has made a queue's name of."""
+    stage, _, model = queue.partition(".")
+    return stage, model
 
 
 def stages_of(role: str) -> tuple[str, ...]:

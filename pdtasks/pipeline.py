@@ -93,7 +93,8 @@ def submit(
     Args:
         prompt: text, or token ids of the model's vocabulary.
         messages: a chat instead, `[{"role": …, "content": …}, …]`.
-        model: refuse to be answered by another model than this one of `served_model_name`.
+        model: one of `PDTASKS_MODELS`, or the default one by its name, which no worker of another
+            answers; None: the default one, whatever it is called.
         timeout_s: seconds until the request is given up; default `request_timeout_s`.
         cache_salt: keeps the prompt's KV apart from everybody's with another salt.
         sampling: fields of vLLM's SamplingParams: max_tokens, temperature, seed, stop, …
@@ -149,7 +150,7 @@ def _first_stage(
         "immutable": False,
         "options": {
             "task_id": job.request_id,
-            "queue": DECODE,
+            "queue": load_settings().queue_of(DECODE, job.model),
             "reply_to": reply_to,
             "ignore_result": reply_to is not None,
         },
@@ -157,7 +158,7 @@ def _first_stage(
     return _task_message(
         PREFILL_TASK,
         job,
-        queue=PREFILL,
+        queue=load_settings().queue_of(PREFILL, job.model),
         task_id=prefill_task_id(job.request_id),
         chain=[decode],
         reply_to=reply_to,
@@ -205,7 +206,8 @@ def next_stage(
 
 def same_stage(job: DecodeJob, *, task_id: str, **options: Any) -> Publish:
     """The message that hands `job` to another worker of its stage; `options`: as the task's own."""
-    return _task_message(DECODE_TASK, job, queue=DECODE, task_id=task_id, **options)
+    queue = load_settings().queue_of(DECODE, job.model)
+    return _task_message(DECODE_TASK, job, queue=queue, task_id=task_id, **options)
 
 
 def _task_message(

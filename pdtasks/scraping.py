@@ -25,7 +25,10 @@ def targets(workers: Iterable[WorkerStatus]) -> list[dict[str, Any]]:
     `instance` is the worker's name, which stays the same when its port changes.
     """
     return [
-        {"targets": [worker.metrics], "labels": {"instance": worker.name, "role": worker.role}}
+        {
+            "targets": [worker.metrics],
+            "labels": {"instance": worker.name, "role": worker.role, "model": worker.model},
+        }
         for worker in workers
         if worker.metrics
     ]

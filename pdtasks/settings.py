@@ -14,9 +14,18 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -26,7 +35,7 @@ from pydantic_settings import (
 )
 
 from pdtasks.errors import ConfigurationError
-from pdtasks.naming import EMBEDDED_MODEL
+from pdtasks.naming import EMBEDDED_MODEL, MODEL_NAME, queue_of
 from pdtasks.running_stack import UnreadableStack, running_stack
 from pdtasks.tls import celery_backend_url
 
@@ -57,6 +66,24 @@ def _default_device() -> Literal["cpu", "cuda"]:
     return "cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu"
 
 
+class FurtherModel(BaseModel):
+    """A model beside the default one, and what goes with it: none of it is the default's.
+
+    Whatever else an engine is told holds for all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None  #: folder or Hugging Face name; None: the embedded model
+    max_model_len: int | None = Field(default=None, gt=1)
+    engine_args: dict[str, Any] = {}
+    api_args: str = ""
+
+
+def _spelt_out(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
 class Settings(BaseSettings):
     """All options of pdtasks, validated. Read them with `load_settings()`."""
 
@@ -84,6 +111,12 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=64, gt=0)  #: requests that one engine runs at once
     cpu_kv_cache_gib: int = Field(default=2, gt=0)  #: memory for KV of one CPU engine
     engine_args: dict[str, Any] = Field(default_factory=dict)  #: further vLLM engine arguments
+    #: Models beside that one, by the name that callers ask for; a folder or Hugging Face name, or
+    #: an object with the fields of `FurtherModel`. Each has queues of its own: docs/models.md.
+    models: dict[
+        Annotated[str, Field(pattern=f"^{MODEL_NAME}$")],
+        Annotated[FurtherModel, BeforeValidator(_spelt_out)],
+    ] = Field(default_factory=dict)
 
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
@@ -165,6 +198,13 @@ class Settings(BaseSettings):
             )
         return urls
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        # (What `of_model` makes is not validated: there the name is one of them.)
+        if self.model_name in self.models:
+            raise ValueError(f"{self.model_name} is the default model's name: give it another")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -182,6 +222,22 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).name if self.model else EMBEDDED_MODEL
+
+    def queue_of(self, stage: str, model: str | None = None) -> str:
+        """The queue of jobs of `stage` for `model`; None: for the model of these settings."""
+        name = model or self.model_name
+        return queue_of(stage, name if name in self.models else "")
+
+    def of_model(self, name: str) -> Settings:
+        """The settings of what serves a further model.
+
+        Raises ConfigurationError, which names those that there are.
+        """
+        found = self.models.get(name)
+        if found is None:
+            known = ", ".join(self.models) or "none"
+            raise ConfigurationError(f"PDTASKS_MODELS has no model {name!r}, but: {known}")
+        return self.model_copy(update=dict(found) | {"served_model_name": name})
 
     @property
     def short_prompts_up_to(self) -> int:
@@ -216,7 +272,7 @@ class Settings(BaseSettings):
             if isinstance(value, tuple):
                 text = ",".join(value)
             else:
-                text = json.dumps(value) if isinstance(value, dict) else str(value)
+                text = _as_json(value) if isinstance(value, dict) else str(value)
             env[f"PDTASKS_{name.upper()}"] = text
         return env
 
@@ -261,9 +317,14 @@ class _RunningStack(PydanticBaseSettingsSource):
         prefix = "PDTASKS_"
         values = {k.removeprefix(prefix).lower(): v for k, v in env.items() if k.startswith(prefix)}
         values.pop("home", None)
-        if isinstance(values.get("engine_args"), str):
-            values["engine_args"] = json.loads(values["engine_args"])
+        for name in ("engine_args", "models"):
+            if isinstance(values.get(name), str):
+                values[name] = json.loads(values[name])
         return values
+
+
+def _as_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, default=lambda model: model.model_dump(exclude_defaults=True))
 
 
 @cache

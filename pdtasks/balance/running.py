@@ -29,18 +29,28 @@ class Balancer:
     """Follows the load with the roles of one model's workers. For one thread."""
 
     def __init__(
-        self, client: Client, bus: valkey.Valkey, targets: Targets, *, every_s: float, dry_run: bool
+        self,
+        client: Client,
+        bus: valkey.Valkey,
+        targets: Targets,
+        *,
+        model: str,
+        every_s: float,
+        dry_run: bool,
     ) -> None:
         """Args:
+        model: whose workers and requests are looked at.
         every_s: seconds between two looks.
         dry_run: tell what would be done, and do nothing.
         """
         self._client = client
         self._bus = bus
+        self._model = model
         self._every_s = every_s
         self._dry_run = dry_run
         self._targets = targets
-        self._lease = Lease(bus, BALANCER, _SILENT_S + every_s)
+        # Balancers of several models are not in each other's way.
+        self._lease = Lease(bus, BALANCER + model, _SILENT_S + every_s)
         self._decider = Decider(targets)
 
     def step(self) -> tuple[str, bool]:
@@ -52,7 +62,8 @@ class Balancer:
         # (One that only tells may do so beside one that acts.)
         if not self._dry_run and not (number := self._lease.hold()):
             return "another balancer is at work: this one waits", False
-        decision = self._decider.decide(sight_of(self._client.overview(0)), time.monotonic())
+        sight = sight_of(self._client.overview(0, model=self._model))
+        decision = self._decider.decide(sight, time.monotonic())
         if not decision.worker:
             return decision.why, False
         if self._dry_run:
@@ -92,22 +103,24 @@ def run_balance(
     targets: Targets,
     console: Console,
     *,
+    model: str | None,
     every_s: float,
     dry_run: bool,
     once: bool = False,
 ) -> None:
     """Balance until Ctrl-C, or look once. Raises NoAnswer when no API answers at the beginning.
 
-    Told is what changes, and each minute that nothing has.
+    Told is what changes, and each minute that nothing has. `model`: None: the API's default one.
     """
     # The supervisor ends it so: another one is to take over at once then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as ends:
         client = Client(url)
         ends.callback(client.close)
-        client.overview(0)
+        model = model or client.overview(0).api.model
+        client.overview(0, model=model)
         bus = ends.enter_context(connect(settings))
-        balancer = Balancer(client, bus, targets, every_s=every_s, dry_run=dry_run)
+        balancer = Balancer(client, bus, targets, model=model, every_s=every_s, dry_run=dry_run)
         ends.callback(balancer.leave)
         with suppress(KeyboardInterrupt):
             _run(balancer, console, every_s, once)

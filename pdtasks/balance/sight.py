@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pdtasks.naming import DECODE, PREFILL
+from pdtasks.naming import DECODE, PREFILL, stage_and_model
 from pdtasks.overview import Overview, Slot, WorkerView
 
 #: Latencies of so many seconds count: enough for a median, few enough to see a change.
@@ -53,10 +53,14 @@ class Sight:
 
 
 def sight_of(found: Overview) -> Sight:
-    """What `found` shows of the workers of its API's model."""
+    """What `found`, of its API's model alone, shows."""
     ours = [worker for worker in found.workers if worker.model == found.api.model]
     ready = [worker for worker in ours if worker.state == "ready"]
-    waits = [q.oldest_s for q in found.queues if q.name == PREFILL and q.oldest_s is not None]
+    waits = [
+        queue.oldest_s
+        for queue in found.queues
+        if stage_and_model(queue.name)[0] == PREFILL and queue.oldest_s is not None
+    ]
     slots = [slot for slot in found.window.slots if found.at - slot.at <= _LATELY_S]
     return Sight(
         prefill=Pool(tuple(worker for worker in ready if worker.role == PREFILL)),

@@ -47,8 +47,10 @@ def ask_stack(settings: Settings, ask: Callable[[httpx.AsyncClient, str], Awaita
     async def run() -> T:
         async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
             try:
-                models = await client.get("/v1/models")
-                return await ask(client, str(models.json()["data"][0]["id"]))
+                alive = (await client.get("/v1/models")).json()["data"]
+                if not alive:
+                    raise NoWorker(f"no model of the stack at {url} has workers: `pdtasks status`")
+                return await ask(client, str(alive[0]["id"]))
             except httpx.HTTPStatusError as exc:
                 raise InvalidRequest(await _refusal(url, exc.response)) from exc
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:

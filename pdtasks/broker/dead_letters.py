@@ -176,8 +176,9 @@ class DeadLetter:
 class DeadLetters:
     """A look at the queue. For one thread."""
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, settings: Settings) -> None:
         self._channel = channel
+        self._settings = settings
         self._queue = kept_queue(channel)
         self._queue.queue_declare()
         self._letters = list(self._take())
@@ -211,13 +212,14 @@ class DeadLetters:
 
         Raises InvalidRequest for what is no job of ours, BrokerUnavailable.
         """
+        job = letter.job()
         body = letter._begins_anew(time.time() + timeout_s)  # noqa: SLF001 - this module's own
         headers = {
             name: value for name, value in letter.message.headers.items() if name in _HEADERS
         }
-        stage = naming.stage_of(letter.task)
+        queue = self._settings.queue_of(naming.stage_of(letter.task), job.model)
         with kombu.Producer(self._channel) as producer:
-            _publish(letter.message, producer, naming.EXCHANGE, stage, headers=headers, body=body)
+            _publish(letter.message, producer, naming.EXCHANGE, queue, headers=headers, body=body)
         self.drop(letter)
 
 
@@ -238,7 +240,7 @@ def dead_letters(settings: Settings) -> Iterator[DeadLetters]:
                 "write_timeout": _CONFIRM_S,
             },
         ) as connection:
-            yield DeadLetters(connection.channel())
+            yield DeadLetters(connection.channel(), settings)
     except (AMQPError, MessageNacked, OperationalError, OSError) as exc:
         raise BrokerUnavailable(
             f"RabbitMQ cannot be reached ({type(exc).__name__}): is it running?"

@@ -20,7 +20,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Literal
@@ -297,14 +297,19 @@ class BatchStore:
 
     # -- who runs lines --------------------------------------------------------------------------
 
-    async def claim(self, token: str) -> Line | None:
+    async def claim(self, token: str, away: Collection[str] = ()) -> Line | None:
         """Begin to run a line that nobody runs; None: there is none, or others go first.
 
-        `token` must be new for each claim.
+        Args:
+            token: new for each claim.
+            away: models that nobody serves now; lines that ask them wait.
         """
         found = await self._claim(
             keys=[keys.BATCHES_OPEN],
-            args=[keys.BATCH, token, LEASE_S, MOST_MEMORY, keys.JOBS_WAITING],
+            args=[
+                *(keys.BATCH, token, LEASE_S, MOST_MEMORY, keys.JOBS_WAITING),
+                json.dumps(list(away)),
+            ],
         )
         if found is None:
             return None

@@ -16,8 +16,9 @@ APIS: Final = "pd:apis"
 APIS_NEEDS: Final = "pd:apis:needs"
 #: Of an order to one worker; its kind and the name follow.
 ORDER: Final = "pd:order:"
-#: Which balancer is at work; the last one's number follows behind `:number`.
-BALANCER: Final = "pd:balancer"
+#: Which balancer of a model is at work, whose name follows; the last one's number follows behind
+#: `:number`.
+BALANCER: Final = "pd:balancer:of:"
 #: Of one asker's reply stream; something unique follows.
 REPLY: Final = "pd:reply:"
 #: Of the answer to one question about a request; its id and the attempt's number follow.

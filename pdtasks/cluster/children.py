@@ -21,7 +21,6 @@ from pdtasks.cluster.placement import Placement
 from pdtasks.cluster.process import Process, StartFailed
 from pdtasks.flower_login import FLOWER_PREFIX, has_login
 from pdtasks.keys import KEY_VARIABLE, KEYS_VARIABLE
-from pdtasks.naming import stages_of
 from pdtasks.settings import Settings, make_settings
 
 _TEMPORARY_PATH_LIMIT = 64  # bytes; vLLM adds a name of 36 and a socket's path may have 107
@@ -34,10 +33,21 @@ def stack_settings(**overrides: Any) -> Settings:
         "home": settings.home.expanduser().absolute(),
         "cache_dir": settings.cache_dir.expanduser().absolute(),
     }
-    if settings.model and Path(settings.model).expanduser().exists():
-        absolute["model"] = str(Path(settings.model).expanduser().absolute())
+    if (model := _absolute(settings.model)) != settings.model:
+        absolute["model"] = model
         absolute["served_model_name"] = settings.model_name
+    absolute["models"] = {
+        name: further.model_copy(update={"model": _absolute(further.model)})
+        for name, further in settings.models.items()
+    }
     return settings.model_copy(update=absolute)
+
+
+def _absolute(model: str | None) -> str | None:
+    """A folder's whole path; a name as it is."""
+    if model and (folder := Path(model).expanduser()).exists():
+        return str(folder.absolute())
+    return model
 
 
 def worker(
@@ -49,7 +59,7 @@ def worker(
     make: Callable[..., Process] = Process,
 ) -> Process:
     """One worker in its place. `make`: another way to start processes."""
-    argv = ["celery", "-A", "pdtasks", "worker", "-Q", ",".join(stages_of(placement.role))]
+    argv = ["celery", "-A", "pdtasks", "worker", "-Q", placement.queues]
     argv += ["-P", "threads", "-c", str(concurrency), "-n", f"{placement.name}@%h"]
     argv += ["-E", "--without-mingle", "--without-gossip", "-l", "INFO"]
     env = {
@@ -169,7 +179,8 @@ def common_env(settings: Settings) -> dict[str, str]:
         # Tokenizers in several threads and forks warn, and gain nothing here.
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if settings.model is None or Path(settings.model).is_dir():
+    models = (settings.model, *(settings.of_model(name).model for name in settings.models))
+    if all(model is None or Path(model).is_dir() for model in models):
         env["HF_HUB_OFFLINE"] = "1"  # everything is here already
     root = str(Path(pdtasks.__file__).resolve().parent.parent)
     if root not in site.getsitepackages():  # a checkout

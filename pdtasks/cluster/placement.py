@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pdtasks.errors import ConfigurationError
-from pdtasks.naming import ROLES
+from pdtasks.naming import ROLES, STAGES, queue_of, role_of, stage_and_model, stages_of
+from pdtasks.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,43 @@ class Placement:
     number: int  #: from 1, for each role
     devices: str  #: for people: "core 0", "GPU 1, 2"
     env: Mapping[str, str]  #: what makes the engine stay there
+    model: str = ""  #: empty: the default one
 
     @property
     def name(self) -> str:
         """The worker's name without its host."""
-        return f"{self.role}{self.number}"
+        return queue_of(f"{self.role}{self.number}", self.model)
+
+    @property
+    def queues(self) -> str:
+        """As `-Q` takes them."""
+        return ",".join(queue_of(stage, self.model) for stage in stages_of(self.role))
+
+
+@dataclass(frozen=True)
+class WantedWorker:
+    """A worker that is to be placed."""
+
+    role: str
+    model: str  #: empty: the default one
+    ranks: int = 1  #: devices that its engine spreads over
+
+
+def further_worker(queues: str, settings: Settings) -> WantedWorker:
+    """What consumes from `queues`, written as for `-Q`.
+
+    Raises ConfigurationError when they are none of a further model.
+    """
+    found = [stage_and_model(queue) for queue in queues.split(",")]
+    stages, models = {stage for stage, _ in found}, {model for _, model in found}
+    if not stages <= set(STAGES) or len(models) != 1 or "" in models:
+        raise ConfigurationError(
+            f"--worker {queues}: give queues of one further model, prefill.NAME or decode.NAME or "
+            "prefill.NAME,decode.NAME; the default model's workers are --prefill, --decode, --both"
+        )
+    model = models.pop()
+    ranks = ranks_per_worker(settings.of_model(model).engine_args)
+    return WantedWorker(role_of(stages), model, ranks)
 
 
 @dataclass(frozen=True)
@@ -41,12 +76,19 @@ class Plan:
 
 
 def place_workers(
-    prefill: int, decode: int, both: int = 0, *, device: str, engine_args: Mapping[str, object]
+    prefill: int,
+    decode: int,
+    both: int = 0,
+    *,
+    device: str,
+    engine_args: Mapping[str, object],
+    further: Sequence[WantedWorker] = (),
 ) -> Plan:
     """Place the workers on what this host has.
 
     Args:
         both: workers that serve both stages.
+        further: those of other models, which get theirs last.
 
     Raises ConfigurationError when a stage would be without a worker or GPUs are too few.
     """
@@ -56,31 +98,46 @@ def place_workers(
         )
     ranks = ranks_per_worker(engine_args)
     if device == "cuda":
-        return place_on_gpus(prefill, decode, both, gpus=usable_gpus(), gpus_per_worker=ranks)
-    return place_on_cores(prefill, decode, both, cores=usable_cores(), ranks_per_worker=ranks)
+        gpus = usable_gpus()
+        return place_on_gpus(
+            prefill, decode, both, gpus=gpus, gpus_per_worker=ranks, further=further
+        )
+    cores = usable_cores()
+    return place_on_cores(
+        prefill, decode, both, cores=cores, ranks_per_worker=ranks, further=further
+    )
 
 
 def place_on_cores(
-    prefill: int, decode: int, both: int = 0, *, cores: Sequence[int], ranks_per_worker: int = 1
+    prefill: int,
+    decode: int,
+    both: int = 0,
+    *,
+    cores: Sequence[int],
+    ranks_per_worker: int = 1,
+    further: Sequence[WantedWorker] = (),
 ) -> Plan:
     """Share `cores` out. With more engines than cores some share one, which the plan warns of."""
-    workers = _workers(prefill, decode, both)
-    ranks = len(workers) * ranks_per_worker
+    workers = _workers((prefill, decode, both), ranks_per_worker, further)
+    ranks = sum(worker.ranks for worker, _ in workers)
     share = max(1, len(cores) // max(1, ranks))
     placed = []
-    for index, (role, number) in enumerate(workers):
+    begin = 0
+    for worker, number in workers:
         parts = [
             [cores[(rank * share + i) % len(cores)] for i in range(share)]
-            for rank in range(index * ranks_per_worker, (index + 1) * ranks_per_worker)
+            for rank in range(begin, begin + worker.ranks)
         ]
+        begin += worker.ranks
         own = [core for part in parts for core in part]
         placed.append(
             Placement(
-                role,
+                worker.role,
                 number,
                 f"{'core' if len(own) == 1 else 'cores'} {_list(own)}",
                 # One list for each rank, as vLLM reads it.
                 {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, p)) for p in parts)},
+                worker.model,
             )
         )
     warning = None
@@ -90,24 +147,31 @@ def place_on_cores(
 
 
 def place_on_gpus(
-    prefill: int, decode: int, both: int = 0, *, gpus: Sequence[str], gpus_per_worker: int = 1
+    prefill: int,
+    decode: int,
+    both: int = 0,
+    *,
+    gpus: Sequence[str],
+    gpus_per_worker: int = 1,
+    further: Sequence[WantedWorker] = (),
 ) -> Plan:
     """Give each worker GPUs of its own. Raises ConfigurationError when there are too few."""
-    workers = _workers(prefill, decode, both)
-    needed = len(workers) * gpus_per_worker
+    workers = _workers((prefill, decode, both), gpus_per_worker, further)
+    needed = sum(worker.ranks for worker, _ in workers)
     if needed > len(gpus):
         each = "" if gpus_per_worker == 1 else f" with {gpus_per_worker} GPUs each"
         more = f" and {both} for both" if both else ""
+        more += f" and {len(further)} of other models" if further else ""
         raise ConfigurationError(
             f"{prefill} prefill and {decode} decode workers{more}{each} need {needed} GPUs, "
             f"but {len(gpus)} can be used here: start fewer workers (--prefill, --decode, --both)"
         )
     placed = []
-    for index, (role, number) in enumerate(workers):
-        own = gpus[index * gpus_per_worker : (index + 1) * gpus_per_worker]
-        placed.append(
-            Placement(role, number, f"GPU {_list(own)}", {"CUDA_VISIBLE_DEVICES": ",".join(own)})
-        )
+    left = iter(gpus)
+    for worker, number in workers:
+        own = list(islice(left, worker.ranks))
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+        placed.append(Placement(worker.role, number, f"GPU {_list(own)}", env, worker.model))
     return Plan(tuple(placed))
 
 
@@ -136,13 +200,26 @@ def ranks_per_worker(engine_args: Mapping[str, object]) -> int:
     return ranks
 
 
-def _workers(*counts: int) -> list[tuple[str, int]]:
-    """With their numbers. `counts`: of each role in turn."""
-    return [
-        (role, number)
+def _workers(
+    counts: Sequence[int], ranks: int, further: Sequence[WantedWorker]
+) -> list[tuple[WantedWorker, int]]:
+    """All of them, each with its number among those of its role and model.
+
+    Args:
+        counts: of the default model's, for each role in turn.
+        ranks: of one of these.
+    """
+    wanted = [
+        WantedWorker(role, "", ranks)
         for role, count in zip(ROLES, counts, strict=True)
-        for number in range(1, count + 1)
+        for _ in range(count)
     ]
+    numbers: Counter[tuple[str, str]] = Counter()
+    found = []
+    for worker in (*wanted, *further):
+        numbers[worker.role, worker.model] += 1
+        found.append((worker, numbers[worker.role, worker.model]))
+    return found
 
 
 def _siblings(core: int) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import secrets
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import valkey
 
@@ -19,6 +21,9 @@ from pdtasks.tls import amqp_arguments, valkey_url
 #: Called while something is waited for; may raise to give up.
 Tick = Callable[[], None]
 
+#: Below are ports that services are known by; fewer others than this are not enough to choose from.
+_FIRST_PORT = 10_000
+_ENOUGH_PORTS = 1000
 _POLL_S = 0.05
 _TIMEOUT_S = 1.0
 
@@ -36,14 +41,30 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, tick: Tick | No
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody uses now, all different."""
+    """Ports on loopback that nobody uses now, all different.
+
+    None of those that the kernel gives to whoever asks for any, a connection that goes out for
+    example: it would be taken before its server listens, some seconds later.
+    """
     with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(count):
+        ports: list[int] = []
+        while len(ports) < count:
             sock = held.enter_context(socket.socket())
-            sock.bind(("127.0.0.1", 0))
-            ports.append(int(sock.getsockname()[1]))
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", _some_port()))
+                ports.append(int(sock.getsockname()[1]))
         return ports
+
+
+def _some_port() -> int:
+    """One that the kernel gives to nobody; 0, any, where it gives all."""
+    try:
+        given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        lowest, highest = int(given[0]), int(given[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    own = [*range(_FIRST_PORT, lowest), *range(max(_FIRST_PORT, highest + 1), 1 << 16)]
+    return secrets.choice(own) if len(own) >= _ENOUGH_PORTS else 0
 
 
 def port_is_taken(host: str, port: int) -> bool:

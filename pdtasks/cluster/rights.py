@@ -36,7 +36,12 @@ VHOST: Final = "pdtasks"
 
 # -- RabbitMQ --------------------------------------------------------------------------------------
 
-_STAGES: Final = "|".join(naming.STAGES)
+#: A stage's queues, which are routing keys as well: the default model's, and those of any other.
+#: Which models there are is a setting of processes, not of servers.
+_OF_ONE_MODEL: Final = rf"(\.{naming.MODEL_NAME})?"
+_PREFILL: Final = naming.PREFILL + _OF_ONE_MODEL
+_DECODE: Final = naming.DECODE + _OF_ONE_MODEL
+_STAGES: Final = (_PREFILL, _DECODE)
 _UUID: Final = "[0-9a-f-]{36}"
 #: Celery's names.
 _CONTROL: Final = r"celery\.pidbox"
@@ -90,21 +95,21 @@ _KEEP: Final = re.escape(naming.KEEP_EXCHANGE)
 _KEPT: Final = re.escape(naming.KEPT_QUEUE)
 
 #: What a caller in Python may: its prompts are tokenised by a prefill worker.
-_CLIENT_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=(naming.PREFILL,))
-_API_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=naming.STAGES)
+_CLIENT_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=(_PREFILL,))
+_API_ON_BROKER: Final = BrokerRights(write=(_EXCHANGE, _CONTROL), publish_keys=_STAGES)
 _WORKER_ON_BROKER: Final = BrokerRights(
     configure=(
-        *(_STAGES, _EXCHANGE, _DEAD, _KEEP, _KEPT),
+        *(*_STAGES, _EXCHANGE, _DEAD, _KEEP, _KEPT),
         *(_CONTROL, _CONTROL_OF_WORKERS, _CONTROL_ANSWERS, _EVENTS),
     ),
     write=(
-        *(_STAGES, _EXCHANGE, _DEAD, _KEEP, _KEPT),
+        *(*_STAGES, _EXCHANGE, _DEAD, _KEEP, _KEPT),
         *(_CONTROL_OF_WORKERS, _CONTROL_ANSWERS, _EVENTS),
     ),
     # Not what is kept of dead jobs: it only puts them there.
-    read=(_STAGES, _EXCHANGE, _DEAD, _KEEP, _CONTROL, _CONTROL_OF_WORKERS),
-    publish_keys=(naming.DECODE,),
-    bind_keys=naming.STAGES,
+    read=(*_STAGES, _EXCHANGE, _DEAD, _KEEP, _CONTROL, _CONTROL_OF_WORKERS),
+    publish_keys=(_DECODE,),
+    bind_keys=_STAGES,
 )
 _FLOWER_ON_BROKER: Final = BrokerRights(
     configure=(_EVENTS, _EVENTS_OF_ONE, _CONTROL, _CONTROL_ANSWERS, _CONTROL_ANSWERS_OF_ONE),
@@ -189,7 +194,7 @@ _STORE_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +setex +publish) +multi 
 _READ_RESULTS: Final = f"(~{_RESULTS} &{_RESULTS} +get +mget +del +subscribe +unsubscribe)"
 _COUNT_USAGE: Final = f"(~{keys.USAGE}* +hincrby +hget +expire)"
 _PROBE: Final = f"(%W~{keys.PROBE} +set)"
-_BALANCE: Final = f"(~{keys.BALANCER} ~{keys.BALANCER}:* +get +set +pexpire +del)"
+_BALANCE: Final = f"(~{keys.BALANCER}* +get +set +pexpire +del)"
 
 _API_ON_BUS: Final = (
     *(_SEE_WORKERS, _READ_REPLIES, _TELL_PROGRESS, _RUN_JOBS, _RUN_BATCHES, _COUNT_USAGE),

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pdtasks.balance.deciding import Targets
 from pdtasks.cluster import children
 from pdtasks.cluster.console import Console
 from pdtasks.cluster.parts import LOOP_S, Part, Parts
-from pdtasks.cluster.placement import Plan, place_workers
+from pdtasks.cluster.placement import Plan, further_worker, place_workers
 from pdtasks.cluster.probes import choose_port
 from pdtasks.cluster.process import StartFailed
 from pdtasks.cluster.rights import User
@@ -57,6 +57,7 @@ class Size:
     prefill: int = 1
     decode: int = 1
     both: int = 0  #: workers that serve both stages
+    further: Sequence[str] = ()  #: queues of each worker of another model
     concurrency: int | None = None  #: jobs one worker takes at once; None: what its engine batches
     api: int = 1  #: API processes, on ports that follow each other
     flower: bool = True
@@ -161,6 +162,7 @@ class Supervisor:
             self._size.both,
             device=self.settings.device,
             engine_args=self.settings.engine_args,
+            further=[further_worker(queues, self.settings) for queues in self._size.further],
         )
         self._choose_ports()
         Services.require_programs(self.settings)
@@ -173,7 +175,9 @@ class Supervisor:
         self._services.check_configured(self.settings)
         self._record()
         self._start_parts(plan)
-        deadline_s = _START_S if Path(model).is_dir() else _START_DOWNLOADING_S
+        further = (one.model for one in self.settings.models.values() if one.model)
+        are_here = all(Path(one).is_dir() for one in (model, *further))
+        deadline_s = _START_S if are_here else _START_DOWNLOADING_S
         self._parts.wait(deadline_s, self._services.check)
         if self._size.targets is not None:
             # Only now: it asks the API.

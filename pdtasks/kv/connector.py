@@ -145,7 +145,7 @@ class ValkeyConnector(KVConnectorBase_V1):
                 vocabulary=vllm_config.model_config.get_vocab_size(),
                 max_tokens=vllm_config.model_config.max_model_len,
                 ring=engine_id if ring_bytes else None,
-                rings=Rings(payloads=False),
+                rings=Rings(payloads=False, own_engine=engine_id),
                 block_bytes=block_bytes(kv_cache_config),
                 short_bytes=SHORT_MIB[device] << 20,
                 sync_bytes=SYNC_MIB[device] << 20,

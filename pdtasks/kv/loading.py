@@ -296,8 +296,7 @@ class Loads:
                 if not self._scatter(tally, copy):
                     return False
             except RuntimeError as exc:  # CUDA's: the slots have them as well
-                logger.warning("no copies from GPU to GPU any more: %s", exc)
-                ring.close_cache()
+                self._rings.unreachable(exc)
                 return False
         return places == [ring.cached_at(number) for number in numbers]
 

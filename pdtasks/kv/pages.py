@@ -91,6 +91,8 @@ class BlockPages:
                 in_row = spec.offset + index * spec.layer_stride
                 place = places[index] if layer_outermost else places[0] + in_row
                 writers.setdefault(place, set()).add(layer)
+        #: Does vLLM clear blocks before it says that it writes them?
+        self.is_cleared = config.needs_kv_cache_zeroing
         self.block_bytes = sum(region.shape[1] for region in self.regions)
         self.device = self.regions[0].device
         #: What of a block is complete sooner than the rest.

@@ -7,7 +7,7 @@ is the only one that writes it.  The scheduler numbers blocks as it plans them: 
 slot *n* mod slots until block *n* + slots takes its place.  A prompt's handle names ring and
 numbers, so nobody keeps a directory, and no lock is shared between processes::
 
-    header   magic 4s | format u16 | regions u16 | slots u64 | block bytes u64 | open u64
+    header   magic 4s | format u16 | regions u16 | slots u64 | block bytes u64 | reaches u64
              padding to 64
     regions  of the writer's cache, rows of 128 bytes:
              handle 64s | offset u64 | bytes from one block to the next u64 | padding
@@ -32,9 +32,10 @@ takes the word away and then looks there, and waits.  Whichever comes first, the
 
 On CUDA a block is in the writer's own cache as well, until the engine writes another one there:
 `cached` is the number of that place, and 1.  The writer takes it away before a step that writes
-there begins.  Engines of the host that can map the cache (`open` is 1, `peers`) copy from GPU to
-GPU: 2 ms instead of 19 for 663 MB between two H200.  A copy in which `cached` has changed is made
-again from the slot; nothing is ever kept in the cache for a reader.
+there begins.  Engines of the host that can map the cache (`peers`) copy from GPU to GPU: 2 ms
+instead of 19 for 663 MB between two H200.  A copy in which `cached` has changed is made again from
+the slot; nothing is ever kept in the cache for a reader.  `reaches` is 1 as long as the engine that
+writes this ring can read others' caches: its scheduler looks there.
 
 The writer holds a file lock as long as it lives.  What it leaves when it is killed can still be
 read by those who know its name, until another ring is made here: that removes files without a lock.
@@ -65,8 +66,8 @@ _NAME = re.compile(re.escape(_PREFIX) + "[0-9A-Za-z_.-]{1,100}")
 _HEADER = struct.Struct("=4sHHQQQ")
 _MAGIC = b"PDRB"
 _FORMAT = 3
-_OPEN = struct.Struct("=Q")
-_OPEN_BEGIN = _HEADER.size - _OPEN.size
+_REACHES = struct.Struct("=Q")
+_REACHES_BEGIN = _HEADER.size - _REACHES.size
 _REGION = struct.Struct(f"={HANDLE_BYTES}sQQ")
 _REGIONS_BEGIN = 64
 _REGION_ROW = 128
@@ -157,13 +158,9 @@ class _Mapped:
         return int(self._words[slot * (_ROW // 8) + _KEPT]) > time.monotonic_ns()
 
     @property
-    def is_open(self) -> bool:
-        """Is the writer's cache counted on?"""
-        return bool(_OPEN.unpack_from(self._view, _OPEN_BEGIN)[0])
-
-    def close_cache(self) -> None:
-        """The writer's cache cannot be reached: no engine counts on it any more."""
-        _OPEN.pack_into(self._view, _OPEN_BEGIN, 0)
+    def reaches_others(self) -> bool:
+        """Can the engine that writes it read other engines' caches?"""
+        return bool(_REACHES.unpack_from(self._view, _REACHES_BEGIN)[0])
 
     def cached_at(self, number: int) -> int | None:
         """The place of block `number` in the writer's cache; None: it is not there any more."""
@@ -246,7 +243,8 @@ class RingWriter(_Mapped):
         self._changed = threading.Condition()
         self._busy: set[int] = set()  # slots that are written, or still to be sent to the store
         self._places = threading.Lock()
-        self._slots_at: dict[int, list[int]] = {}  # whose blocks are cached there, by place
+        self._slots_at: dict[int, set[int]] = {}  # whose blocks are cached there, by place
+        self._place_of: dict[int, int] = {}  # the other way round
 
     def take(
         self, number: int, deadline: float, give_up: Callable[[int], bool] = lambda _: False
@@ -272,7 +270,8 @@ class RingWriter(_Mapped):
                 # Readers are in other processes and wake nobody here.
                 self._changed.wait_for(lambda: slot not in self._busy, min(left, _LOOK_S))
         self._words[slot * (_ROW // 8)] = 0
-        self._words[slot * (_ROW // 8) + _CACHED] = 0
+        with self._places:
+            self._is_not_cached(slot)
         with self._changed:
             pass  # a fence: the word is gone for all before we look who keeps the slot
         while self.is_kept(slot):
@@ -293,7 +292,8 @@ class RingWriter(_Mapped):
         self._words[row + _NAME_WORD] = name
         if place is not None and self.regions:
             with self._places:
-                self._slots_at.setdefault(place, []).append(slot)
+                self._slots_at.setdefault(place, set()).add(slot)
+                self._place_of[slot] = place
                 self._words[row + _CACHED] = place + 1
         self._words[row] = number + 1
 
@@ -303,10 +303,22 @@ class RingWriter(_Mapped):
             return
         with self._places:
             for place in places:
-                for slot in self._slots_at.pop(place, ()):
-                    row = slot * (_ROW // 8)
-                    if self._words[row + _CACHED] == place + 1:  # else the slot is another's by now
-                        self._words[row + _CACHED] = 0
+                for slot in tuple(self._slots_at.get(place, ())):
+                    self._is_not_cached(slot)
+
+    def _is_not_cached(self, slot: int) -> None:
+        """What `slot` has is in the cache no more. Called with `_places`."""
+        self._words[slot * (_ROW // 8) + _CACHED] = 0
+        place = self._place_of.pop(slot, None)
+        if place is not None:
+            slots = self._slots_at[place]
+            slots.discard(slot)
+            if not slots:
+                del self._slots_at[place]
+
+    def reaches_no_more(self) -> None:
+        """This engine cannot read other engines' caches after all."""
+        _REACHES.pack_into(self._view, _REACHES_BEGIN, 0)
 
     def release(self, slot: int) -> None:
         """Another block may take the place of what is in `slot`."""

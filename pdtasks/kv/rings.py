@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllm.logger import init_logger
 
@@ -30,18 +30,22 @@ class Rings:
         payloads: bool,
         pin: bool = False,
         open_memory: Open | None = None,
-        own: str | None = None,
+        own_engine: str | None = None,
+        on_unreachable: Callable[[], None] = lambda: None,
     ) -> None:
         """See `RingReader`.
 
         Args:
         open_memory: maps the GPU memory of the engines whose rings they are.
-        own: the ring that this process writes: CUDA maps no memory twice in one process.
+        own_engine: id of the engine that asks: CUDA maps no memory twice in one process.
+        on_unreachable: called when another engine's memory cannot be mapped.
         """
         self._payloads = payloads
         self._pin = pin
         self._open_memory = open_memory
-        self._own = own
+        self._own_engine = own_engine
+        self._on_unreachable = on_unreachable
+        self._is_reached = True  # until one is not
         self._lock = threading.Lock()
         self._closed = False
         self._readers: dict[str, RingReader] = {}
@@ -51,11 +55,8 @@ class Rings:
 
     def find(self, handle: KVHandle, rank: int) -> RingReader | None:
         """The ring in which `rank` has put the blocks of `handle`; None: not on this host."""
-        if handle.ring is None:
-            return None
-        try:
-            name = ring_name(handle.ring, rank)
-        except ValueError:
+        name = _name_of(handle.ring, rank)
+        if name is None:
             return None
         reader = self._readers.get(name)
         if reader is None:
@@ -75,18 +76,37 @@ class Rings:
 
     def peer(self, ring: RingReader) -> PeerCache | None:
         """The cache of the engine that writes `ring`; None: it cannot be reached."""
-        return self._peers.get(ring.name) if ring.is_open else None
+        return self._peers.get(ring.name) if self._is_reached else None
+
+    @property
+    def has_others(self) -> bool:
+        """Is there another engine on this host?"""
+        return any(not self._is_own(name) for name in self._readers)
+
+    def unreachable(self, why: Exception) -> None:
+        """What one engine's memory says of it holds for all: nobody's is read any more."""
+        if self._is_reached:
+            self._is_reached = False
+            logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", why)
+            self._on_unreachable()
 
     def are_cached(self, handle: KVHandle, first: int) -> bool:
-        """Are the blocks of `handle` from index `first` on in a cache that can be reached?"""
+        """Are the blocks of `handle` from index `first` on in caches that this engine reads?"""
         for rank in range(handle.tp_size):
-            reader = self.find(handle, rank)
-            if reader is None or not reader.is_open:
+            reader, own = self.find(handle, rank), self._own(rank)
+            if reader is None or own is None or own is reader or not own.reaches_others:
                 return False
             numbers = [handle.number(index) for index in range(first, handle.num_blocks)]
             if any(n is None or reader.cached_at(n) is None for n in numbers):
                 return False
         return True
+
+    def _own(self, rank: int) -> RingReader | None:
+        name = _name_of(self._own_engine, rank)
+        return None if name is None else self._readers.get(name) or self._open(name)
+
+    def _is_own(self, name: str) -> bool:
+        return name.rpartition("-")[0] == (_name_of(self._own_engine, 0) or "").rpartition("-")[0]
 
     def presence(self, handle: KVHandle, first: int) -> Presence:
         """Of the blocks of `handle` from index `first` on; GONE: one of them is not here."""
@@ -137,25 +157,23 @@ class Rings:
                 self._unknown = {n: t for n, t in self._unknown.items() if now - t < _LOOK_S}
                 self._unknown[name] = now
                 return None
-            if name != self._own:
-                self._map_cache(reader)
+            self._map_cache(reader)
             self._readers[name] = reader
             return reader
 
     def _map_cache(self, reader: RingReader) -> None:
+        if self._open_memory is None or not self._is_reached or not reader.regions:
+            return
         # Of one that is gone nothing is mapped: see `peers`.
-        if not reader.is_open or self._open_memory is None or not has_writer(reader.name):
+        if self._is_own(reader.name) or not has_writer(reader.name):
             return
         try:
             self._peers[reader.name] = PeerCache(reader.regions, self._open_memory)
         except DeviceMemoryError as exc:
-            logger.warning("no copies from GPU to GPU: hand-overs go through host memory (%s)", exc)
-            reader.close_cache()
+            self.unreachable(exc)
 
     def _let_go(self, name: str) -> None:
-        """Of the cache of an engine that is gone; what is in its ring can still be read."""
-        if reader := self._readers.get(name):
-            reader.close_cache()
+        """Of the cache of an engine; what is in its ring can still be read."""
         if peer := self._peers.pop(name, None):
             peer.close()
 
@@ -168,3 +186,11 @@ class Rings:
                 self._used.pop(name, None)
                 if reader := self._readers.pop(name, None):
                     reader.close()
+
+
+def _name_of(engine_id: str | None, rank: int) -> str | None:
+    """`ring_name`; None of what has no ring."""
+    try:
+        return None if engine_id is None else ring_name(engine_id, rank)
+    except ValueError:
+        return None

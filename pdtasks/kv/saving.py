@@ -80,11 +80,13 @@ class Saves:
         copiers: Movers | None,
         askers: Movers,
         timeout_s: float,
+        has_readers: Callable[[], bool] = lambda: False,
     ) -> None:
         """Args:
         senders: speak to the store; without a ring they copy too, and need stagings.
         copiers: fill the ring.
         askers: ask the store what it has; never the senders, who wait for that.
+        has_readers: is another engine on this host, which may read this one's cache?
         """
         self._ledger = ledger
         self._store = store
@@ -95,6 +97,7 @@ class Saves:
         self._copiers = copiers
         self._askers = askers
         self._timeout_s = timeout_s
+        self._has_readers = has_readers
         self._copied = threading.Condition(ledger.lock)
         self.running: dict[str, Tally] = {}
         self._sent: dict[str, float] = {}  # saved, not reported; when they may be, monotonic
@@ -363,6 +366,10 @@ class Saves:
         self._store.put(block.key, [memoryview(header), own.staging.payload], block.deadline)
         return len(header) + len(own.staging.payload)
 
+    def _reads_directly(self) -> bool:
+        """May somebody copy out of the engine's cache?"""
+        return self._ring is not None and bool(self._ring.regions) and self._has_readers()
+
     # -- both ----------------------------------------------------------------------------------
 
     def _is_pointless(self, tally: Tally) -> bool:
@@ -403,6 +410,6 @@ class Saves:
         # A tally that was given up is in the list no more: its blocks belong to others now.
         if tally.sealed and tally.open == 0 and self.running.get(tally.request_id) is tally:
             del self.running[tally.request_id]
-            is_read_here = self._ring is not None and self._ring.is_open and not tally.cancelled
+            is_read_here = self._reads_directly() and not tally.cancelled
             self._sent[tally.request_id] = time.monotonic() + is_read_here * _READ_S
             self._ledger.record(tally)

@@ -103,11 +103,13 @@ class BlockTransfer:
         cuda = pages.device.type == "cuda"
         self._marks = StepMarks(pages)
         self._ring = self._make_ring(pages, pin=cuda)
-        self._rings = Rings(
+        ring = self._ring
+        rings = self._rings = Rings(
             payloads=True,
             pin=cuda,
             open_memory=partial(open_peer, device=pages.device) if self._reads(pages) else None,
-            own=None if self._ring is None else self._ring.name,
+            own_engine=self.engine_id,
+            on_unreachable=ring.reaches_no_more if ring is not None else lambda: None,
         )
         loaders = senders = self._new_movers("kv-transfer", pages, staging=True)
         copiers, askers = None, loaders
@@ -127,6 +129,7 @@ class BlockTransfer:
             copiers=copiers,
             askers=askers,
             timeout_s=self._timeout_s,
+            has_readers=lambda: rings.has_others,
         )
         self._loads = Loads(
             self._ledger,
@@ -163,7 +166,8 @@ class BlockTransfer:
 
     def _share(self, pages: BlockPages) -> list[SharedRegion]:
         """Let other engines read the cache; nothing where that cannot be."""
-        if not self._reads(pages):
+        # What vLLM clears before a step begins, a reader would take for what was there.
+        if not self._reads(pages) or pages.is_cleared:
             return []
         try:
             return share(pages.regions)
@@ -255,4 +259,5 @@ class BlockTransfer:
             self._rings.close()
         if self._ring is not None:
             self._ring.close()
+            self._ring = None
         self._store.close()

@@ -54,9 +54,9 @@ class Client:
         """Hang up."""
         self.http.close()
 
-    def overview(self, limit: int) -> Overview:
-        """What goes on. Raises NoAnswer."""
-        return self._get(Overview, "/pdtasks/overview", limit=limit)
+    def overview(self, limit: int, **of: str) -> Overview:
+        """What goes on; `model`: with this one alone. Raises NoAnswer."""
+        return self._get(Overview, "/pdtasks/overview", limit=limit, **of)
 
     def report(self, request_id: str) -> RequestReport | None:
         """What the stages did for a request; None: this process does not know it."""
@@ -70,7 +70,10 @@ class Client:
         with self.explained():
             response = self.http.get("/v1/models")
             self.check(response)
-            return str(response.json()["data"][0]["id"])
+            alive = response.json()["data"]
+        if not alive:
+            raise NoAnswer(f"no model of the API at {self.url} has workers")
+        return str(alive[0]["id"])
 
     def _get(self, kind: type[_T], path: str, **params: Any) -> _T:
         with self.explained():

@@ -38,6 +38,7 @@ class Wishes:
     system: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
+    model: str | None = None  #: None: the first that is alive
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Chat:
 
     def run(self) -> int:
         """Until there is no line more; returns the exit code. Raises NoAnswer at the beginning."""
-        self._model = self.client.model()
+        self._model = self.wishes.model or self.client.model()
         self._forget()
         if self._is_for_people:
             self._remark(_HELP.format(model=self._model))

@@ -2,6 +2,7 @@
 
 * It refuses another pool than threads, other queues than the stages' and another worker's name,
   with one sentence; without a name of its own it has its role's.
+* The queues that it is to consume from say which model it serves (`docs/models.md`).
 * Its engine is up before it consumes: no connection exists yet.
 * It says on the bus how it is, and ends when it stands.
 * Its main loop (`consumer.py`) and its jobs (`celery_request.py`) are ours.
@@ -15,9 +16,9 @@ import faulthandler
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import signals
 from celery.apps.worker import Worker
@@ -26,7 +27,7 @@ from celery.utils.nodenames import NODENAME_DEFAULT
 from pdtasks import naming, tracing
 from pdtasks.errors import PdtasksError, where
 from pdtasks.links import require_trusted
-from pdtasks.settings import load_settings
+from pdtasks.settings import Settings, load_settings
 from pdtasks.worker import liveness, service
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,14 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
 
     def on_before_init(self, quiet: bool = False, **options: Any) -> None:
         """Refuse what cannot work, before Celery looks for queues."""
-        _check_call(options, self.app.conf)
+        self._settings = _check_call(options, self.app.conf)
         self.hostname = _name_of(self.hostname, options["queues"])
         super().on_before_init(quiet=quiet, **options)
 
     def on_init_blueprint(self) -> None:
         """Bring up the engine; a worker without one would consume all the same."""
-        role = naming.role_of(self.app.amqp.queues.consume_from)
+        stages, _ = _stages_and_model(self.app.amqp.queues.consume_from)
+        settings = self._settings
         try:
             for stage in naming.STAGES:
                 import_module(f"pdtasks.{stage}")  # registers its task: the role may change
@@ -62,14 +64,13 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
             signals.worker_shutting_down.connect(
                 self._stop_is_requested, sender=self.hostname, weak=False
             )
-            settings = load_settings()
             # (Celery knows the number behind "auto" only later.)
             slots = self.concurrency if isinstance(self.concurrency, int) else 0
             service.start(
                 self.app,
                 settings,
                 name=self.hostname,
-                role=role,
+                role=naming.role_of(stages),
                 slots=slots or settings.max_num_seqs,
             )
         except PdtasksError as exc:
@@ -96,16 +97,25 @@ class StageWorker(Worker):  # type: ignore[misc]  # Celery has no types
         liveness.leave_at_exit(self.exitcode or 0)
 
 
-def _check_call(options: dict[str, Any], conf: Any) -> None:
+def _check_call(options: dict[str, Any], conf: Any) -> Settings:
+    """The settings of what the worker serves; it ends here if it cannot."""
     pool = options.get("pool") or options.get("pool_cls") or conf.worker_pool
     pool = str(getattr(pool, "__module__", pool))
     if "thread" not in pool or _asks_for_prefork(sys.argv):
         _refuse("pdtasks workers need the threads pool (-P threads): tasks share one engine")
     queues = _listed(options.get("queues"))
-    if not queues or not set(queues) <= set(naming.STAGES):
-        _refuse("start a pdtasks worker with -Q prefill, -Q decode, or -Q prefill,decode for both")
+    stages, models = _stages_and_model(queues)
+    if not queues or not set(stages) <= set(naming.STAGES):
+        _refuse(
+            "start a pdtasks worker with -Q prefill, -Q decode, or -Q prefill,decode for both; "
+            "for another model than the default one with -Q prefill.NAME, and so on"
+        )
+    if len(models) > 1:
+        _refuse("a worker serves one model: all queues behind -Q have to be of the same")
     try:
         settings = load_settings()
+        if model := models.pop():
+            settings = settings.of_model(model)
         settings.require_broker()
         settings.require_bus()
         settings.require_kv()
@@ -113,6 +123,7 @@ def _check_call(options: dict[str, Any], conf: Any) -> None:
         tracing.require_usable()
     except PdtasksError as exc:
         _refuse(str(exc))
+    return settings
 
 
 def _listed(queues: str | Sequence[str] | None) -> list[str]:
@@ -120,12 +131,21 @@ def _listed(queues: str | Sequence[str] | None) -> list[str]:
 
 
 def _name_of(name: str, queues: str | Sequence[str]) -> str:
-    """`name`, or the role's where none was given: a worker of each role on one host needs none.
+    """`name`, or the role's where none was given, as its queue has it: `prefill`, `both.NAME`.
 
-    Celery would call all of them the same.
+    A worker of each role and model on one host needs none. Celery would call all of them the same.
     """
     short, _, host = name.partition("@")
-    return f"{naming.role_of(_listed(queues))}@{host}" if short == NODENAME_DEFAULT else name
+    if short != NODENAME_DEFAULT:
+        return name
+    stages, models = _stages_and_model(_listed(queues))
+    return f"{naming.queue_of(naming.role_of(stages), models.pop())}@{host}"
+
+
+def _stages_and_model(queues: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Of all `queues`. A worker's are of one model; empty: the default one."""
+    found = [naming.stage_and_model(queue) for queue in queues]
+    return [stage for stage, _ in found], {model for _, model in found}
 
 
 def _asks_for_prefork(arguments: list[str]) -> bool:
@@ -134,7 +154,7 @@ def _asks_for_prefork(arguments: list[str]) -> bool:
     return "-Pprefork" in spelt.split() or "-Pprocesses" in spelt.split()
 
 
-def _refuse(why: str) -> None:
+def _refuse(why: str) -> NoReturn:
     sys.stderr.write(f"pdtasks: {why}\n")
     liveness.leave_at_exit(2)
     raise SystemExit(2)

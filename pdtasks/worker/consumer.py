@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -90,8 +90,8 @@ class TasksStep(Tasks):  # type: ignore[misc]
     requires = (EventsStep,)
 
     def start(self, c: StageConsumer) -> None:
+        c.begins_with_least_credit()
         super().start(c)
-        service.current().serving.consumed_by(c)
 
     def stop(self, c: Consumer) -> None:
         super().stop(c)
@@ -126,6 +126,7 @@ class StageConsumer(Consumer):  # type: ignore[misc]
         self._liveness = service.current().liveness
         self._backoff = Backoff(maximum_s=10.0)
         self._connected_at = 0.0
+        self._credit: dict[str, int] = {}  # that RabbitMQ knows of, by queue
         super().__init__(*args, **kwargs)
 
     def connect(self) -> Any:
@@ -150,22 +151,38 @@ class StageConsumer(Consumer):  # type: ignore[misc]
     def on_ready(self) -> None:
         super().on_ready()
         self._beat()
+        service.current().serving.consumed_by(self)
+
+    def begins_with_least_credit(self) -> None:
+        """One prefetch count is told for all queues; `on_ready` gives those more that may have it.
+
+        A queue with a backlog would else fill this worker before it has said how much it takes.
+        """
+        here, queues = service.current(), self.app.amqp.queues.consume_from
+        credit = here.credit_by_queue()
+        # (0 would be without a limit.)
+        least = max(1, min((credit[name] for name in queues), default=1))
+        self.initial_prefetch_count = least
+        self._credit = dict.fromkeys(queues, least)
 
     def _beat(self) -> None:
         consumer = self.task_consumer
         queues = self.app.amqp.queues.consume_from  # none while the role changes
         self._liveness.beat(consumes=all(consumer.consuming_from(name) for name in queues))
 
-    def take_from(self, stages: Collection[str]) -> Future[None]:
-        """Take jobs of `stages` and of no others; done when RabbitMQ knows. From any thread.
+    def take_from(self, credit: Mapping[str, int]) -> Future[None]:
+        """Take jobs of these stages, so many at once, and of no others. From any thread.
 
-        A new connection takes them from the beginning, whatever comes of this one.
+        Done when RabbitMQ knows.  A new connection takes them from the beginning, whatever comes of
+        this one.
         """
         done: Future[None] = Future()
-        self.call_soon(self._take_from, stages, done)
+        queue_of = service.current().settings.queue_of
+        queues = {queue_of(stage): most for stage, most in credit.items()}
+        self.call_soon(self._take_from, queues, done)
         return done
 
-    def _take_from(self, stages: Collection[str], done: Future[None]) -> None:
+    def _take_from(self, queues: Mapping[str, int], done: Future[None]) -> None:
         # Whoever has waited for long enough asks again; from here on it waits for this.
         if not done.set_running_or_notify_cancel():
             return
@@ -174,10 +191,17 @@ class StageConsumer(Consumer):  # type: ignore[misc]
             return
         taken = tuple(self.app.amqp.queues.consume_from)
         try:
-            for stage in set(taken) - set(stages):
-                self.cancel_task_queue(stage)
-            for stage in set(stages) - set(taken):
-                self.add_task_queue(stage)
+            queues = {queue: most for queue, most in queues.items() if most}
+            for queue in taken:
+                # (A consumer's prefetch count cannot be changed: it becomes another consumer.)
+                if self._credit.get(queue) != queues.get(queue):
+                    self.cancel_task_queue(queue)
+            for queue, most in queues.items():
+                if queue not in self.app.amqp.queues.consume_from:
+                    # Of consumers that begin on this channel from now on.
+                    self.task_consumer.qos(prefetch_count=most, apply_global=False)
+                    self.add_task_queue(queue)
+            self._credit = dict(queues)
         except BaseException as exc:
             done.set_exception(exc)
             raise

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from pdtasks.messages import Name
-from pdtasks.naming import DECODE, DECODE_TASK, PREFILL_TASK
+from pdtasks.naming import DECODE, DECODE_TASK, MODEL_NAME, PREFILL_TASK
 
 
 def _one_of(*words: str) -> Meta:
@@ -62,7 +62,7 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
 
 class _StepOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task_id: Name
-    queue: Annotated[str, _one_of(DECODE)]
+    queue: Annotated[str, Meta(pattern=rf"\A{DECODE}(\.{MODEL_NAME})?\Z")]
     reply_to: Name | None = None
     ignore_result: bool = False
 

@@ -51,6 +51,7 @@ from pdtasks.worker.aborted import AbortMemory
 from pdtasks.worker.announcing import Figures, Presence
 from pdtasks.worker.answering import Answers, Reports
 from pdtasks.worker.counting import Look, WorkerFigures
+from pdtasks.worker.credit import Credit
 from pdtasks.worker.discarding import Discarder
 from pdtasks.worker.exporting import Exporter
 from pdtasks.worker.kv_servers import KVServers
@@ -147,7 +148,14 @@ class Worker:
         logger.info("starting the engine for %s", settings.model_name)
         self.engine.start()
         logger.info("the engine is ready after %.1f s", time.monotonic() - started)
-        self.text = TextFrontend(self.engine.config)
+        config = self.engine.config
+        self.credit = Credit(
+            slots,
+            step_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            on_change=self.serving.credit_changed,
+        )
+        self.text = TextFrontend(config)
         self.tracer = make_tracer(f"pdtasks-{role}", name)
         self.engine.call(self._replies.run()).add_done_callback(_exit_unless_cancelled)
         self.presence.observe(self._figures)
@@ -332,6 +340,14 @@ class Worker:
 
     def _on_role(self, role: str) -> None:
         self.engine.loop.call_soon_threadsafe(self.serving.become, role)
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have it called on the engine's loop."""
+        self.engine.loop.call_soon_threadsafe(call)
+
+    def credit_by_queue(self) -> dict[str, int]:
+        """Jobs that this worker takes at once, of each queue that is its model's."""
+        return {self.settings.queue_of(stage): most for stage, most in self.credit.of.items()}
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
         """`abort`, from any thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Final, Protocol
 
@@ -28,7 +28,7 @@ _LOOK_S: Final = 0.02
 class TakesJobs(Protocol):
     """`pdtasks.worker.consumer.StageConsumer`, as far as this module needs it."""
 
-    def take_from(self, stages: Collection[str]) -> Future[None]: ...
+    def take_from(self, credit: Mapping[str, int]) -> Future[None]: ...
 
 
 class Announces(Protocol):
@@ -40,6 +40,13 @@ class Announces(Protocol):
     def serve(self, role: str, becomes: str = "") -> None: ...
 
 
+class GivesCredit(Protocol):
+    """`pdtasks.worker.credit.Credit`, as far as this module needs it."""
+
+    @property
+    def of(self) -> Mapping[str, int]: ...
+
+
 class Serves(Protocol):
     """`pdtasks.worker.service.Worker`, as far as this module needs it."""
 
@@ -49,9 +56,14 @@ class Serves(Protocol):
     @property
     def num_jobs(self) -> int: ...
 
+    def soon(self, call: Callable[[], None]) -> None: ...
+
     async def hand_on(self) -> None: ...
 
     def keeps_its_jobs(self) -> None: ...
+
+    @property
+    def credit(self) -> GivesCredit: ...
 
 
 class Serving:
@@ -64,11 +76,22 @@ class Serving:
         self._wanted = role
         self._here = here
         self._consumer: TakesJobs | None = None
+        self._taken: dict[str, int] = {}  # jobs at once, of which RabbitMQ has heard, by stage
         self._changing: asyncio.Task[None] | None = None
 
     def consumed_by(self, consumer: TakesJobs) -> None:
-        """Who takes jobs for this worker from RabbitMQ. From its thread."""
+        """Who takes jobs for this worker from RabbitMQ, from now on. From its thread."""
         self._consumer = consumer
+        self._here.soon(self._connected)
+
+    def _connected(self) -> None:
+        self._taken = {}  # a new connection has been told nothing yet
+        self.credit_changed()
+
+    def credit_changed(self) -> None:
+        """Take as many jobs at once as there is credit for by now."""
+        if self._changing is None or self._changing.done():
+            self._changing = asyncio.create_task(self._change())
 
     def become(self, role: str) -> None:
         """Take `role`, as soon as what it leaves has ended; of several the last one counts."""
@@ -77,12 +100,24 @@ class Serving:
             self._changing = asyncio.create_task(self._change())
 
     async def _change(self) -> None:
-        while self._role != self._wanted and not self._here.presence.is_draining:
+        while not self._is_settled and not self._here.presence.is_draining:
             try:
-                await self._become(self._wanted)
+                if self._role != self._wanted:
+                    await self._become(self._wanted)
+                else:
+                    await self._take_from(stages_of(self._role))
             except Exception as exc:  # noqa: BLE001 - whatever it is, the worker works on
                 logger.error("the role was not changed, trying again: %s", where(exc))  # noqa: TRY400
                 await asyncio.sleep(_PAUSE_S)
+
+    @property
+    def _is_settled(self) -> bool:
+        if self._role != self._wanted:
+            return False
+        return self._consumer is None or self._taken == self._credit_of(stages_of(self._role))
+
+    def _credit_of(self, stages: Collection[str]) -> dict[str, int]:
+        return {stage: self._here.credit.of[stage] for stage in stages}
 
     async def _become(self, role: str) -> None:
         here, before = self._here, self._role
@@ -119,12 +154,14 @@ class Serving:
 
     async def _take_from(self, stages: Collection[str]) -> None:
         """Returns when RabbitMQ has heard of it. Tries until then, or until this worker stops."""
-        while self._consumer is not None and not self._here.presence.is_draining:
+        while (consumer := self._consumer) is not None and not self._here.presence.is_draining:
+            credit = self._credit_of(stages)
             try:
                 async with asyncio.timeout(_TAKE_FROM_S):
-                    await asyncio.wrap_future(self._consumer.take_from(stages))
+                    await asyncio.wrap_future(consumer.take_from(credit))
             except Exception as exc:  # noqa: BLE001 - of a connection that was lost, perhaps
                 logger.warning("RabbitMQ has not heard yet what is served: %s", where(exc))
                 await asyncio.sleep(_PAUSE_S)
             else:
+                self._taken = credit
                 return

@@ -57,6 +57,7 @@ class Stage(ABC, Generic[J]):
         self.reply_to = reply_to
         self.detokeniser: IncrementalDetokenizer | None = None  # for who wants text in the result
         self._carried = carried
+        self._is_held = False  # it takes of this worker's credit
         self._started = time.monotonic()
         self._started_at = time.time()
 
@@ -94,10 +95,18 @@ class Stage(ABC, Generic[J]):
             outcome = "late"  # its deadline has passed
             raise
         finally:
+            self._ends_in_engine()
             counting.ended(self.name, outcome, report, self.why_recomputed)
             if self.span.is_recorded:
                 self._end_span(outcome, report)
         return result
+
+    def _ends_in_engine(self) -> None:
+        if self._is_held:
+            generation = self.generation
+            prompt = len(generation.request.prompt_token_ids or ())
+            context = prompt + generation.position + len(generation.token_ids)
+            self.here.credit.ends(self.name, self.engine_id, context)
 
     def _end_span(self, outcome: str, report: StageReport | None) -> None:
         try:
@@ -177,9 +186,13 @@ class Stage(ABC, Generic[J]):
     async def generate(self) -> None:
         """Have the engine run `generation`; see `Worker.generate`."""
         self.span.given()
+        prompt = len(self.generation.request.prompt_token_ids or ())
+        self._is_held = True
+        self.here.credit.begins(self.name, self.engine_id, prompt)
         try:
             await self.here.generate(self.generation, self.reports)
         finally:
+            self.here.credit.computed(self.name, self.engine_id)
             self.span.made()
 
     def judge(self, output: EngineCoreOutput) -> Verdict:

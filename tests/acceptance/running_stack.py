@@ -22,7 +22,7 @@ import psutil
 import valkey
 
 from pdtasks.bus.presence import read_workers
-from pdtasks.cluster.probes import http_status
+from pdtasks.cluster.probes import free_ports, http_status
 from pdtasks.messages import WorkerStatus
 from tests.acceptance.nursery import Nursery
 from tests.waiting import wait_until
@@ -54,16 +54,6 @@ def wedge_by_signal(folder: Path) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(_WEDGE)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def free_pair() -> int:

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from pdtasks.bus.presence import read_workers
-from pdtasks.cluster.probes import http_status
+from pdtasks.cluster.probes import free_ports, http_status
 from pdtasks.worker import discarding
 from tests.acceptance.nursery import Nursery
-from tests.acceptance.running_stack import MODEL, Stack, ask, free_ports
+from tests.acceptance.running_stack import MODEL, Stack, ask
 from tests.waiting import wait_until
 
 CAPITALS = {

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
-from pdtasks.cluster.probes import http_status
+from pdtasks.cluster.probes import free_ports, http_status
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.engine.models import resolve_model
 from pdtasks.settings import load_settings
 from tests.acceptance.nursery import Forked, Nursery
-from tests.acceptance.running_stack import START_TIMEOUT_S, free_ports
+from tests.acceptance.running_stack import START_TIMEOUT_S
 from tests.waiting import wait_until
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "kv-alone.md").read_text()

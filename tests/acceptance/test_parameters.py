@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from pdtasks.cluster.probes import http_status
+from pdtasks.cluster.probes import free_ports, http_status
 from tests.acceptance.nursery import Nursery
 from tests.acceptance.parameter_cases import CASES, FLAGS, REASONING, in_company
 from tests.acceptance.reference import TIMEOUT_S, Reference, said
-from tests.acceptance.running_stack import MODEL, Stack, free_ports
+from tests.acceptance.running_stack import MODEL, Stack
 from tests.waiting import wait_until
 
 BUDGETS = ("a budget", "a budget that is spent")

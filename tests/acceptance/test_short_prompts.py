@@ -62,7 +62,7 @@ def test_the_metrics_say_how_many_went_which_way(client: httpx.Client) -> None:
         return sum(
             float(line.split()[-1])
             for line in lines
-            if line.startswith('pdtasks_routes_total{route="short_prompt"}')
+            if line.startswith("pdtasks_routes_total{") and 'route="short_prompt"' in line
         )
 
     before = count()

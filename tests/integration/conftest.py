@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from pdtasks.cluster.rabbitmq import RabbitNode
 from pdtasks.cluster.rights import User
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.kv.store import BlockStore
-from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES, stages_of
+from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES, queue_of, stages_of
 from pdtasks.settings import load_settings
 from tests.browser import Tab, chromium
 from tests.integration.steering import Steering, steering_url
@@ -37,6 +38,13 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 DELIVERY_LIMIT = 1
+#: One beside the default model, where a test starts workers or an API for it.
+FURTHER_MODEL = "further"
+#: The same folder once more; that it is another model shows in how long a prompt may be, and how a
+#: chat is rendered.
+FURTHER_MODELS = json.dumps(
+    {FURTHER_MODEL: {"max_model_len": 100, "api_args": "--chat-template {{messages[0].content}}"}}
+)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
@@ -103,7 +111,11 @@ def our_app(services: Services) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in services.env.items():
             patch.setenv(name, value)
+        # For this process alone, not for stacks that it starts.
+        patch.setenv("PDTASKS_MODELS", FURTHER_MODELS)
         load_settings.cache_clear()
+        load_settings()
+        patch.delenv("PDTASKS_MODELS")
         sys.modules.pop("configs.celeryconfig", None)
         app.config_from_object("configs.celeryconfig", force=True)
         # Whoever asked for a result before has made the app a backend of the old settings.
@@ -352,9 +364,10 @@ def start_worker(
         held: bool = False,
         wait: bool = True,
         concurrency: int = 8,
+        model: str = "",
         **env: str,
     ) -> StubWorker:
-        name = f"{role}{number}"
+        name = queue_of(f"{role}{number}", model)
         steering_at = steering_url(services.bus_server.operator_url)
         steering = Steering(name, valkey.Valkey.from_url(steering_at))
         if held:
@@ -364,8 +377,17 @@ def start_worker(
             key.upper() if key.startswith(("stub_", "otel_")) else f"PDTASKS_{key.upper()}": value
             for key, value in env.items()
         }
+        if model:
+            settings["PDTASKS_MODELS"] = FURTHER_MODELS
         argv = [
-            *("-Q", ",".join(stages_of(role)), "-P", "threads", "-c", str(concurrency)),
+            *(
+                "-Q",
+                ",".join(queue_of(stage, model) for stage in stages_of(role)),
+                "-P",
+                "threads",
+                "-c",
+                str(concurrency),
+            ),
             *("-n", f"{name}@test", "-E", "--without-mingle", "--without-gossip", "-l", "INFO"),
         ]
         stub = {"STUB_NAME": name, "STUB_STEERING": steering_at}
@@ -390,7 +412,8 @@ def start_worker(
 
 def _delete_queues(services: Services) -> None:
     with kombu.Connection(services.rabbit.operator_url) as connection:
-        for queue in (*STAGES, DEAD_QUEUE, KEPT_QUEUE):
+        of_further_model = (queue_of(stage, FURTHER_MODEL) for stage in STAGES)
+        for queue in (*STAGES, *of_further_model, DEAD_QUEUE, KEPT_QUEUE):
             try:
                 connection.default_channel.queue_delete(queue)
             except connection.channel_errors:

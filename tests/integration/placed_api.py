@@ -1,4 +1,4 @@
-"""`pdtasks` whose reply stream is on the bus that a test wants: STREAM_PLACE, 0 for the first."""
+"""`pdtasks` whose reply stream is on the bus that a test wants (PDTASKS_STREAM_PLACE, from 0)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdtasks.settings import load_settings
 
 def drawn_until_there() -> str:
     buses = 1 + len(load_settings().bus_urls)
-    while place_of(name := new_stream(), buses) != int(os.environ["STREAM_PLACE"]):
+    while place_of(name := new_stream(), buses) != int(os.environ["PDTASKS_STREAM_PLACE"]):
         pass
     return name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from pdtasks.bench.chaos.nursery import Nursery
+from pdtasks.cluster.probes import free_ports
 from pdtasks.cluster.rights import User
 from tests.integration.conftest import ROOT, Services
 from tests.waiting import wait_until
@@ -31,21 +31,19 @@ def running_api(
     folder: for its log.
     deadline_s: of every request.
     program: another module that does what `pdtasks` does.
-    env: further variables.
+    env: more of the product's variables, without their prefix.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     own = {
         "PDTASKS_BROKER_URL": services.rabbit.url_for(User.API),
         "PDTASKS_BUS_URL": services.bus_server.url_for(User.API),
         "PDTASKS_REQUEST_TIMEOUT_S": str(deadline_s),
         "PYTHONPATH": str(ROOT),
-    }
+    } | {f"PDTASKS_{name.upper()}": value for name, value in env.items()}
     process = nursery.make(
         "api",
         [sys.executable, "-m", program, "api", "--port", str(port)],
-        env=os.environ | services.env | own | env,
+        env=os.environ | services.env | own,
         log=folder / "api.log",
         cwd=folder,
     )

@@ -153,7 +153,9 @@ async def start_stub(
         model_config=SimpleNamespace(
             max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY
         ),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=int(os.environ.get("STUB_STEP_TOKENS", "8192"))
+        ),
         cache_config=SimpleNamespace(block_size=BLOCK_SIZE, num_gpu_blocks=1000),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )

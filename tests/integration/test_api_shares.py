@@ -21,12 +21,13 @@ PATIENCE_S = 30
 
 def at(api: httpx.Client, stage: str) -> int:
     """Requests of this process that are there."""
-    return int(figure(api, f'pdtasks_open_requests{{stage="{stage}"}}'))
+    return int(figure(api, "pdtasks_open_requests", f'stage="{stage}"'))
 
 
-def figure(api: httpx.Client, name: str) -> float:
+def figure(api: httpx.Client, name: str, label: str = "") -> float:
     lines = api.get("/metrics").text.splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), -1.0)
+    found = (line for line in lines if line.startswith(f"{name}{{") and label in line)
+    return next((float(line.split()[-1]) for line in found), -1.0)
 
 
 def state(api: httpx.Client) -> str:

@@ -16,6 +16,7 @@ from pdtasks.balance.deciding import Targets
 from pdtasks.balance.running import Balancer
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bench.chaos.stack import STUB_MODEL, ChaosStack
+from pdtasks.bus.keys import BALANCER
 from pdtasks.bus.lease import Lease
 from pdtasks.bus.presence import read_workers
 from pdtasks.cluster import children
@@ -63,8 +64,10 @@ def test_roles_follow_the_load_and_no_request_notices(
         client = ends.enter_context(closing(Client(url)))
         bus = ends.enter_context(closing(valkey.Valkey.from_url(stack.bus.url)))
 
+        model = client.overview(0).api.model
+
         def has_one_more(stage: str, targets: Targets) -> None:
-            balancer = Balancer(client, bus, targets, every_s=0.1, dry_run=False)
+            balancer = Balancer(client, bus, targets, model=model, every_s=0.1, dry_run=False)
             said: list[str] = []
 
             def is_done() -> bool:
@@ -116,17 +119,19 @@ def test_the_balancer_of_up_has_workers_change_and_leaves_its_lease_when_it_is_s
 
         with requests(url):
             wait_until(is_done, 60)
-        assert bus.exists("pd:balancer")
+        lease = BALANCER + settings.model_name
+        assert bus.exists(lease)
 
         process.request_stop()
         wait_until(lambda: not process.running, 10)
-        assert not bus.exists("pd:balancer"), "the next one need not wait"
+        assert not bus.exists(lease), "the next one need not wait"
 
 
 @pytest.fixture
 def key(services: Services) -> Iterator[str]:
-    yield "pd:balancer:test"
-    services.bus.delete("pd:balancer:test", "pd:balancer:test:number")
+    name = BALANCER + "test"
+    yield name
+    services.bus.delete(name, f"{name}:number")
 
 
 def test_of_two_one_holds_the_lease_and_the_next_has_a_higher_number(

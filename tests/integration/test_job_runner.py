@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -23,6 +22,7 @@ from pdtasks.background import Background
 from pdtasks.bench.chaos.nursery import Nursery
 from pdtasks.bus.connection import connect_async
 from pdtasks.bus.jobs import Job, JobStore
+from pdtasks.cluster.probes import free_ports
 from pdtasks.cluster.process import Process
 from pdtasks.cluster.rights import User
 from pdtasks.settings import Settings
@@ -139,9 +139,7 @@ def test_an_api_process_that_is_stopped_hands_its_jobs_over_on_a_slow_bus(
 
 @contextmanager
 def an_api(services: Services, nursery: Nursery, log: Path) -> Iterator[Process]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     process = nursery.make(
         "api",
         [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],

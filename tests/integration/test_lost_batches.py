@@ -39,6 +39,38 @@ def settings(services: Services) -> Settings:
     return own_settings(services)
 
 
+def test_lines_that_ask_a_model_without_workers_keep_no_places(settings: Settings) -> None:
+    async def test() -> None:
+        async with connect_async(settings) as bus:
+            store, kept = BatchStore(bus, ttl_s=60), FileStore(bus, ttl_s=60)
+            for model in ("lost", "there"):
+                async with kept.upload() as sent:
+                    await sent.write(b"x")
+                    file = await sent.keep(filename="f", purpose="batch", owner="", ttl_s=60)
+                await store.create(CHAT, file.id)
+                batch = await store.tend(model)
+                assert batch is not None
+                places = [bus_batches.Place(number, 0, 1, str(number)) for number in (1, 2)]
+                assert await store.write(
+                    batch, places, lease_s=0, status="in_progress", total=2, model=model
+                )
+
+            claimed = [await store.claim(str(number), ["lost"]) for number in range(3)]
+            assert [line and line.batch.model for line in claimed] == ["there", "there", None]
+
+            # One that was begun when its workers went is given back, and waits with the others.
+            begun = await store.claim("begun")
+            assert begun is not None
+            assert begun.batch.model == "lost"
+            await store.release(begun)
+            assert await store.claim("none", ["lost"]) is None
+            again = await store.claim("again")
+            assert again is not None
+            assert again.tries == 1, "it counts as no try"
+
+    run(test())
+
+
 def test_the_outcome_of_a_line_is_written_once_whoever_comes_late(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,8 +199,8 @@ def apis(
                 folder,
                 DEADLINE_S,
                 program="tests.integration.placed_api",
-                PDTASKS_BUS_URLS=further.url_for(User.API),
-                STREAM_PLACE=str(place),
+                bus_urls=further.url_for(User.API),
+                stream_place=str(place),
             )
         )
     with programs[0] as first, programs[1] as second:

@@ -22,6 +22,8 @@ def starts(
     cases: dict[str, tuple[dict[str, str], list[str]]] = {
         "solo": (services.env, ["-Q", "prefill", "-P", "solo"]),
         "nonsense": (services.env, ["-Q", "nonsense", "-P", "threads"]),
+        "unknown model": (services.env, ["-Q", "prefill.gpt", "-P", "threads"]),
+        "two models": (services.env, ["-Q", "prefill,decode.gpt", "-P", "threads"]),
         "all queues": (services.env, ["-P", "threads"]),
         "no broker": (alone, ["-Q", "prefill", "-P", "threads"]),
         "no bus": (no_bus, ["-Q", "prefill", "-P", "threads"]),
@@ -61,6 +63,8 @@ def test_by_hand_a_wrong_pool_ends_with_one_clear_sentence(services: Services) -
         ("solo", "-P threads"),
         ("nonsense", "-Q prefill, -Q decode, or"),
         ("all queues", "-Q prefill, -Q decode, or"),
+        ("unknown model", "PDTASKS_MODELS has no model 'gpt'"),
+        ("two models", "a worker serves one model"),
         ("no broker", "PDTASKS_BROKER_URL"),
         ("no bus", "PDTASKS_BUS_URL"),
     ],

@@ -65,6 +65,18 @@ def test_each_stage_has_a_quorum_queue_that_gives_up_at_last(
         } | ({"x-max-length": 20_000} if queue.name == "prefill" else {})
 
 
+def test_a_further_model_has_queues_like_those_of_the_default_one(
+    read_config: Callable[..., dict[str, Any]],
+) -> None:
+    queues = read_config(MODELS='{"qwen-2.5": "/models/qwen"}')["task_queues"]
+
+    assert [q.name for q in queues] == ["prefill", "decode", "prefill.qwen-2.5", "decode.qwen-2.5"]
+    assert [q.routing_key for q in queues] == [q.name for q in queues]
+    for queue, default in zip(queues[2:], queues[:2], strict=True):
+        assert queue.queue_arguments == default.queue_arguments
+        assert queue.exchange == default.exchange
+
+
 def test_a_misspelt_queue_is_not_made(config: dict[str, Any]) -> None:
     assert config["task_create_missing_queues"] is False
 

@@ -37,7 +37,7 @@ def everything(bench: Bench) -> str:
     servers = KVServers(lambda: found)
     assert list(servers.collect())
     found.pop()  # it answers no more
-    figures = Figures(bench.core, CacheConfig(), None, StubQueues())
+    figures = Figures({"m": (bench.core, CacheConfig())}, None, StubQueues())
     figures._on_bus, figures._in_queues = ON_BUS, {"prefill": Depth(7, 2)}
     look = Look(state="ready", slots=8, stages=1, overdue=0, unsent_replies=0)
     for collector in (EngineFigures(), WorkerFigures(lambda: look), servers, figures):

@@ -29,8 +29,14 @@ def test_each_worker_that_serves_metrics_is_a_target_by_its_name() -> None:
     older = msgspec.structs.replace(READY[0], name="older@h")
 
     assert targets([*WORKERS, older]) == [
-        {"targets": ["127.0.0.1:4000"], "labels": {"instance": "prefill1@h", "role": "prefill"}},
-        {"targets": ["other:5000"], "labels": {"instance": "decode1@h", "role": "decode"}},
+        {
+            "targets": ["127.0.0.1:4000"],
+            "labels": {"instance": "prefill1@h", "role": "prefill", "model": READY[0].model},
+        },
+        {
+            "targets": ["other:5000"],
+            "labels": {"instance": "decode1@h", "role": "decode", "model": READY[1].model},
+        },
     ]
 
 

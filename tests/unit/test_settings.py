@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pdtasks.cluster.stack import write_stack
 from pdtasks.errors import ConfigurationError
+from pdtasks.naming import DECODE, MODEL_NAME, PREFILL
 from pdtasks.running_stack import Stack, identify
-from pdtasks.settings import Settings, load_settings
+from pdtasks.settings import Settings, load_settings, make_settings
 
 URLS: dict[str, Any] = {
     "broker_url": "amqp://pdtasks:hush-broker@127.0.0.1:5672/pdtasks",
@@ -147,6 +148,20 @@ def test_a_stack_file_that_says_nothing_is_ignored(tmp_path: Path, text: str) ->
                 st.text(min_size=1), st.one_of(st.booleans(), st.integers(), st.text())
             ),
             "device": st.sampled_from(["cpu", "cuda"]),
+            "models": st.dictionaries(
+                st.from_regex(rf"\A{MODEL_NAME}\Z"),
+                st.text("abc/-_", min_size=1)
+                | st.fixed_dictionaries(
+                    {"model": st.text("abc/-_", min_size=1)},
+                    optional={
+                        "max_model_len": st.integers(2, 1 << 20),
+                        "engine_args": st.dictionaries(st.text(min_size=1), st.integers()),
+                        "api_args": st.text("abc -"),
+                    },
+                ),
+                max_size=3,
+            ),
+            "served_model_name": st.just("the default one"),
         },
     )
 )
@@ -179,6 +194,11 @@ def test_a_stack_file_of_our_own_variables_reads_as_the_same_settings(
         ("REQUEST_TIMEOUT_S", "soon"),
         ("ENGINE_ARGS", "{"),
         ("DEVICE", "abacus"),
+        ("MODELS", "{"),
+        ("MODELS", '["qwen"]'),
+        ("MODELS", '{"a queue": "/models/qwen"}'),
+        ("MODELS", '{"all.#": "/models/qwen"}'),
+        ("MODELS", '{"qwen": {"model": "/models/qwen", "spelt_wrongly": 1}}'),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(
@@ -257,3 +277,39 @@ def test_settings_cannot_be_changed() -> None:
 )
 def test_the_model_has_a_name_in_the_api(fields: dict[str, Any], name: str) -> None:
     assert Settings(**fields).model_name == name
+
+
+def models(**spelt: Any) -> dict[str, Any]:
+    """Further ones, as a person spells them."""
+    return {"models": spelt}
+
+
+def test_a_further_model_has_settings_and_queues_of_its_own() -> None:
+    settings = Settings(
+        model="/models/llama",
+        max_model_len=512,
+        engine_args={"dtype": "float32"},
+        api_args="--enable-auto-tool-choice",
+        max_num_seqs=7,
+        **models(qwen="/models/qwen2", tiny={"model": "org/tiny", "max_model_len": 99}),
+    )
+
+    qwen, tiny = settings.of_model("qwen"), settings.of_model("tiny")
+
+    assert (qwen.model, qwen.model_name, qwen.max_model_len) == ("/models/qwen2", "qwen", None)
+    assert (tiny.model, tiny.model_name, tiny.max_model_len) == ("org/tiny", "tiny", 99)
+    # What goes with the default model is none of theirs, what holds for all is.
+    assert (qwen.engine_args, qwen.api_args, qwen.max_num_seqs) == ({}, "", 7)
+    assert [s.queue_of(PREFILL) for s in (settings, qwen)] == ["prefill", "prefill.qwen"]
+    assert [s.queue_of(DECODE, "tiny") for s in (settings, qwen)] == ["decode.tiny"] * 2
+    assert [s.queue_of(DECODE, "llama") for s in (settings, qwen)] == ["decode"] * 2
+
+
+def test_a_model_that_nobody_has_named_has_no_settings() -> None:
+    with pytest.raises(ConfigurationError, match=r"'gpt'.*qwen"):
+        Settings(**models(qwen="/models/qwen")).of_model("gpt")
+
+
+def test_no_further_model_has_the_default_ones_name() -> None:
+    with pytest.raises(ConfigurationError, match="llama is the default model's name"):
+        make_settings(model="/models/llama", models={"llama": "/models/other"})

@@ -1,23 +1,27 @@
 -- Give a line that nobody runs to the runner with this token. Returns batch, line and tries, or nothing.
 --
+-- Those of batches that ask one of the models in `away`, a JSON list, wait: nobody could run them.
 -- While a job waits none is begun.  Of those who have batches, the one gets the next with the fewest
 -- lines under way; of his batches that with the fewest; then the oldest.
 
 local open = KEYS[1]
-local prefix, token, lease_s, most_memory, jobs_waiting = unpack(ARGV) -- (the last is only read)
+local prefix, token, lease_s, most_memory, jobs_waiting, away = unpack(ARGV) -- (jobs_waiting is only read)
+local is_away = {}
+for _, model in ipairs(cjson.decode(away)) do is_away[model] = true end
 
 if redis.call('ZCARD', jobs_waiting) > 0 then return nil end
 if not has_room(most_memory, 0) then return nil end
 local candidates, of_owner = {}, {}
 for _, id in ipairs(redis.call('ZRANGE', open, 0, -1)) do
   local record = prefix .. id
-  local found = redis.pcall('HMGET', record, 'status', 'owner', 'expires_at')
-  local status, owner, expires_at = unpack(found) -- (nothing of what is no record)
+  local found = redis.pcall('HMGET', record, 'status', 'owner', 'expires_at', 'model')
+  local status, owner, expires_at, model = unpack(found) -- (nothing of what is no record)
   if status == 'in_progress' and tonumber(expires_at) > now then
     local running = redis.call('ZCARD', record .. ':running')
     of_owner[owner] = (of_owner[owner] or 0) + running
     local lost = redis.call('ZRANGE', record .. ':running', '-inf', now, 'BYSCORE', 'LIMIT', 0, 1)[1]
-    if lost or redis.call('LLEN', record .. ':lines') > 0 then
+    local has_line = lost or redis.call('LLEN', record .. ':lines') > 0
+    if has_line and not is_away[model or ''] then
       table.insert(candidates, {id = id, owner = owner, running = running, lost = lost})
     end
   end

@@ -27,7 +27,7 @@ class Line:
 
     def __init__(self, most_waiting: int) -> None:
         self.clock = Clock()
-        self.admission = Admission(most_waiting, self.clock)
+        self.admission = Admission(most_waiting, "m", self.clock)
         self.waiting: list[str] = []
         self._number = 0
 

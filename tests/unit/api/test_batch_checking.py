@@ -18,7 +18,7 @@ def a_line(custom_id: str, **changes: object) -> bytes:
 
 
 def checked(content: bytes, size: int) -> tuple[list[Place], list[tuple[int | None, str]]]:
-    file = InputFile("/v1/completions", "m", max_line_bytes=200)
+    file = InputFile("/v1/completions", ["m", "other"], max_line_bytes=200)
     places = []
     for start in range(0, len(content), size):
         places += file.feed(content[start : start + size])
@@ -60,10 +60,28 @@ def test_of_many_errors_the_first_are_told() -> None:
 
 
 def test_nothing_of_a_line_is_in_its_error() -> None:
-    file = InputFile("/v1/completions", "m", max_line_bytes=200)
+    file = InputFile("/v1/completions", ["m", "other"], max_line_bytes=200)
 
     for line in (b"canary", a_line("canary", method="canary"), a_line("a", url="canary")):
         file.feed(line + b"\n")
 
     assert len(file.errors) == 3
     assert "canary" not in str(file.errors)
+
+
+@pytest.mark.parametrize("model", ["m", "other"])
+def test_all_lines_ask_the_model_that_the_first_one_asks(model: str) -> None:
+    file = InputFile("/v1/completions", ["m", "other"], max_line_bytes=200)
+    asked = [model, "m", "other", "unknown", 7]
+    file.feed(
+        b"\n".join(
+            a_line(str(number), body={"model": one, "prompt": "a"})
+            for number, one in enumerate(asked)
+        )
+    )
+    file.end()
+
+    assert file.model == model
+    wrong = [number for number, one in enumerate(asked, start=1) if one != model]
+    assert [error["line"] for error in file.errors] == wrong
+    assert {error["code"] for error in file.errors} == {"mismatched_model"}

@@ -21,7 +21,7 @@ class Traffic:
         # Two prompts of 100 tokens fill the workers.
         self.room = Room(**{"prefill_workers": 1, "step_tokens": 100, "decode_slots": 40} | room)
         self.now = 0.0  # seconds
-        self.line = Line(lambda: self.room, lambda: self.now)
+        self.line = Line(lambda: self.room, "m", lambda: self.now)
         self.gone: list[str] = []
         self.routes: dict[str, Route] = {}
 

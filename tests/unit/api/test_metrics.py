@@ -37,6 +37,11 @@ ON_BUS = BusFigures(
 )
 
 
+#: What tells of each model, and the one that there is here.
+BY_MODEL = ("pdtasks_open_requests", "pdtasks_oldest_request_seconds", "pdtasks_workers")
+MODEL = "SmolLM2-135M-Instruct"
+
+
 class StubQueues:
     """RabbitMQ, or none."""
 
@@ -62,6 +67,8 @@ class Told:
         return value
 
     def get(self, name: str, **labels: str) -> float | None:
+        if name in BY_MODEL:
+            labels = {"model": MODEL} | labels
         return self._registry.get_sample_value(name, labels)
 
 
@@ -81,7 +88,7 @@ def with_figures(
     monkeypatch.setattr("api.metrics.read_figures", read)
 
     async def run(bench: Bench) -> None:
-        figures = Figures(bench.core, CacheConfig(), None, queues or StubQueues())
+        figures = Figures({MODEL: (bench.core, CacheConfig())}, None, queues or StubQueues())
         await test(bench, figures, Told(figures))
 
     with_bench(run, leaves=leaves)
@@ -155,7 +162,7 @@ def test_ends_are_counted_by_how_they_came_and_the_gap_once_for_each_answer(
     monkeypatch: Any,
 ) -> None:
     def ended(outcome: str) -> float:
-        labels = {"kind": "interactive", "outcome": outcome}
+        labels = {"model": MODEL, "kind": "interactive", "outcome": outcome}
         return REGISTRY.get_sample_value("pdtasks_requests_total", labels) or 0.0
 
     def gaps() -> float:

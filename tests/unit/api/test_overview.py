@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import valkey
+from fastapi import HTTPException
 
 from api.overview import Overviews
 from pdtasks.bus.apis import Share, SlotCounts, WindowCounts
@@ -76,7 +77,7 @@ class StubJobs:
 def overviews(bench: Bench, *shares: Share, error: Exception | None = None) -> Overviews:
     jobs: Any = StubJobs()
     depths: Any = StubQueues()
-    made = Overviews(bench.core, jobs, Settings(device="cpu"), depths, None)  # type: ignore[arg-type]
+    made = Overviews([bench.core], jobs, Settings(device="cpu"), depths, None)  # type: ignore[arg-type]
     made.neighbours = StubNeighbours(*shares, error=error)  # type: ignore[assignment]
     return made
 
@@ -100,6 +101,24 @@ def test_what_several_processes_tell_is_put_together() -> None:
             *("external-own", "old"),
         ]
         assert found.window.seconds >= here.window.seconds
+
+    with_bench(test)
+
+
+def test_a_process_that_serves_several_models_is_one_and_each_model_is_told_alone() -> None:
+    async def test(bench: Bench) -> None:
+        first, further = (
+            a_share(1, id=model, api=Api(host="h", pid=1, since=1.0, version="1", model=model))
+            for model in (bench.core.model, "further")
+        )
+        made = overviews(bench, first, further)
+        of_first = await made.make(OLGA, 10, bench.core.model)
+
+        assert len((await made.make(OLGA, 10)).others) == 1
+        assert of_first.in_flight == first.in_flight
+        assert of_first.others == (first.api,)
+        with pytest.raises(HTTPException, match="404"):
+            await made.make(OLGA, 10, "further")  # known to others alone
 
     with_bench(test)
 
@@ -153,7 +172,9 @@ def test_a_share_is_small_and_comes_back_as_it_was() -> None:
     async def test(bench: Bench) -> None:
         for number in range(150):
             bench.core.reports.expect(a_request(f"r{number}"), owner="alice")
-        share = overviews(bench).share(100)
+        made = overviews(bench)
+        (own,) = made._own
+        share = made._share(own, 100)
         wire = msgspec.msgpack.encode(share)
 
         assert msgspec.msgpack.decode(wire, type=Share) == share

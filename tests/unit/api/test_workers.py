@@ -33,6 +33,38 @@ def test_a_stage_without_workers_is_refused_with_a_way_out(role: str) -> None:
     with_bench(test)
 
 
+@pytest.mark.parametrize(
+    ("missing", "short", "is_alive"),
+    [
+        ("nobody", 0, True),
+        ("prefill", 0, False),
+        ("prefill", 64, True),  # decode workers do all of it
+        ("decode", 0, False),
+        ("decode", 64, False),
+    ],
+)
+def test_a_model_is_alive_while_each_stage_that_it_needs_has_a_worker(
+    missing: str, short: int, is_alive: bool
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = [
+            msgspec.structs.replace(worker, short_prompt_tokens=short)
+            for worker in READY
+            if worker.role != missing
+        ]
+        assert bench.core.workers.is_alive == is_alive
+
+    with_bench(test)
+
+
+def test_one_that_starts_is_alive() -> None:
+    async def test(bench: Bench) -> None:
+        bench.core.workers.known = [msgspec.structs.replace(w, state="starting") for w in READY]
+        assert bench.core.workers.is_alive
+
+    with_bench(test)
+
+
 @pytest.mark.parametrize("other", [{"model": "another"}, {"engine": "vllm 0.1"}])
 def test_a_worker_of_another_model_or_vllm_does_not_count(other: dict[str, str]) -> None:
     async def test(bench: Bench) -> None:

@@ -43,14 +43,15 @@ class World:
     def decide(self, *_: Any) -> Decision:
         return self.decision
 
-    def overview(self, _limit: int) -> Any:
+    def overview(self, _limit: int, model: str) -> Any:
+        assert model == "m"
         if not self.answers:
             raise NoAnswer("no API answers")
         return None
 
     def balancer(self, *, dry_run: bool = False) -> Balancer:
         stub: Any = self
-        return Balancer(stub, stub, Targets(), every_s=1.0, dry_run=dry_run)
+        return Balancer(stub, stub, Targets(), model="m", every_s=1.0, dry_run=dry_run)
 
 
 @pytest.fixture

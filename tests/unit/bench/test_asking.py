@@ -64,6 +64,13 @@ def test_a_refusal_is_told_in_the_stacks_own_words(
             ask_stack(load_settings(), ask)
 
 
+def test_a_stack_without_workers_has_no_model_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_server({"/v1/models": (200, b'{"object": "list", "data": []}')}) as url:
+        monkeypatch.setattr(asking, "api_url", lambda _: url)
+        with pytest.raises(NoWorker, match=r"no model of the stack at .* has workers"):
+            ask_stack(load_settings(), ask)
+
+
 def test_what_is_no_stack_of_pdtasks_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with a_server({"/v1/models": (200, b"[]")}) as url:
         monkeypatch.setattr(asking, "api_url", lambda _: url)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from pdtasks.cluster.placement import (
+    WantedWorker,
+    further_worker,
     place_on_cores,
     place_on_gpus,
     ranks_per_worker,
     usable_gpus,
 )
 from pdtasks.errors import ConfigurationError
+from pdtasks.settings import make_settings
 
 
 def test_two_workers_on_two_cores_have_one_each_and_prefill_the_first() -> None:
@@ -82,3 +85,49 @@ def test_gpus_that_the_environment_chose_are_used_by_their_names(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
 
     assert usable_gpus() == gpus
+
+
+FURTHER = [
+    WantedWorker("both", "qwen"),
+    WantedWorker("both", "qwen"),
+    WantedWorker("decode", "big", 2),
+]
+
+
+def test_workers_of_further_models_come_last_with_names_and_queues_of_their_model() -> None:
+    plan = place_on_cores(1, 1, cores=list(range(6)), further=FURTHER)
+
+    assert [(w.name, w.queues) for w in plan.workers] == [
+        ("prefill1", "prefill"),
+        ("decode1", "decode"),
+        ("both1.qwen", "prefill.qwen,decode.qwen"),
+        ("both2.qwen", "prefill.qwen,decode.qwen"),
+        ("decode1.big", "decode.big"),
+    ]
+    binds = [w.env["VLLM_CPU_OMP_THREADS_BIND"] for w in plan.workers]
+    assert binds == ["0", "1", "2", "3", "4|5"]
+
+
+def test_each_model_has_as_many_gpus_as_its_own_engine_needs() -> None:
+    gpus = [str(number) for number in range(8)]
+
+    plan = place_on_gpus(1, 1, gpus=gpus, gpus_per_worker=2, further=FURTHER)
+
+    found = [w.env["CUDA_VISIBLE_DEVICES"] for w in plan.workers]
+    assert found == ["0,1", "2,3", "4", "5", "6,7"]
+    with pytest.raises(ConfigurationError, match=r"and 3 of other models .* need 8 GPUs"):
+        place_on_gpus(1, 1, gpus=gpus[:7], gpus_per_worker=2, further=FURTHER)
+
+
+def test_a_further_worker_is_said_by_its_queues() -> None:
+    settings = make_settings(
+        models={"qwen": "org/qwen", "big": {"engine_args": {"tensor_parallel_size": 2}}}
+    )
+
+    assert further_worker("decode.qwen,prefill.qwen", settings) == WantedWorker("both", "qwen")
+    assert further_worker("decode.big", settings) == WantedWorker("decode", "big", 2)
+    for wrong in ("prefill", "prefill.qwen,decode.big", "prefill.qwen,decode", "qwen", "tune.qwen"):
+        with pytest.raises(ConfigurationError, match="--worker"):
+            further_worker(wrong, settings)
+    with pytest.raises(ConfigurationError, match="PDTASKS_MODELS has no model 'gpt'"):
+        further_worker("prefill.gpt", settings)

@@ -10,11 +10,12 @@ import fcntl
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from pdtasks.kv import saving, transfer
 from pdtasks.kv.device_memory import HANDLE_BYTES, DeviceMemory, DeviceMemoryError, SharedRegion
@@ -90,7 +91,15 @@ def prefill(make_side: Callable[..., Side], device: FakeDevice) -> Side:
 @pytest.fixture
 def reader(make_side: Callable[..., Side], prefill: Side) -> Side:
     """A side that loads from it."""
-    return make_side()
+    return make_side(ring_slots=8)
+
+
+@pytest.fixture
+def scheduler(reader: Side) -> Iterator[Rings]:
+    """What the reader's scheduler sees."""
+    rings = Rings(payloads=False, own_engine=reader.transfer.engine_id)
+    yield rings
+    rings.close()
 
 
 def save(side: Side, block_ids: list[int], name: str = "t") -> KVHandle:
@@ -200,12 +209,11 @@ def test_a_place_that_has_another_block_by_now_is_not_taken_for_the_first_ones(
 
 
 def test_a_slot_that_another_block_has_taken_says_nothing_of_the_first_ones_place(
-    prefill: Side, reader: Side
+    prefill: Side, scheduler: Rings
 ) -> None:
     first = save(prefill, [0, 1, 2, 3])
     second = save(prefill, [4, 5, 6, 7], name="u")
     third = save(prefill, [0, 4], name="v")  # takes the slots of the first's first two
-    scheduler = Rings(payloads=False)
 
     assert not scheduler.are_cached(first, 0)
     assert scheduler.are_cached(first, 2)
@@ -213,28 +221,25 @@ def test_a_slot_that_another_block_has_taken_says_nothing_of_the_first_ones_plac
     overwrite(prefill, [0])
     assert not scheduler.are_cached(third, 0)
     assert scheduler.are_cached(second, 0)
-    scheduler.close()
 
 
 def test_what_was_taken_from_a_preempted_prompt_is_cached_no_more(
-    prefill: Side, device: FakeDevice
+    prefill: Side, scheduler: Rings
 ) -> None:
     handle = save(prefill, [5, 0, 3])
-    scheduler = Rings(payloads=False)
     assert scheduler.are_cached(handle, 0)
 
     prefill.step(TransferPlan(preempted={"t"}, written=[3]))
 
     assert not scheduler.are_cached(handle, 0)
-    assert scheduler.are_cached(handle, 0) == scheduler.are_cached(handle, 2)
-    scheduler.close()
 
 
-def test_a_gpu_that_cannot_be_reached_is_not_counted_on(
+def test_a_gpu_that_cannot_be_reached_is_not_counted_on_by_who_cannot(
     make_side: Callable[..., Side], prefill: Side, device: FakeDevice
 ) -> None:
     device.reaches = False
-    reader, scheduler = make_side(), Rings(payloads=False)
+    reader = make_side(ring_slots=8)
+    scheduler = Rings(payloads=False, own_engine=reader.transfer.engine_id)
     handle = save(prefill, [5, 0, 3])
     assert scheduler.are_cached(handle, 0)
 
@@ -244,6 +249,54 @@ def test_a_gpu_that_cannot_be_reached_is_not_counted_on(
     assert device.num_from_host == 1
     assert not scheduler.are_cached(handle, 0)
     scheduler.close()
+    # Another one can.
+    device.reaches = True
+    other = make_side(ring_slots=8)
+    load(other, handle, [1, 2, 4])
+    assert device.num_from_host == 1
+
+
+def test_an_engine_that_ends_takes_nothing_from_others(
+    make_side: Callable[..., Side], prefill: Side, reader: Side, device: FakeDevice
+) -> None:
+    handle = save(prefill, [5, 0, 3])
+    load(reader, handle, [1, 2, 4])
+
+    reader.transfer.close()
+
+    other = make_side(ring_slots=8)
+    scheduler = Rings(payloads=False, own_engine=other.transfer.engine_id)
+    assert scheduler.are_cached(handle, 0)
+    load(other, handle, [1, 2, 4])
+    assert other.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
+    assert device.num_from_host == 0
+    scheduler.close()
+
+
+def test_a_cache_that_vllm_clears_beforehand_is_not_shared(
+    make_side: Callable[..., Side], device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KVCacheConfig, "needs_kv_cache_zeroing", property(lambda _: True))
+
+    make_side(ring_slots=8)
+
+    assert not device.allocations
+
+
+def test_a_prefix_that_all_prompts_share_is_noted_for_as_many_as_there_are_slots(
+    prefill: Side, reader: Side, device: FakeDevice
+) -> None:
+    handle = [save(prefill, [5, 0], name=f"r{number}") for number in range(40)][-1]
+    ring = prefill.transfer._ring
+    assert ring is not None
+    assert sum(map(len, ring._slots_at.values())) == 8
+
+    computed = prefill.cache.clone()
+    overwrite(prefill, [5, 0])
+    assert not ring._slots_at
+    load(reader, handle, [1, 2])
+    assert reader.cache[[1, 2]].tolist() == computed[[5, 0]].tolist()
+    assert device.num_from_host == 1
 
 
 def test_memory_that_cannot_be_shared_hands_over_through_host_memory(
@@ -280,17 +333,20 @@ def test_an_engine_that_is_told_not_to_shares_nothing_and_reads_from_no_other(
 
 
 def test_an_engine_does_not_map_its_own_memory(prefill: Side, device: FakeDevice) -> None:
-    # CUDA would refuse, and nobody would count on that memory any more.
+    # CUDA would refuse, and it would count on no other's any more either.
     prefill.transfer.look_for_rings()
 
     assert not device.open
-    scheduler = Rings(payloads=False)
-    assert scheduler.are_cached(save(prefill, [5, 0, 3]), 0)
+    ring = prefill.transfer._ring
+    assert ring is not None
+    assert ring.reaches_others
+    scheduler = Rings(payloads=False, own_engine=prefill.transfer.engine_id)
+    assert not scheduler.are_cached(save(prefill, [5, 0, 3]), 0), "it comes through host memory"
     scheduler.close()
 
 
 def test_where_cuda_refuses_to_copy_blocks_go_through_host_memory(
-    prefill: Side, reader: Side, device: FakeDevice, store: MemoryStore
+    prefill: Side, reader: Side, device: FakeDevice, store: MemoryStore, scheduler: Rings
 ) -> None:
     calls = itertools.count()
 
@@ -304,9 +360,7 @@ def test_where_cuda_refuses_to_copy_blocks_go_through_host_memory(
 
     assert reader.cache[[1, 2, 4]].tolist() == prefill.cache[[5, 0, 3]].tolist()
     assert (device.num_from_host, store.num_gets) == (1, 0)
-    scheduler = Rings(payloads=False)
     assert not scheduler.are_cached(handle, 0)
-    scheduler.close()
 
 
 def test_the_memory_of_an_engine_that_was_killed_is_let_go_of_and_its_ring_still_read(
@@ -383,9 +437,10 @@ def test_memory_of_a_gpu_is_let_go_of_with_the_ring(
 
 
 def test_blocks_stay_in_the_cache_for_who_comes_to_copy_them(
-    prefill: Side, monkeypatch: pytest.MonkeyPatch
+    prefill: Side, reader: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "_READ_S", 3600.0)
+    prefill.transfer.look_for_rings()
     save(prefill, [5, 0, 3])
     prefill.finish(t=True)
 
@@ -396,10 +451,23 @@ def test_blocks_stay_in_the_cache_for_who_comes_to_copy_them(
     prefill.step_until(lambda: prefill.sent == {"t": 1})
 
 
-def test_blocks_that_nobody_waits_for_are_free_when_they_are_saved(
+def test_blocks_that_nobody_can_copy_are_free_when_they_are_saved(
     prefill: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "_READ_S", 3600.0)
+    monkeypatch.setattr(Rings, "has_others", False)  # (whatever else runs on this host)
+    save(prefill, [5, 0, 3])
+
+    prefill.finish(t=True)
+
+    prefill.step_until(lambda: prefill.sent)
+
+
+def test_blocks_that_nobody_waits_for_are_free_when_they_are_saved(
+    prefill: Side, reader: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_READ_S", 3600.0)
+    prefill.transfer.look_for_rings()
     handle = a_handle(3, name="t")
     plan = a_save(handle, [5, 0, 3], request_id="t")
     plan.saves = [replace(save, last=False) for save in plan.saves]

@@ -33,6 +33,8 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.kv_offload.cpu import host_register, swap_blocks_triton
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker import gpu_model_runner, kv_connector_model_runner_mixin
@@ -202,6 +204,14 @@ def test_one_call_copies_between_the_cache_and_host_memory() -> None:
     assert ours[:3] == ["src_ptrs", "dst_ptrs", "sizes"]
     assert [*inspect.signature(host_register.host_register).parameters] == ["ptr", "num_bytes"]
     assert [*inspect.signature(host_register.host_unregister).parameters] == ["ptr"]
+
+
+def test_vllm_has_one_set_of_metrics_and_takes_earlier_ones_out_of_the_registry() -> None:
+    # `api.engine_metrics` puts them aside before, and finds them as vLLM does.
+    assert "unregister_vllm_metrics()" in inspect.getsource(PrometheusStatLogger.__init__)
+    source = inspect.getsource(unregister_vllm_metrics)
+    assert "registry._collector_to_names" in source
+    assert 'collector._name.startswith("vllm:")' in source
 
 
 def test_an_engine_of_ours_has_the_limits_of_vllm_serve() -> None:

@@ -116,6 +116,14 @@ def test_the_talk_goes_on_and_can_begin_anew() -> None:
     assert {(a["max_tokens"], a["temperature"], a["stream"]) for a in api.asked} == {(7, 0.0, True)}
 
 
+def test_of_several_models_one_can_be_wished_for() -> None:
+    api = Api(good("x"), good("y"))
+    talk(api, "a")
+    talk(api, "a", model="further")
+
+    assert [asked["model"] for asked in api.asked] == ["m", "further"]
+
+
 def test_a_wish_that_nobody_has_is_not_sent() -> None:
     api = Api(good("x"))
     talk(api, "a")

@@ -8,7 +8,7 @@ from typing import Any
 import kombu
 import msgspec
 import pytest
-from kombu.serialization import dumps
+from kombu.serialization import dumps, loads
 
 from pdtasks.app import app
 from pdtasks.messages import DecodeJob, PrefillJob, StageReport
@@ -79,6 +79,23 @@ def test_what_we_send_is_taken(publish: Any, monkeypatch: pytest.MonkeyPatch) ->
     address = read_address(message)
     assert address is not None
     assert address.task.startswith("pdtasks.")
+
+
+@pytest.mark.parametrize(
+    ("queue", "is_ours"),
+    [("decode.qwen", True), ("decode.", False), ("prefill", False), ("decode.a/b", False)],
+)
+def test_the_next_stage_is_in_a_decode_queue_of_some_model(
+    queue: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = sent_by(_first_stage(_PREFILL, "pd:reply:x"), monkeypatch)
+    args, kwargs, embedded = loads(
+        message.body, message.content_type, message.content_encoding, force=True
+    )
+    embedded["chain"][0]["options"]["queue"] = queue
+    _, _, message.body = dumps([args, kwargs, embedded], serializer="msgpack")
+
+    assert (why_refused(message) is None) == is_ours
 
 
 @pytest.mark.parametrize("encoding", ["zlib", "bz2", "hex", "utf-8", None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 
 import pytest
@@ -22,8 +22,15 @@ class StubWorker:
         self.num_jobs = 0
         self.said: list[str] = []
         self.connected = True
+        self.of = {"prefill": 4, "decode": 8}  # its credit
+        self.taken: dict[str, int] = {}
         self.serving = Serving(role, self, patience_s=patience_s)
+
+    async def connect(self) -> None:
+        """It consumes, and has told RabbitMQ how much it takes."""
         self.serving.consumed_by(self)
+        await until(lambda: self.taken)
+        self.said.clear()
 
     def serve(self, role: str, becomes: str = "") -> None:
         self.said.append(f"is {role}, changing" if becomes else f"is {role}")
@@ -34,10 +41,18 @@ class StubWorker:
     def keeps_its_jobs(self) -> None:
         """Nothing to do."""
 
-    def take_from(self, stages: Collection[str]) -> Future[None]:
+    def soon(self, call: Callable[[], None]) -> None:
+        call()
+
+    @property
+    def credit(self) -> StubWorker:
+        return self
+
+    def take_from(self, credit: Mapping[str, int]) -> Future[None]:
         done: Future[None] = Future()
         if self.connected:
-            self.said.append(f"takes {'+'.join(sorted(stages)) or 'nothing'}")
+            self.taken = dict(credit)
+            self.said.append(f"takes {'+'.join(sorted(credit)) or 'nothing'}")
             done.set_result(None)
         else:
             done.set_exception(OSError("canary"))
@@ -47,7 +62,9 @@ class StubWorker:
 def with_worker(role: str, test: Callable[[StubWorker], Awaitable[None]]) -> None:
     async def run() -> None:
         async with asyncio.timeout(10):
-            await test(StubWorker(role))
+            worker = StubWorker(role)
+            await worker.connect()
+            await test(worker)
 
     asyncio.run(run())
 
@@ -171,7 +188,7 @@ def test_what_rabbitmq_takes_too_long_to_hear_is_told_again(
     async def test(worker: StubWorker) -> None:
         asked: list[Future[None]] = []
 
-        def take_from(_stages: Collection[str]) -> Future[None]:
+        def take_from(_credit: Mapping[str, int]) -> Future[None]:
             done: Future[None] = Future()
             asked.append(done)
             if len(asked) > 2:
@@ -184,5 +201,51 @@ def test_what_rabbitmq_takes_too_long_to_hear_is_told_again(
         assert asked[0].cancelled()
         # The main loop, which comes to it later, leaves it alone.
         assert not asked[0].set_running_or_notify_cancel()
+
+    with_worker("prefill", test)
+
+
+def test_rabbitmq_hears_how_many_jobs_at_once_are_taken() -> None:
+    async def test(worker: StubWorker) -> None:
+        assert worker.taken == {"prefill": 4, "decode": 8}
+
+        worker.of = {"prefill": 16, "decode": 8}
+        worker.serving.credit_changed()
+        await until(lambda: worker.taken == {"prefill": 16, "decode": 8})
+
+        # The same again is not told, a new connection is.
+        worker.said.clear()
+        worker.serving.credit_changed()
+        await asyncio.sleep(0.01)
+        assert worker.said == []
+        worker.serving.consumed_by(worker)
+        await until(lambda: worker.said == ["takes decode+prefill"])
+
+    with_worker("both", test)
+
+
+def test_credit_that_changes_while_the_role_does_is_told_for_the_new_role() -> None:
+    async def test(worker: StubWorker) -> None:
+        worker.num_jobs = 1
+        worker.serving.become("prefill")
+        await until(lambda: "takes nothing" in worker.said)
+        worker.of = {"prefill": 2, "decode": 1}
+        worker.serving.credit_changed()
+        worker.num_jobs = 0
+
+        await until(lambda: worker.taken == {"prefill": 2})
+        assert worker.said[-1] == "is prefill"
+
+    with_worker("decode", test)
+
+
+def test_credit_without_a_connection_waits_for_one() -> None:
+    async def test(worker: StubWorker) -> None:
+        worker.connected = False
+        worker.of = {"prefill": 2, "decode": 1}
+        worker.serving.credit_changed()
+        await asyncio.sleep(0.02)
+        worker.connected = True
+        await until(lambda: worker.taken == {"prefill": 2})
 
     with_worker("prefill", test)
