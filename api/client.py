@@ -34,7 +34,14 @@ from api.guard import retry_after
 from pdtasks.engine.detokenise import begin_behind_prompt
 from pdtasks.engine.grammar import require_possible
 from pdtasks.engine.wire import encode_request
-from pdtasks.errors import NoWorker, PdtasksError, TooManyRequests, WorkerLost, where
+from pdtasks.errors import (
+    NoWorker,
+    PdtasksError,
+    RepliesLost,
+    TooManyRequests,
+    WorkerLost,
+    where,
+)
 from pdtasks.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -165,7 +172,7 @@ class PipelineLLM(AsyncLLM):
         if request_id is None:
             try:
                 self.engine_core.require_room(n)
-            except (NoWorker, TooManyRequests) as exc:
+            except (NoWorker, RepliesLost, TooManyRequests) as exc:
                 raise PipelineHTTPError(exc) from exc
 
     async def add_request(

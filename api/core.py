@@ -44,9 +44,10 @@ from api.usage import Usage
 from api.workers import Workers
 from pdtasks.background import Background
 from pdtasks.broker.aborting import Aborter
-from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.buses import Buses
+from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.progress import Progress, tell_progress
-from pdtasks.bus.reply import ReplyStream
+from pdtasks.bus.reply import STREAM_TTL_S, ReplyStream, new_stream
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.wire import decode_outputs
 from pdtasks.errors import (
@@ -73,6 +74,8 @@ logger = logging.getLogger(__name__)
 _CLOSE_S = 6.0
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
+#: Seconds without an answer after which a further bus is away: a restart takes less.
+_AWAY_S = 5.0
 
 _REPLIES = Counter("pdtasks_replies", "Messages on this API's reply stream")
 _LEAKS = Counter("pdtasks_api_leaks", "Requests that were kept although nobody waited for them")
@@ -123,6 +126,9 @@ class BringsReplies(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def away_s(self) -> float: ...
 
     async def open(self) -> None: ...
 
@@ -189,11 +195,16 @@ class PipelineCore(EngineCoreClient):
         self._open: dict[str, _Open] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         settings.require_broker()
-        self._bus = connect_async(settings)
+        self._buses = Buses(settings)
+        self._bus = self._buses.first
+        name = new_stream()
         self.usage = Usage(self._bus)
         self.workers = Workers(self._bus, settings.model_name, settings.queue_of)
         self._line = Line(self.workers.room, settings.model_name)
-        self._stream: BringsReplies = stream or ReplyStream(self._bus, self._replies_are_lost)
+        self._stream: BringsReplies = stream or ReplyStream(
+            self._buses.of(name), self._replies_are_lost, name
+        )
+        self._replies_bus = self._buses.of(self._stream.name)
         self.background = Background()
         self._publishing = Publishing(publisher or Publisher(self.background))
         self._publications: set[asyncio.Task[None]] = set()
@@ -239,7 +250,7 @@ class PipelineCore(EngineCoreClient):
         )
         await _end(
             [
-                ("closing the bus", self._bus.aclose()),
+                ("closing the bus", self._buses.aclose()),
                 # Each joins its thread for some seconds at most.
                 ("closing the publisher", asyncio.to_thread(self._publishing.close)),
                 ("closing the aborter", asyncio.to_thread(self._aborter.close)),
@@ -253,13 +264,27 @@ class PipelineCore(EngineCoreClient):
     # -- requests, called by vLLM ----------------------------------------------------------------
 
     def require_room(self, n: int) -> None:
-        """Raises NoWorker when nobody could begin a request, TooManyRequests when many wait.
+        """Raises NoWorker when nobody could begin a request, TooManyRequests when many wait, and
+        what `require_replies` raises.
 
         Jobs are asked about their workers only: they are taken as there is room for them.
         """
+        self.require_replies()
         self.workers.require()
         if _stage_watch.get() is None:
             self._admission.require_room(n)
+
+    def require_replies(self) -> None:
+        """Raises RepliesLost when this process's replies go over a further bus, which is away.
+
+        Its requests would keep places of workers that other API processes have a use for.
+        """
+        if self._replies_away_s() > _AWAY_S:
+            raise RepliesLost("the bus of this API process's replies does not answer")
+
+    def _replies_away_s(self) -> float:
+        # While the first bus is away nobody else could be answered either: requests wait for it.
+        return 0.0 if self._replies_bus is self._bus else self._stream.away_s
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Have `request` published. A broker that does not take it fails this request alone.
@@ -424,7 +449,7 @@ class PipelineCore(EngineCoreClient):
 
         async def tell() -> None:
             try:
-                await tell_progress(self._bus, request_id, ask.attempt, progress)
+                await tell_progress(self._replies_bus, request_id, ask.attempt, progress)
             except BUS_ERRORS as exc:
                 # It begins after the first token then.
                 logger.warning("bus is away: %s", type(exc).__name__)
@@ -555,6 +580,8 @@ class PipelineCore(EngineCoreClient):
         while True:
             await asyncio.sleep(_WATCH_S)
             self._look_for_leaks()
+            if self._replies_away_s() > STREAM_TTL_S:  # the stream has expired by now
+                await self._replies_are_lost()
             now = time.time()
             for request_id, entry in list(self._open.items()):
                 if now > entry.deadline:

@@ -22,7 +22,7 @@ from pdtasks.bus.batches import BatchStore
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.bus.files import FileStore
 from pdtasks.bus.jobs import JobStore
-from pdtasks.errors import NoWorker
+from pdtasks.errors import NoWorker, RepliesLost
 from pdtasks.keys import KEYS_VARIABLE, require_keys
 from pdtasks.naming import DEAD_QUEUE, KEPT_QUEUE, STAGES
 from pdtasks.settings import Settings
@@ -201,7 +201,8 @@ async def ready(
     try:
         await core.workers.look()
         core.workers.require(split=split)
-    except NoWorker as exc:
+        core.require_replies()
+    except (NoWorker, RepliesLost) as exc:
         raise HTTPException(exc.http_status, str(exc)) from exc
     except BUS_ERRORS as exc:
         raise HTTPException(503, f"the bus does not answer: {type(exc).__name__}") from exc

@@ -133,7 +133,7 @@ class _Decode(Stage[DecodeJob]):
         generation = self.new_generation(request, position=len(tokens))
         try:
             await self.generate()
-            await self.here.replies_taken()
+            await self.here.replies_taken(self.reply_to, job.request_id)
         except service.HandsOn:
             return await self._hand_on(tokens + tuple(generation.token_ids))
         except RequestAborted:
@@ -150,7 +150,7 @@ class _Decode(Stage[DecodeJob]):
     async def _hand_on(self, tokens: tuple[int, ...]) -> Left:
         """Leave the job to another worker of this stage; returns when RabbitMQ knows."""
         # What the next one asks about lies behind what was published here.
-        await self.here.replies_taken()
+        await self.here.replies_taken(self.reply_to, self.job.request_id)
         job = msgspec.structs.replace(
             self.job, output_token_ids=tokens, handed_on=self.job.handed_on + 1
         )

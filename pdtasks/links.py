@@ -20,6 +20,7 @@ def require_trusted(settings: Settings) -> None:
     Raises ConfigurationError, which says what to do.
     """
     links = [("BROKER_URL", settings.broker_url), ("BUS_URL", settings.bus_url)]
+    links += [("BUS_URLS", url) for url in settings.bus_urls]
     links += [("KV_URLS", url) for url in settings.kv_urls]
     for name, url in links:
         if url and (why := why_untrusted(url)):

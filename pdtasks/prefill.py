@@ -90,7 +90,7 @@ async def _run_family(job: PrefillJob, begin: Callable[[PrefillJob], _Prefill]) 
             logger.error("%s failed: %s", stage.job.request_id, where(error))
             stage.fail(EngineFailed(f"the stage failed: {type(error).__name__}"))
     # Acknowledged is only what the askers can read.
-    await stages[0].here.replies_taken()
+    await stages[0].here.replies_taken(stages[0].reply_to, *job.request_ids)
 
 
 class _Prefill(Stage[PrefillJob]):
@@ -140,7 +140,7 @@ class _Prefill(Stage[PrefillJob]):
         try:
             await self.generate()
             # Also so that the next stage's tokens come behind the first one on the reply stream.
-            await self.here.replies_taken()
+            await self.here.replies_taken(self.reply_to, job.request_id)
             if self._goes_on and self._can_be_awaited():
                 self.here.aborted.require_wanted(job.request_id)
                 await self._hand_over(wire, generation)

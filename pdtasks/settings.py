@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -40,6 +41,14 @@ from pdtasks.tls import celery_backend_url
 
 #: Default of `short_prompt_tokens`, by device: docs/performance.md, "Short prompts".
 SHORT_PROMPT_TOKENS: Final = {"cpu": 64, "cuda": 256}
+
+#: How the URL of a bus begins.
+_BUS_SCHEMES: Final = ("valkey://", "valkeys://", "redis://", "rediss://", "unix://")
+
+
+def _server(url: str) -> str:
+    """What of a bus's URL says which server it is: not the scheme, the user or TLS options."""
+    return url.partition("://")[2].partition("?")[0].rpartition("@")[2].rstrip("/").lower()
 
 
 def _default_home() -> Path:
@@ -88,6 +97,8 @@ class Settings(BaseSettings):
     broker_api_url: str | None = Field(default=None, repr=False)
     #: Valkey for replies, presence and results, valkey://…
     bus_url: str | None = Field(default=None, repr=False)
+    #: Further buses, for replies alone; the same list, in one order, for API and workers.
+    bus_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), repr=False)
     #: Valkey servers for KV blocks
     kv_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), repr=False)
 
@@ -164,10 +175,28 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=30.0, ge=0, le=45)
     delivery_limit: int = Field(default=3, gt=0)  #: deliveries of one job before it is given up
 
-    @field_validator("kv_urls", mode="before")
+    @field_validator("bus_urls", "kv_urls", mode="before")
     @classmethod
     def _split_urls(cls, value: object) -> object:
-        return tuple(u for u in value.split(",") if u) if isinstance(value, str) else value
+        return (
+            tuple(filter(None, map(str.strip, value.split(","))))
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("bus_urls")
+    @classmethod
+    def _check_buses(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        # (No word of a URL in what is raised: it holds a password.)
+        if not all(url.startswith(_BUS_SCHEMES) for url in urls):
+            raise ValueError(f"each is one of {', '.join(f'{s}…' for s in _BUS_SCHEMES)}")
+        first = info.data.get("bus_url")
+        servers = [*map(_server, urls), *([_server(first)] if first else ())]
+        if len(set(servers)) < len(servers):
+            raise ValueError(
+                "names a bus twice: further ones are listed, beside that of PDTASKS_BUS_URL"
+            )
+        return urls
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -221,6 +250,11 @@ class Settings(BaseSettings):
     def keys_file(self) -> Path:
         """Where the API keys are, or may come to be."""
         return self.api_keys_file or self.home / "api-keys"
+
+    @property
+    def further_buses(self) -> dict[str, str]:
+        """`bus_urls` by the names under which people are told of them; the first one is `bus`."""
+        return {f"bus{number}": url for number, url in enumerate(self.bus_urls, start=2)}
 
     @property
     def result_backend_url(self) -> str:

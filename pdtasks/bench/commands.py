@@ -435,12 +435,13 @@ def live(
 
 @scale.command("bus")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True)
+@click.option("--buses", type=click.IntRange(min=1), default=1, show_default=True)
 @_JSON
-def scale_bus(*, seconds: float, json_file: Path | None) -> None:
-    """Measure how many replies of engine steps one bus takes, by its real writers and readers."""
+def scale_bus(*, seconds: float, buses: int, json_file: Path | None) -> None:
+    """Measure how many replies of engine steps buses take, by their real writers and readers."""
     from pdtasks.bench.scale.bus import format_bus, run_bus
 
-    rows = run_bus(seconds=seconds)
+    rows = run_bus(seconds=seconds, buses=buses)
     click.echo(format_bus(rows))
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -83,6 +83,7 @@ class Onlooker:
             broker_url=services.broker.url_for(User.FLOWER),
             broker_api_url=services.broker.api_url_for(User.FLOWER),
             bus_url="",
+            bus_urls=(),
             kv_urls=(),
             flower_port=free_ports(1)[0],
         )

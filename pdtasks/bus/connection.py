@@ -49,9 +49,12 @@ def connect_async(settings: Settings) -> valkey.asyncio.Valkey:
     Each command raises `valkey.TimeoutError` when it has no answer in time; a cancellation ends
     the task that waits for one.
     """
-    client: valkey.asyncio.Valkey = _BoundedClient.from_url(
-        valkey_url(settings.require_bus()), **_OPTIONS
-    )
+    return connect_async_to(settings.require_bus())
+
+
+def connect_async_to(url: str) -> valkey.asyncio.Valkey:
+    """The same for the bus at `url`, one of several."""
+    client: valkey.asyncio.Valkey = _BoundedClient.from_url(valkey_url(url), **_OPTIONS)
     # Here, for what the URL says wins over options.
     client.connection_pool.connection_kwargs["socket_timeout"] = None
     return client

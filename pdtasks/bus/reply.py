@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -50,6 +51,11 @@ _REFUSED_FOR_NOW = (OutOfMemoryError, BusyLoadingError, ReadOnlyError, TryAgainE
 _Entry = tuple[str, bytes]
 
 
+def new_stream() -> str:
+    """A name for a reply stream that no other has."""
+    return f"{REPLY}{uuid.uuid4().hex}"
+
+
 def is_reply_stream(reply_to: str | None) -> bool:
     """True when `reply_to` names one of our streams; Celery else fills in a name of its own."""
     return reply_to is not None and reply_to.startswith(REPLY)
@@ -58,9 +64,15 @@ def is_reply_stream(reply_to: str | None) -> bool:
 class ReplyWriter:
     """The workers' end. Lives in one event loop."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey, on_gone: Callable[[str], None]) -> None:
-        """`on_gone(stream)` is called when the owner of a stream is found to be gone."""
+    def __init__(
+        self, bus: valkey.asyncio.Valkey, on_gone: Callable[[str], None], name: str = "bus"
+    ) -> None:
+        """Args:
+        on_gone: `on_gone(stream)` is called when the owner of a stream is found to be gone.
+        name: of the bus, for the log.
+        """
         self._bus = bus
+        self._name = name
         self._on_gone = on_gone
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self._num_put = 0
@@ -105,7 +117,7 @@ class ReplyWriter:
                 left = self._look_at(left, await self._send(left))
             except BUS_ERRORS as exc:
                 # A message may arrive twice after this; readers drop tokens they have.
-                logger.warning("bus is away, replies wait: %s", type(exc).__name__)
+                logger.warning("%s is away, replies wait: %s", self._name, type(exc).__name__)
             if left:
                 backoff.fail()
                 await asyncio.sleep(backoff.pause_s)
@@ -130,7 +142,9 @@ class ReplyWriter:
             elif answer is None:
                 gone.add(entry[0])
         if again:
-            logger.error("the bus refused %d replies, which wait: is its memory full?", len(again))
+            logger.error(
+                "the %s refused %d replies, which wait: is its memory full?", self._name, len(again)
+            )
         for stream in gone:
             self._on_gone(stream)
         return again
@@ -139,12 +153,26 @@ class ReplyWriter:
 class ReplyStream:
     """The asking process's end: its own stream."""
 
-    def __init__(self, bus: valkey.asyncio.Valkey, on_lost: Callable[[], Awaitable[None]]) -> None:
-        """`on_lost()` is awaited when the bus has lost the stream, and replies with it."""
+    def __init__(
+        self,
+        bus: valkey.asyncio.Valkey,
+        on_lost: Callable[[], Awaitable[None]],
+        name: str | None = None,
+    ) -> None:
+        """Args:
+        on_lost: `on_lost()` is awaited when the bus has lost the stream, and replies with it.
+        name: what `new_stream` has made, where that has chosen the bus.
+        """
         self._bus = bus
         self._on_lost = on_lost
-        self.name = f"{REPLY}{uuid.uuid4().hex}"
+        self.name = name or new_stream()
         self._last_id = b"0"
+        self._away_since: float | None = None  # monotonic seconds
+
+    @property
+    def away_s(self) -> float:
+        """Seconds for which the bus has not answered the reader; 0: it does."""
+        return 0.0 if self._away_since is None else time.monotonic() - self._away_since
 
     async def open(self) -> None:
         """Create the stream, empty. Raises ValkeyError when the bus cannot be reached."""
@@ -182,13 +210,12 @@ class ReplyStream:
 
         Those that were taken are removed from the bus on the way of the next read.
         """
-        was_away = False
         taken: list[bytes] = []
         while True:
             try:
-                if was_away:
+                if self._away_since is not None:
                     await self._renew()
-                    was_away = False
+                    self._away_since = None
                 found = await self._next(taken)
             except ResponseError as exc:
                 # The bus is there and refuses: what lies under our name is not our stream.
@@ -199,7 +226,8 @@ class ReplyStream:
                 continue
             except BUS_ERRORS as exc:
                 logger.warning("bus is away: %s", type(exc).__name__)
-                was_away = True
+                if self._away_since is None:
+                    self._away_since = time.monotonic()
                 await asyncio.sleep(_RETRY_S)
                 continue
             taken = [entry_id for _, entries in found or () for entry_id, _ in entries]

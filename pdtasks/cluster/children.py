@@ -135,6 +135,7 @@ def stack_urls(
         "api": ",".join(api_url(settings, port) for port in api_ports or [settings.api_port]),
         "broker": settings.broker_url,
         "bus": settings.bus_url,
+        **settings.further_buses,
         "kv": ",".join(settings.kv_urls),
         "flower": flower_url(settings) if flower else None,
     }

@@ -66,6 +66,7 @@ def run_demo(prompt: str, console: Console) -> int:
             broker_url=None,
             broker_api_url=None,
             bus_url=None,
+            bus_urls=(),
             kv_urls=(),
             api_host="127.0.0.1",
             api_port=0,

@@ -72,7 +72,7 @@ def run_checks(settings: Settings) -> list[Check]:
         _api_port,
         _flower_port,
     )
-    return [check(settings) for check in checks]
+    return [check(settings) for check in checks] + _further_buses(settings)
 
 
 # --- the host -------------------------------------------------------------------------------------
@@ -324,6 +324,13 @@ def _bus(settings: Settings) -> Check:
     return _private_valkey("bus")
 
 
+def _further_buses(settings: Settings) -> list[Check]:
+    return [
+        _reached(name, valkey_answers, url, "PDTASKS_BUS_URLS", "Valkey", or_else="")
+        for name, url in settings.further_buses.items()
+    ]
+
+
 def _kv(settings: Settings) -> Check:
     if not settings.kv_urls:
         return _private_valkey("kv")
@@ -336,7 +343,8 @@ def _kv(settings: Settings) -> Check:
 
 def _encryption(settings: Settings) -> Check:
     """No failure: the network may be one's own."""
-    urls = [settings.broker_url, settings.broker_api_url, settings.bus_url, *settings.kv_urls]
+    urls = [settings.broker_url, settings.broker_api_url, settings.bus_url]
+    urls += [*settings.bus_urls, *settings.kv_urls]
     hosts = {host for url in urls if url and (host := _reached_in_clear(url))}
     if not hosts:
         return Check("tls", True, "no link leaves this host without it")
@@ -365,7 +373,13 @@ def _private_valkey(name: str) -> Check:
 
 
 def _reached(
-    name: str, reaches: Callable[[str], bool], url: str, variable: str, service: str
+    name: str,
+    reaches: Callable[[str], bool],
+    url: str,
+    variable: str,
+    service: str,
+    *,
+    or_else: str = ", or unset it and let `pdtasks up` start one of its own",
 ) -> Check:
     shown = redact(url)
     try:
@@ -382,8 +396,7 @@ def _reached(
         name,
         False,
         f"{shown} does not answer, or refuses the password",
-        f"start that {service}, correct {variable}, "
-        f"or unset it and let `pdtasks up` start one of its own",
+        f"start that {service}{',' if or_else else ' or'} correct {variable}{or_else}",
     )
 
 

@@ -218,6 +218,9 @@ BUS_RIGHTS: Final[dict[User, str]] = {
         User.ALL: (*_API_ON_BUS, *_WORKER_ON_BUS, *_CLIENT_ON_BUS, *_COMMANDS_ON_BUS),
     }.items()
 }
+#: Who has anything to do on a further bus: nothing but replies, and questions about them, is there.
+#: The same users as on the first, with the same rights.
+REPLYING: Final = (User.API, User.WORKER)
 #: What `pdtasks.kv.store` does, on the names of `pdtasks.kv.keys`, and figures of the server:
 #: workers alone use it.
 KV_RIGHTS: Final = f"~pd:kv:* resetchannels -@all +get +set +expire +unlink +del +info {_ANY}"

@@ -17,7 +17,7 @@ from pdtasks.cluster.console import Console
 from pdtasks.cluster.probes import Tick, broker_accepts, valkey_answers, wait_until
 from pdtasks.cluster.process import Process, StartFailed, describe_exit
 from pdtasks.cluster.rabbitmq import RabbitNode, server_programs
-from pdtasks.cluster.rights import BROKER_RIGHTS, BUS_RIGHTS, User
+from pdtasks.cluster.rights import BROKER_RIGHTS, BUS_RIGHTS, REPLYING, User
 from pdtasks.cluster.stack import home_marker, member_of, redact
 from pdtasks.cluster.valkey import Kind, ValkeyServer, server_program
 from pdtasks.running_stack import Member
@@ -103,14 +103,14 @@ class Services:
             elif service.kind == "bus" and user in BUS_RIGHTS:
                 update["bus_url"] = service.url_for(user)
         # Empty and not None: else it would be looked for in the stack's file.
-        if user not in BROKER_RIGHTS:
-            update["broker_url"] = ""
-        if user not in _USES_BROKER_API:
-            update["broker_api_url"] = ""
-        if user not in BUS_RIGHTS:
-            update["bus_url"] = ""
-        if user not in _USES_KV:
-            update["kv_urls"] = ()
+        uses = {
+            "broker_url": user in BROKER_RIGHTS,
+            "broker_api_url": user in _USES_BROKER_API,
+            "bus_url": user in BUS_RIGHTS,
+            "bus_urls": user in REPLYING,
+            "kv_urls": user in _USES_KV,
+        }
+        update |= {n: () if n.endswith("s") else "" for n, used in uses.items() if not used}
         return settings.model_copy(update=update)
 
     def _start(self, role: str, service: RabbitNode | ValkeyServer) -> str:
@@ -143,6 +143,8 @@ class Services:
         for role, (name, urls, accepts) in checks.items():
             for url in () if role in private else urls:
                 self._check(name, url, accepts)
+        for name, url in settings.further_buses.items():
+            self._check(name, url, valkey_answers)
 
     def _check(self, name: str, url: str, accepts: Callable[[str], bool]) -> None:
         if not wait_until(lambda: accepts(url), _CONFIGURED_S, self._tick):

@@ -101,6 +101,7 @@ def _configured_urls(settings: Settings) -> dict[str, str]:
     urls = {
         "broker": settings.broker_url,
         "bus": settings.bus_url,
+        **settings.further_buses,
         "kv": ",".join(settings.kv_urls),
     }
     return {name: url for name, url in urls.items() if url}
@@ -123,6 +124,7 @@ def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -
     probes: dict[str, Callable[[str], bool]] = {
         "broker": broker_accepts,
         "bus": valkey_answers,
+        **dict.fromkeys(filter(_is_further_bus, urls), valkey_answers),
         "kv": lambda url: all(valkey_answers(one) for one in url.split(",")),
         "api": lambda url: http_status(f"{url}/health") == 200,
         "flower": lambda url: http_status(f"{url}/healthcheck") == 200,
@@ -148,6 +150,10 @@ def _services(urls: dict[str, str], members: Sequence[Member], draining: bool) -
             name, pid = (role, None) if member is None else (member.name, member.pid)
             rows.append(Row(name, role, pid, state))
     return tuple(rows)
+
+
+def _is_further_bus(role: str) -> bool:
+    return role.startswith("bus") and role != "bus"
 
 
 def _present_workers(bus_url: str | None) -> list[WorkerStatus]:

@@ -23,6 +23,10 @@ class AbortMemory:
         while len(self._ids) > _REMEMBERED:
             self._ids.popitem(last=False)
 
+    def has_all(self, request_ids: Iterable[str]) -> bool:
+        """Does nobody want any of them?"""
+        return all(request_id in self._ids for request_id in request_ids)
+
     def require_wanted(self, request_id: str) -> None:
         """Raises RequestAborted when the caller of `request_id` has hung up."""
         if request_id in self._ids:

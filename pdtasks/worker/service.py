@@ -13,11 +13,12 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
 from celery.worker import state as worker_state
@@ -25,10 +26,11 @@ from prometheus_client import REGISTRY
 
 from pdtasks.background import Background
 from pdtasks.broker.publishing import ConfirmedSender
-from pdtasks.bus.connection import BUS_ERRORS, connect_async
+from pdtasks.bus.buses import Buses
+from pdtasks.bus.connection import BUS_ERRORS
 from pdtasks.bus.presence import read_workers_async
 from pdtasks.bus.progress import Progress, read_progress
-from pdtasks.bus.reply import ReplyWriter
+from pdtasks.bus.writers import ReplyWriters
 from pdtasks.drained import Drained
 from pdtasks.engine.arguments import ENGINE_VERSION
 from pdtasks.engine.boot import start_core
@@ -67,6 +69,8 @@ _ABORTED_SAVE_S = 60.0
 _DISCARD_S = 2.0
 #: Seconds between the notice that this worker stops and a look at who else is there.
 _LOOK_AROUND_S = 0.5
+#: Seconds between two looks whether anybody wants what its bus does not take.
+_STILL_WANTED_S = 1.0
 #: Longest wait for the bus to take what is left, at a stop or after a failure.
 _FLUSH_S = 5.0
 
@@ -120,8 +124,8 @@ class Worker:
         self.results = ResultStore(app)
         self.sender = ConfirmedSender(app, self.background, "stage-publisher")
         self.aborted = AbortMemory()
-        self._bus = connect_async(settings)
-        self._replies = ReplyWriter(self._bus, self._reader_is_gone)
+        self._buses = Buses(settings)
+        self._replies = ReplyWriters(self._buses, self._reader_is_gone)
         self.answers = Answers(self._replies, worker=name)
         self._waiting: set[asyncio.Task[None]] = set()
         # Unlike those of other processes, and of one of this name and pid before.
@@ -160,7 +164,7 @@ class Worker:
         """End the engine and leave the bus."""
         self.presence.enter("stopped")
         self.presence.wait_until_silent()
-        self.wait_for_replies()
+        self._wait_within(self._replies.flush_all())
         self._discarder.close()
         self._store_watch.close()
         self.sender.close()
@@ -217,7 +221,7 @@ class Worker:
         From here on the asker takes tokens from this attempt alone.
         """
         self.answers.ask(stream, stage, request_id, ask)
-        return await read_progress(self._bus, request_id, ask.attempt)
+        return await read_progress(self._buses.of(stream), request_id, ask.attempt)
 
     def check_origin(self, engine: str, model: str | None) -> None:
         """Raises IncompatibleWorker when a request was made for another vLLM or model.
@@ -247,12 +251,22 @@ class Worker:
         finally:
             self.answers.end(generation)
 
-    async def replies_taken(self) -> None:
-        """Return when the bus has what was published so far.
+    async def replies_taken(self, stream: str | None, *request_ids: str) -> None:
+        """Return when its bus has what was published on `stream`, or nobody wants `request_ids`.
 
-        Acknowledged is only what the asker can read: the job comes again if this worker dies.
+        Acknowledged is only what the asker can read: the job comes again if this worker dies.  What
+        was aborted while its bus is away must not keep a place that others have a use for.
         """
-        await self._replies.flush()
+        if stream is None:
+            return
+        taken = asyncio.create_task(self._replies.flush(stream))
+        try:
+            while not taken.done() and not self.aborted.has_all(request_ids):
+                await asyncio.wait([taken], timeout=_STILL_WANTED_S)
+            if taken.done():
+                taken.result()
+        finally:
+            taken.cancel()
 
     def discard_when_saved(self, generation: Generation) -> None:
         """`discard`, after what the engine may still write for an aborted `generation`."""
@@ -292,7 +306,7 @@ class Worker:
         # Those that stop in the same moment have said so by then.
         await asyncio.sleep(_LOOK_AROUND_S)
         try:
-            workers = await read_workers_async(self._bus)
+            workers = await read_workers_async(self._buses.first)
         except BUS_ERRORS as exc:
             logger.warning("bus is away: %s: running requests are finished here", where(exc))
             return
@@ -349,10 +363,14 @@ class Worker:
         """Tell the asker, if one reads along, that there will be no answer: `stage` has failed."""
         self.engine.loop.call_soon_threadsafe(self.answers.fail, stream, stage, request_id, error)
 
-    def wait_for_replies(self) -> None:
-        """Return when the bus has what was published so far, or does not take it in time."""
+    def wait_for_replies(self, stream: str | None) -> None:
+        """Return when its bus has what was published on `stream`, or does not take it in time."""
+        if stream is not None:
+            self._wait_within(self._replies.flush(stream))
+
+    def _wait_within(self, flush: Coroutine[Any, Any, None]) -> None:
         with suppress(TimeoutError):
-            self.engine.call(self._replies.flush()).result(_FLUSH_S)
+            self.engine.call(flush).result(_FLUSH_S)
 
 
 def _exit_unless_cancelled(replies: Future[None]) -> None:

@@ -84,9 +84,10 @@ class StageTask(Task):  # type: ignore[misc]  # Celery has no types
     def refuse(self, request_ids: Sequence[str], error: PdtasksError) -> None:
         """Tell whoever asked that there will be no answer; the chain ends with this task."""
         here = service.current()
+        stream = self.reply_stream
         for request_id in request_ids:
-            here.fail(self.reply_stream, stage_of(self.name), request_id, error)
-        here.wait_for_replies()
+            here.fail(stream, stage_of(self.name), request_id, error)
+        here.wait_for_replies(stream)
         if wants_result(self.request.chain):
             self.backend.store_result(request_ids[0], error, states.FAILURE)
         self.request.chain = None

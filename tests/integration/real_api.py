@@ -19,11 +19,18 @@ from tests.waiting import wait_until
 
 @contextmanager
 def running_api(
-    services: Services, nursery: Nursery, folder: Path, deadline_s: float, **env: str
+    services: Services,
+    nursery: Nursery,
+    folder: Path,
+    deadline_s: float,
+    *,
+    program: str = "pdtasks.cli",
+    **env: str,
 ) -> Iterator[httpx.Client]:
     """Args:
     folder: for its log.
     deadline_s: of every request.
+    program: another module that does what `pdtasks` does.
     env: more of the product's variables, without their prefix.
     """
     (port,) = free_ports(1)
@@ -35,7 +42,7 @@ def running_api(
     } | {f"PDTASKS_{name.upper()}": value for name, value in env.items()}
     process = nursery.make(
         "api",
-        [sys.executable, "-m", "pdtasks.cli", "api", "--port", str(port)],
+        [sys.executable, "-m", program, "api", "--port", str(port)],
         env=os.environ | services.env | own,
         log=folder / "api.log",
         cwd=folder,

@@ -61,3 +61,11 @@ def test_a_bus_takes_messages_of_many_writers_and_all_of_them_are_read() -> None
     assert all(row["messages_per_s"] > 0 for row in rows)
     assert all(row["commands_us_per_message"] > 0 for row in rows)
     assert len(format_bus(rows).splitlines()) == 2
+
+
+def test_several_buses_share_what_one_would_take() -> None:
+    (row,) = run_bus(writers=(2,), tokens=(1,), seconds=0.3, buses=2)
+
+    assert row["messages_per_s"] > 0
+    assert len(row["each_bus_cores"]) == 2
+    assert "buses" in format_bus([row])

@@ -22,6 +22,7 @@ URLS: dict[str, Any] = {
     "broker_url": "amqp://pdtasks:hush-broker@127.0.0.1:5672/pdtasks",
     "broker_api_url": "http://pdtasks:hush-api@127.0.0.1:15672/api/",
     "bus_url": "valkey://:hush-bus@127.0.0.1:6379/0",
+    "bus_urls": ("valkey://:hush-bus2@127.0.0.1:6381/0", "unix://:hush-bus3@/run/bus.sock?db=0"),
     "kv_urls": ("unix://:hush-kv@/run/kv.sock?db=0", "valkey://:hush-kv2@127.0.0.1:6380/0"),
 }
 
@@ -221,8 +222,43 @@ def test_a_missing_service_says_how_to_name_it() -> None:
 def test_settings_never_show_a_password() -> None:
     settings = Settings(**URLS)
 
-    assert set(URLS) == {"broker_url", "broker_api_url", "bus_url", "kv_urls"}
+    assert set(URLS) == {"broker_url", "broker_api_url", "bus_url", "bus_urls", "kv_urls"}
     assert "hush" not in f"{settings!r} {settings}"
+
+
+def test_further_buses_have_names_in_the_order_of_their_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PDTASKS_BUS_URLS", "valkey://two:1/0, valkeys://three:1/0,")
+
+    assert load_settings().further_buses == {
+        "bus2": "valkey://two:1/0",
+        "bus3": "valkeys://three:1/0",
+    }
+    assert Settings(bus_urls=()).further_buses == {}
+
+
+@pytest.mark.parametrize(
+    ("urls", "why"),
+    [
+        ("valkey://:hush@a:1/0,valkey://:hush2@a:1/0", "names a bus twice"),
+        ("valkeys://other:hush@first:1/0?ssl_ca_certs=/ca.pem", "names a bus twice"),
+        ("hush@a:1", "each is one of valkey://"),
+        ("amqp://:hush@a:1/", "each is one of valkey://"),
+        ("valkey://b:1/0 valkey://:hush@a:1/0,hush", "each is one of valkey://"),
+    ],
+)
+def test_a_list_of_buses_that_cannot_be_meant_is_refused_without_a_password(
+    monkeypatch: pytest.MonkeyPatch, urls: str, why: str
+) -> None:
+    monkeypatch.setenv("PDTASKS_BUS_URL", "valkey://:hush@first:1/0")
+    monkeypatch.setenv("PDTASKS_BUS_URLS", urls)
+
+    with pytest.raises(ConfigurationError, match=why) as error:
+        load_settings()
+
+    assert "PDTASKS_BUS_URLS: " in str(error.value)
+    assert "hush" not in str(error.value)
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -151,6 +151,14 @@ def test_of_one_that_is_not_it_is_said_what_to_do(serve: Serve, tmp_path: Path) 
     assert "secret" not in str(error.value)
 
 
+def test_a_further_bus_is_looked_at_as_the_first_one_is(serve: Serve, tmp_path: Path) -> None:
+    stranger = make_certificate(tmp_path, "stranger")
+    url = f"valkeys://:secret@localhost:{serve()}/0?ssl_ca_certs={stranger.file}"
+
+    with pytest.raises(ConfigurationError, match="PDTASKS_BUS_URLS: the certificate of localhost:"):
+        require_trusted(Settings(broker_url=None, bus_url=None, bus_urls=(url,), kv_urls=()))
+
+
 def test_another_name_than_the_certificates_is_told(serve: Serve, certificate: Certificate) -> None:
     port = serve(address="127.0.0.2")
 

@@ -44,6 +44,7 @@ _SETTINGS: dict[str, Any] = {
     "broker_url": None,
     "broker_api_url": None,
     "bus_url": None,
+    "bus_urls": (),
     "kv_urls": (),
     "api_host": "127.0.0.1",
     "kv_timeout_s": 3.0,

@@ -123,6 +123,7 @@ class ControlStack:
             broker_url=services.broker.url,
             broker_api_url=None,
             bus_url=services.bus.url,
+            bus_urls=(),
             kv_urls=(services.kv.url,),
             served_model_name="stub-engine",
             model=None,

@@ -57,6 +57,7 @@ class ScaleStack:
             broker_url=services.broker.url,
             broker_api_url=None,
             bus_url=services.bus.url,
+            bus_urls=(),
             kv_urls=(services.kv.url,),
             served_model_name=MODEL,
             model=None,

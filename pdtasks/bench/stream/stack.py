@@ -136,6 +136,7 @@ def _settings(home: Path, services: Services | None, streams: int) -> Settings:
         broker_url=services and services.broker.url,
         broker_api_url=None,
         bus_url=services and services.bus.url,
+        bus_urls=(),
         kv_urls=(services.kv.url,) if services else (),
         served_model_name=MODEL,
         model=None,

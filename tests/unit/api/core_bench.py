@@ -78,6 +78,7 @@ class StubStream:
     """Takes the place of the API's reply stream; what it does is a test's."""
 
     name = "pd:reply:stub"
+    away_s = 0.0  # for so long its bus has not answered
 
     def __init__(self) -> None:
         self.replies: list[StepReply] = []

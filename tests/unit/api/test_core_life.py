@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from api import core
 from pdtasks import background
+from pdtasks.bus import buses
 from pdtasks.errors import (
     RequestTimeout,
 )
@@ -171,7 +172,7 @@ def test_whatever_hangs_or_fails_in_a_close_keeps_nothing_else_open(
     presence(monkeypatch, lambda: READY)
     bus = StubBus()
     bus.hangs, bus.fails = what == "bus hangs", what == "bus fails"
-    monkeypatch.setattr(core, "connect_async", lambda _: bus)
+    monkeypatch.setattr(buses, "connect_async", lambda _: bus)
 
     async def test(bench: Bench) -> None:
         bench.stream.hangs = what == "stream hangs"

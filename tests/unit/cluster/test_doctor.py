@@ -52,6 +52,7 @@ def settings(
             "flower_port": 0,
             "broker_url": None,
             "bus_url": None,
+            "bus_urls": (),
             "kv_urls": (),
             "model": None,
         }
@@ -198,6 +199,7 @@ def test_services_that_do_not_answer_are_named_without_their_passwords(
         settings(
             broker_url="amqp://me:hunter2@broker/",
             bus_url="valkey://:hunter2@good:1/0",
+            bus_urls=("valkey://:hunter2@good:3/0", "valkey://:hunter2@bad:4/0"),
             kv_urls=("valkey://:hunter2@good:1/0", "valkey://:hunter2@bad:2/0"),
         )
     )
@@ -206,6 +208,11 @@ def test_services_that_do_not_answer_are_named_without_their_passwords(
     assert not found["broker"].ok
     assert "PDTASKS_BROKER_URL" in found["broker"].remedy
     assert found["bus"].ok
+    assert found["bus2"].ok
+    assert not found["bus3"].ok
+    assert "bad:4" in found["bus3"].detail
+    assert "PDTASKS_BUS_URLS" in found["bus3"].remedy
+    assert "one of its own" not in found["bus3"].remedy, "`up` starts no further ones"
     assert not found["kv"].ok
     assert "bad:2" in found["kv"].detail
     assert "hunter2" not in repr(checks)
@@ -216,6 +223,7 @@ def test_services_that_do_not_answer_are_named_without_their_passwords(
     [
         ({"broker_url": "amqp://me:pw@192.0.2.7/"}, "192.0.2.7"),
         ({"kv_urls": ("valkey://192.0.2.8:1/0", "valkeys://192.0.2.9:1/0")}, "192.0.2.8"),
+        ({"bus_urls": ("valkey://192.0.2.8:1/0",)}, "192.0.2.8"),
         ({"bus_url": "valkeys://192.0.2.7:1/0", "kv_urls": ("unix:///run/kv.sock",)}, ""),
         ({"bus_url": "valkey://127.0.0.1:1/0", "broker_url": "amqps://192.0.2.7/"}, ""),
     ],

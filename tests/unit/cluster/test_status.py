@@ -41,7 +41,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 
 
 def _settings(home: Path, **values: object) -> Settings:
-    alone = {"home": home, "broker_url": None, "bus_url": None, "kv_urls": ()}
+    alone = {"home": home, "broker_url": None, "bus_url": None, "bus_urls": (), "kv_urls": ()}
     return Settings(**{**alone, **values})  # type: ignore[arg-type]
 
 
@@ -188,10 +188,11 @@ def test_configured_services_and_workers_started_by_hand_are_shown_without_a_sta
     urls = {
         "broker_url": "amqp://u:pw@127.0.0.1:1//",
         "bus_url": "valkey://:pw@127.0.0.1:2/0",
+        "bus_urls": ("valkey://:pw@127.0.0.1:5/0", "valkey://:pw@127.0.0.1:6/0"),
         "kv_urls": ("valkey://:pw@127.0.0.1:3/0", "valkey://:pw@127.0.0.1:4/0"),
     }
     answering(
-        urls=[urls["broker_url"], urls["bus_url"], urls["kv_urls"][0]],
+        urls=[urls["broker_url"], urls["bus_url"], urls["bus_urls"][1], urls["kv_urls"][0]],
         workers=[_worker(f"a@{_HERE}", "prefill", os.getpid())],
     )
 
@@ -200,8 +201,11 @@ def test_configured_services_and_workers_started_by_hand_are_shown_without_a_sta
     assert [(row.role, row.pid, row.state) for row in status.services] == [
         ("broker", None, "ready"),
         ("bus", None, "ready"),
+        ("bus2", None, "dead"),  # it does not answer
+        ("bus3", None, "ready"),
         ("kv", None, "dead"),  # one of the two does not answer
     ]
+    assert "pw" not in f"{status} {format_status(status)}"
     assert [row.name for row in status.workers] == [f"a@{_HERE}"]
 
 

@@ -275,6 +275,8 @@ def test_the_oldest_aborts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
     memory.remember(["a", "b", "c"])
 
     memory.require_wanted("a")
+    assert memory.has_all(["b", "c"])
+    assert not memory.has_all(["a", "b"])
     for request_id in ("b", "c"):
         with pytest.raises(RequestAborted):
             memory.require_wanted(request_id)
