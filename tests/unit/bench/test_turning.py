@@ -24,7 +24,7 @@ def test_a_phase_is_read_as_it_is_written() -> None:
     "text", ["", "1200/8", "8@1", "0/8@1", "5/1@1", "5/8@0", "a/8@1", "5/8@-1"]
 )
 def test_what_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is not PROMPT/ANSWER@RATE"):
         Phase.read(text)
 
 
@@ -66,7 +66,7 @@ def test_each_phase_is_asked_and_what_changes_is_told() -> None:
     moments = asyncio.run(test())
 
     assert {(len(body["prompt"]), body["max_tokens"]) for body in stack.asked} == {(30, 4), (5, 8)}
-    assert [moment["phase"] for moment in moments][0] == "30/4 at 30/s"
+    assert moments[0]["phase"] == "30/4 at 30/s"
     assert moments[-1]["phase"] == "5/8 at 30/s"
     assert 0 < moments[-1]["failed"] < moments[-1]["ended"]
     assert moments[-1]["roles"] == {"prefill": 2}
