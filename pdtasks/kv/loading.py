@@ -296,7 +296,8 @@ class Loads:
                 if not self._scatter(tally, copy):
                     return False
             except RuntimeError as exc:  # CUDA's: the slots have them as well
-                self._rings.unreachable(exc)
+                if has_writer(ring.name):  # else it has ended meanwhile
+                    self._rings.unreachable(exc)
                 return False
         return places == [ring.cached_at(number) for number in numbers]
 

@@ -81,7 +81,7 @@ class Rings:
     @property
     def has_others(self) -> bool:
         """Is there another engine on this host?"""
-        return any(not self._is_own(name) for name in self._readers)
+        return any(not self._is_own(name) for name in tuple(self._readers))
 
     def unreachable(self, why: Exception) -> None:
         """What one engine's memory says of it holds for all: nobody's is read any more."""
@@ -170,7 +170,8 @@ class Rings:
         try:
             self._peers[reader.name] = PeerCache(reader.regions, self._open_memory)
         except DeviceMemoryError as exc:
-            self.unreachable(exc)
+            if has_writer(reader.name):  # else it has ended meanwhile
+                self.unreachable(exc)
 
     def _let_go(self, name: str) -> None:
         """Of the cache of an engine; what is in its ring can still be read."""

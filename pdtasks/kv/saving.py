@@ -409,7 +409,7 @@ class Saves:
     def _end_if_done(self, tally: Tally) -> None:
         # A tally that was given up is in the list no more: its blocks belong to others now.
         if tally.sealed and tally.open == 0 and self.running.get(tally.request_id) is tally:
-            del self.running[tally.request_id]
             is_read_here = self._reads_directly() and not tally.cancelled
+            del self.running[tally.request_id]
             self._sent[tally.request_id] = time.monotonic() + is_read_here * _READ_S
             self._ledger.record(tally)

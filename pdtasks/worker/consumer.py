@@ -46,6 +46,8 @@ _STEADY_S = 60.0
 _PAUSES_S = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 3.0}
 
 
+#: Seconds for RabbitMQ to answer one of our commands in the main loop.
+_COMMAND_S = 5.0
 #: States in which Celery ends what consumes.
 _STOPPED = (CLOSE, TERMINATE)
 #: By name: of none named Celery says "all", and then takes `disable_events` for done already.
@@ -189,23 +191,26 @@ class StageConsumer(Consumer):  # type: ignore[misc]
         if self.blueprint.state in _STOPPED:
             done.set_exception(PdtasksError("this worker takes no more jobs"))
             return
-        taken = tuple(self.app.amqp.queues.consume_from)
         try:
-            queues = {queue: most for queue, most in queues.items() if most}
-            for queue in taken:
-                # (A consumer's prefetch count cannot be changed: it becomes another consumer.)
-                if self._credit.get(queue) != queues.get(queue):
-                    self.cancel_task_queue(queue)
-            for queue, most in queues.items():
-                if queue not in self.app.amqp.queues.consume_from:
-                    # Of consumers that begin on this channel from now on.
-                    self.task_consumer.qos(prefetch_count=most, apply_global=False)
-                    self.add_task_queue(queue)
-            self._credit = dict(queues)
+            # A RabbitMQ that does not answer is a connection that is lost, and no worker that is.
+            with self.connection.connection.transport.having_timeout(_COMMAND_S):
+                self._consume_from(queues)
         except BaseException as exc:
             done.set_exception(exc)
             raise
         done.set_result(None)
+
+    def _consume_from(self, queues: Mapping[str, int]) -> None:
+        for queue in tuple(self.app.amqp.queues.consume_from):
+            # (A consumer's prefetch count cannot be changed: it becomes another consumer.)
+            if self._credit.get(queue) != queues.get(queue):
+                self.cancel_task_queue(queue)
+        for queue, most in queues.items():
+            if queue not in self.app.amqp.queues.consume_from:
+                # Of consumers that begin on this channel from now on.
+                self.task_consumer.qos(prefetch_count=most, apply_global=False)
+                self.add_task_queue(queue)
+        self._credit = dict(queues)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self._liveness.connecting("RabbitMQ closed the connection")

@@ -152,7 +152,6 @@ class Worker:
         self.credit = Credit(
             slots,
             step_tokens=config.scheduler_config.max_num_batched_tokens,
-            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             on_change=self.serving.credit_changed,
         )
         self.text = TextFrontend(config)

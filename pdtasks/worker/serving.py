@@ -77,6 +77,7 @@ class Serving:
         self._here = here
         self._consumer: TakesJobs | None = None
         self._taken: dict[str, int] = {}  # jobs at once, of which RabbitMQ has heard, by stage
+        self._connections = 0  # so far
         self._changing: asyncio.Task[None] | None = None
 
     def consumed_by(self, consumer: TakesJobs) -> None:
@@ -85,7 +86,8 @@ class Serving:
         self._here.soon(self._connected)
 
     def _connected(self) -> None:
-        self._taken = {}  # a new connection has been told nothing yet
+        self._connections += 1
+        self._taken = {}  # a new one has been told nothing yet
         self.credit_changed()
 
     def credit_changed(self) -> None:
@@ -155,7 +157,7 @@ class Serving:
     async def _take_from(self, stages: Collection[str]) -> None:
         """Returns when RabbitMQ has heard of it. Tries until then, or until this worker stops."""
         while (consumer := self._consumer) is not None and not self._here.presence.is_draining:
-            credit = self._credit_of(stages)
+            credit, connection = self._credit_of(stages), self._connections
             try:
                 async with asyncio.timeout(_TAKE_FROM_S):
                     await asyncio.wrap_future(consumer.take_from(credit))
@@ -163,5 +165,6 @@ class Serving:
                 logger.warning("RabbitMQ has not heard yet what is served: %s", where(exc))
                 await asyncio.sleep(_PAUSE_S)
             else:
-                self._taken = credit
+                if connection == self._connections:
+                    self._taken = credit
                 return

@@ -95,18 +95,12 @@ class Stage(ABC, Generic[J]):
             outcome = "late"  # its deadline has passed
             raise
         finally:
-            self._ends_in_engine()
+            if self._is_held:
+                self.here.credit.ends(self.engine_id)
             counting.ended(self.name, outcome, report, self.why_recomputed)
             if self.span.is_recorded:
                 self._end_span(outcome, report)
         return result
-
-    def _ends_in_engine(self) -> None:
-        if self._is_held:
-            generation = self.generation
-            prompt = len(generation.request.prompt_token_ids or ())
-            context = prompt + generation.position + len(generation.token_ids)
-            self.here.credit.ends(self.name, self.engine_id, context)
 
     def _end_span(self, outcome: str, report: StageReport | None) -> None:
         try:
@@ -192,7 +186,7 @@ class Stage(ABC, Generic[J]):
         try:
             await self.here.generate(self.generation, self.reports)
         finally:
-            self.here.credit.computed(self.name, self.engine_id)
+            self.here.credit.computed(self.engine_id)
             self.span.made()
 
     def judge(self, output: EngineCoreOutput) -> Verdict:

@@ -21,6 +21,7 @@ def wait_until_nothing_is_left(services: Services, *but: str) -> None:
 
     with suppress(AssertionError):
         wait_until(lambda: not left(), 5)
-    assert left() == set()
+    found = left()
+    assert not found, f"left behind: {found}"
     # nor in a worker
     wait_until(lambda: all(w.held == 0 for w in read_workers(services.bus)), 10)

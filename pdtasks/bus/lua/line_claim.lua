@@ -17,7 +17,7 @@ for _, id in ipairs(redis.call('ZRANGE', open, 0, -1)) do
   local found = redis.pcall('HMGET', record, 'status', 'owner', 'expires_at', 'model')
   local status, owner, expires_at, model = unpack(found) -- (nothing of what is no record)
   if status == 'in_progress' and tonumber(expires_at) > now then
-    local running = redis.call('ZCARD', record .. ':running')
+    local running = #redis.call('ZRANGE', record .. ':running', '(' .. now, '+inf', 'BYSCORE') -- (no others: given back)
     of_owner[owner] = (of_owner[owner] or 0) + running
     local lost = redis.call('ZRANGE', record .. ':running', '-inf', now, 'BYSCORE', 'LIMIT', 0, 1)[1]
     local has_line = lost or redis.call('LLEN', record .. ':lines') > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ class StubConsumer:
     """What `StageConsumer.take_from` needs of itself."""
 
     _take_from = StageConsumer._take_from
+    _consume_from = StageConsumer._consume_from
 
     def __init__(self) -> None:
         self.blueprint = SimpleNamespace(state=RUN)
@@ -26,6 +28,8 @@ class StubConsumer:
         self.prefetch_count = 8
         self.said: list[tuple[str, int]] = []  # queues, and how many jobs at once
         self._credit = {"decode": 8}
+        transport = SimpleNamespace(having_timeout=nullcontext)
+        self.connection = SimpleNamespace(connection=SimpleNamespace(transport=transport))
 
     @property
     def consume_from(self) -> dict[str, Any]:
