@@ -72,6 +72,8 @@ logger = logging.getLogger(__name__)
 #: Seconds for each half of a close: both fit into what the supervisor gives beyond the drain, and
 #: the `Aborter`, which says what is left, takes 5.
 _CLOSE_S = 6.0
+#: Names that are drawn for each bus until one falls on a bus that answers.
+_NAMES = 3
 #: Seconds between two looks at the workers and the deadlines.
 _WATCH_S = 1.0
 #: Seconds without an answer after which a further bus is away: a restart takes less.
@@ -225,7 +227,7 @@ class PipelineCore(EngineCoreClient):
 
     async def open(self) -> None:
         """Begin to listen. Raises valkey.ValkeyError when the bus cannot be reached."""
-        await self._stream.open()
+        await self._open_stream()
         await self.workers.look()
         # Without these no answer comes and no deadline holds: they survive any surprise.
         self._tasks = [
@@ -235,6 +237,20 @@ class PipelineCore(EngineCoreClient):
             self.background.task("deadlines", self._watch_deadlines),
             self.background.task("usage", self.usage.tell),
         ]
+
+    async def _open_stream(self) -> None:
+        """On another bus, where the one is away that its name falls on."""
+        for tries_left in reversed(range(_NAMES * len(self._buses.all))):
+            try:
+                await self._stream.open()
+            except BUS_ERRORS:
+                if len(self._buses.all) == 1 or not tries_left:
+                    raise
+            else:
+                return
+            name = new_stream()
+            self._stream = ReplyStream(self._buses.of(name), self._replies_are_lost, name)
+            self._replies_bus = self._buses.of(name)
 
     async def close(self) -> None:
         """Stop listening; workers drop what is left. Bounded, whatever hangs or fails."""

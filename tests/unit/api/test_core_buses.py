@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
+import valkey
 
+from api import core as core_module
 from pdtasks.bus.buses import place_of
 from pdtasks.bus.reply import STREAM_TTL_S
 from pdtasks.errors import RepliesLost
@@ -63,3 +66,37 @@ def test_answers_are_lost_when_it_is_away_for_longer_than_a_stream_lives() -> No
         assert bench.aborted == ["a"]
 
     with_bench(test, **TWO_BUSES)
+
+
+def test_a_process_starts_on_another_bus_where_one_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[str] = []
+
+    class Drawn(StubStream):
+        def __init__(self, bus: Any, lost: Any, name: str) -> None:
+            super().__init__()
+            self.name = name
+            drawn.append(name)
+
+        async def open(self) -> None:
+            if place_of(self.name, 2) == 1:
+                raise valkey.ConnectionError("refused")
+
+    names = iter(["pd:reply:stub", StubStream.name, _name_on(0)])
+    monkeypatch.setattr(core_module, "ReplyStream", Drawn)
+    monkeypatch.setattr(core_module, "new_stream", lambda: next(names))
+
+    async def test(bench: Bench) -> None:
+        core: Any = bench.core
+        core._stream = Drawn(None, None, StubStream.name)
+        await core._open_stream()
+        assert place_of(core._stream.name, 2) == 0
+        assert len(drawn) >= 2
+
+    with_bench(test, **TWO_BUSES)
+
+
+def _name_on(place: int) -> str:
+    names = (f"pd:reply:{number}" for number in itertools.count())
+    return next(name for name in names if place_of(name, 2) == place)
