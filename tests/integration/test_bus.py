@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from pdtasks.bus import connection as bus
 from pdtasks.bus.connection import BUS_ERRORS, connect_async
 from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.settings import Settings
+from tests.integration.freezing import frozen
 
 Client = valkey.asyncio.Valkey
 
@@ -31,15 +29,6 @@ def server(tmp_path: Path) -> Iterator[ValkeyServer]:
     """A bus that a test may freeze."""
     with ValkeyServer(tmp_path / "bus", "bus") as server:
         yield server
-
-
-@contextmanager
-def frozen(server: ValkeyServer) -> Iterator[None]:
-    os.kill(server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)
 
 
 def with_client(url: str, test: Callable[[Client], Awaitable[None]]) -> None:

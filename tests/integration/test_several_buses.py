@@ -7,11 +7,9 @@ on another bus.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from pdtasks.cluster.valkey import ValkeyServer
 from pdtasks.messages import StepReply
 from pdtasks.settings import Settings
 from tests.integration.conftest import Services, StartWorker, StubWorker
+from tests.integration.freezing import frozen
 from tests.integration.real_api import running_api
 from tests.waiting import until, wait_until
 
@@ -42,15 +41,6 @@ def further(tmp_path: Path) -> Iterator[ValkeyServer]:
     """A second bus, which a test may stop."""
     with ValkeyServer(tmp_path / "bus2", "bus") as server:
         yield server
-
-
-@contextmanager
-def frozen(server: ValkeyServer) -> Iterator[None]:
-    os.kill(server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)
 
 
 def stream_at(place: int) -> str:

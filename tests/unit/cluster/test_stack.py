@@ -30,6 +30,7 @@ from pdtasks.running_stack import (
     running_stack,
     stack_path,
 )
+from tests.waiting import wait_until
 
 _SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -265,18 +266,24 @@ def test_a_log_does_not_grow_for_ever_and_its_child_goes_on_writing(
 ) -> None:
     # Given a child that writes and writes
     monkeypatch.setattr(process_module, "MOST_LOGGED", 100_000)
-    # (What is written while its log is cut may be lost: so it ends a moment after the rest.)
+    # (What is written while its log is cut may be lost: its last line comes when nobody cuts.)
+    written, may_end = tmp_path / "written", tmp_path / "may end"
     code = (
-        "import time\nfor n in range(30_000): print(f'line {n:05d}', flush=True)\n"
-        "time.sleep(1)\nprint('the end', flush=True)"
+        "import pathlib, time\n"
+        "for n in range(30_000): print(f'line {n:05d}', flush=True)\n"
+        f"pathlib.Path({str(written)!r}).touch()\n"
+        f"while not pathlib.Path({str(may_end)!r}).exists(): time.sleep(0.01)\n"
+        "print('line 29999 was not the last', flush=True)"
     )
     process = Process("p", [sys.executable, "-c", code], env={}, log=tmp_path / "p.log")
 
     process.start()
     largest = 0
-    while process.running:
+    while process.running and not written.exists():
         largest = max(largest, process.log.stat().st_size)
         process.bound_log()
+    may_end.touch()
+    wait_until(lambda: not process.running)
     process.bound_log()
 
     # Then neither file is much larger than it may be, and the end is there
@@ -284,7 +291,7 @@ def test_a_log_does_not_grow_for_ever_and_its_child_goes_on_writing(
     assert (tmp_path / "p.log.1").stat().st_size > 100_000
     assert process.log.stat().st_size < 2_000_000
     both = (tmp_path / "p.log.1").read_text() + process.log.read_text()
-    assert "the end" in both
+    assert both.endswith("line 29999 was not the last\n")
     assert process.poll() == 0
 
 
